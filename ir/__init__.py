@@ -1,0 +1,1 @@
+"""The graph, its types and its text."""
