@@ -1,1 +1,32 @@
-"""The graph, its types and its text."""
+"""The graph of a model: its operators, types and text, and the capture from Hugging Face."""
+
+from . import nn as _operators
+from .dump import dump
+from .errors import (
+    ExpectationError,
+    FuselineError,
+    InvalidRequestError,
+    UnsupportedModelError,
+    VerificationError,
+)
+from .graph import Graph, Region
+from .parse import ParseError, parse
+from .types import Dim, TensorType
+from .verify import verify
+
+__all__ = [
+    "Dim",
+    "ExpectationError",
+    "FuselineError",
+    "Graph",
+    "InvalidRequestError",
+    "ParseError",
+    "Region",
+    "TensorType",
+    "UnsupportedModelError",
+    "VerificationError",
+    "dump",
+    "parse",
+    "verify",
+]
+del _operators

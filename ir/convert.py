@@ -1,0 +1,281 @@
+"""From the graph that ``torch.export`` makes to ours: weights by name, our dims, one spelling for each operation."""
+
+from __future__ import annotations
+
+import operator
+import re
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch.export.graph_signature import InputKind
+from torch.fx import Node
+
+from . import nn
+from .errors import UnsupportedModelError
+from .graph import Graph
+from .ops import aten
+from .spelling import IDENTITIES, RESHAPES, SPLITS, normalize
+from .types import DTYPE_NAMES, Dim, Size, TensorType, Type
+
+_DROPPED = re.compile(r"_assert|sym_constrain|_set_grad_enabled|assert_async|_check")
+_LARGEST_CONSTANT = 4096
+
+
+def convert(exported: torch.export.ExportedProgram, prefix: str) -> tuple[Graph, dict[int, tuple[str, int]]]:
+    """The exported program as our graph, and the mask ``(kind, window)`` of every attention layer.
+
+    ``prefix`` is cut from the front of weight names.
+    """
+    work = _Conversion(exported, prefix)
+    work.run()
+    work.graph.eliminate_dead()
+    return work.graph, work.masks
+
+
+class _Conversion:
+    def __init__(self, exported: torch.export.ExportedProgram, prefix: str) -> None:
+        self.exported = exported
+        self.prefix = prefix
+        self.graph = Graph("decoder", {"T": (1, 0)})
+        self.known: dict[Node, Any] = {}
+        self.masks: dict[int, tuple[str, int]] = {}
+        self.symbol = ""
+
+    def run(self) -> None:
+        signature = {spec.arg.name: spec for spec in self.exported.graph_signature.input_specs}
+        nodes = list(self.exported.graph.nodes)
+        users = iter(("tokens", "positions"))
+        for node in nodes:
+            if node.op == "placeholder" and signature[node.name].kind == InputKind.USER_INPUT:
+                made = self.graph.placeholder(next(users))
+                self.symbol = self.symbol or str(node.meta["val"].shape[0])
+                bounds = next(iter(self.exported.range_constraints.values()))
+                self.graph.dims["T"] = (1, int(bounds.upper))
+                made.meta["type"] = self.type_of(node)
+                self.known[node] = made
+        for node in nodes:
+            if node.op == "placeholder":
+                spec = signature[node.name]
+                if spec.kind in (InputKind.PARAMETER, InputKind.BUFFER):
+                    self.known[node] = self.weight(spec.target.removeprefix(self.prefix), node)
+                elif spec.kind == InputKind.CONSTANT_TENSOR:
+                    self.known[node] = self.constant(self.exported.constants[spec.target], node)
+                elif spec.kind != InputKind.USER_INPUT:
+                    raise UnsupportedModelError(f"the model takes {spec.kind.name.lower()} {node.name} as an input")
+            elif node.op == "output":
+                self.graph.output(self.resolve(node.args[0][0]))
+            else:
+                self.node(node, self.exported.graph_module)
+
+    def weight(self, name: str, node: Node) -> Node:
+        made = self.graph.call_function(nn.weight, (name,))
+        return self.finish(made, node, short_name(name), source=None)
+
+    def constant(self, value: torch.Tensor, node: Node) -> Node:
+        if value.numel() > _LARGEST_CONSTANT:
+            raise UnsupportedModelError(
+                f"{node.name}: a constant tensor of {value.numel()} elements is built into the model's code; "
+                "register it as a buffer"
+            )
+        made = self.graph.call_function(nn.const, (value.tolist(), value.dtype))
+        return self.finish(made, node, "const", source=None)
+
+    def finish(self, made: Node, node: Node, name: str, source: str | None) -> Node:
+        made.name = self.graph._graph_namespace.create_name(name, None)
+        made.meta["type"] = self.type_of(node)
+        if source:
+            made.meta["source"] = source
+        return made
+
+    def size(self, value: Any) -> Size:
+        if isinstance(value, int):
+            return value
+        expression = value.node.expr
+        terms: dict[str, int] = {}
+        offset = 0
+        for term, factor in expression.as_coefficients_dict().items():
+            if term.is_number:
+                offset += int(term * factor)
+            elif str(term) == self.symbol:
+                terms["T"] = int(factor)
+            else:
+                raise UnsupportedModelError(f"a size {expression} is not an affine function of the number of tokens")
+        return Dim.build(terms, offset)
+
+    def type_of(self, node: Node) -> Type:
+        value = node.meta["val"]
+        if isinstance(value, (list, tuple)):
+            return tuple(TensorType(DTYPE_NAMES[item.dtype], tuple(map(self.size, item.shape))) for item in value)
+        if value.dtype not in DTYPE_NAMES:
+            raise UnsupportedModelError(f"{node.name}: values of type {value.dtype} are not supported")
+        return TensorType(DTYPE_NAMES[value.dtype], tuple(map(self.size, value.shape)))
+
+    def resolve(self, value: Any) -> Any:
+        if isinstance(value, Node):
+            if value in self.known:
+                return self.known[value]
+            found = value.meta.get("val")
+            if isinstance(found, (torch.SymInt, int)) and not isinstance(found, bool):
+                return self.size(found)
+            raise UnsupportedModelError(f"{value.name} ({value.target}) is no tensor and no size")
+        if isinstance(value, (torch.SymInt,)):
+            return self.size(value)
+        if isinstance(value, (list, tuple)):
+            return [self.resolve(item) for item in value]
+        if isinstance(value, dict):
+            return {name: self.resolve(item) for name, item in value.items()}
+        return value
+
+    def node(self, node: Node, owner: torch.nn.Module) -> None:
+        if node.op == "get_attr":
+            self.known[node] = getattr(owner, str(node.target), None)
+            return
+        target: Any = node.target
+        if isinstance(target, torch._ops.HigherOrderOperator):
+            self.inline(node, owner)
+            return
+        if target is operator.getitem and isinstance(self.known.get(node.args[0]), (list, tuple)):  # type: ignore[arg-type]
+            self.known[node] = self.known[node.args[0]][node.args[1]]  # type: ignore[index]
+            return
+        found = node.meta.get("val")
+        if _DROPPED.search(str(target)) or found is None or not isinstance(found, (torch.Tensor, list, tuple)):
+            return  # assertions, and arithmetic on sizes, which becomes part of the arguments
+        if target is operator.getitem:
+            base = self.known[node.args[0]]  # type: ignore[index]
+            self.known[node] = self.finish(
+                self.graph.call_function(target, (base, node.args[1])), node, f"{base.name}_{node.args[1]}", None
+            )
+            return
+        self.known[node] = self.call(node, target)
+
+    def inline(self, node: Node, owner: torch.nn.Module) -> None:
+        """Regions under ``no_grad`` or ``autocast(enabled=False)`` arrive as sub-graphs; their body is what counts."""
+        bodies = [(i, self.known[item]) for i, item in enumerate(node.args) if isinstance(self.known.get(item), torch.fx.GraphModule)]  # type: ignore[arg-type]
+        if len(bodies) != 1 or "wrap" not in str(node.target):
+            raise UnsupportedModelError(f"{node.name}: control flow ({node.target}) depends on the data")
+        place, body = bodies[0]
+        arguments = iter(node.args[place + 1 :])
+        for inner in body.graph.nodes:
+            if inner.op == "placeholder":
+                self.known[inner] = self.resolve(next(arguments))
+            elif inner.op == "output":
+                result = self.resolve(inner.args[0])
+                self.known[node] = result if isinstance(result, (list, tuple)) else (result,)
+            else:
+                self.node(inner, body)
+
+    def call(self, node: Node, target: Any) -> Any:
+        name = str(target)
+        if not isinstance(target, torch._ops.OpOverload):
+            raise UnsupportedModelError(f"{node.name}: {name} is no tensor operator")
+        args, kwargs = self.resolve(list(node.args)), self.resolve(dict(node.kwargs))
+        if target.namespace == "fuseline":
+            return self.own(node, target, args)
+        if target.namespace != "aten":
+            raise UnsupportedModelError(f"{node.name}: operator {name} has no lowering")
+        short = name.removeprefix("aten.")
+        packet = short.partition(".")[0]
+        if packet in IDENTITIES or (packet == "dropout" and not args[2]):
+            return args[0]
+        if packet in SPLITS:
+            return list(self.pieces(node, packet, args))
+        result = self.type_of(node)
+        if packet in ("to", "_to_copy", "type_as", "float", "double", "half", "bfloat16"):
+            assert isinstance(result, TensorType)
+            if result.dtype == args[0].meta["type"].dtype:
+                return args[0]
+            return self.make(node, aten("to.dtype"), (args[0], result.torch_dtype), {})
+        if packet in RESHAPES:
+            assert isinstance(result, TensorType)
+            if result.shape == args[0].meta["type"].shape:
+                return args[0]
+            return self.make(node, aten(RESHAPES[packet]), (args[0], list(result.shape)), {})
+        if packet == "slice" and isinstance(result, TensorType) and result.shape == args[0].meta["type"].shape:
+            return args[0]
+        rank = next((item.meta["type"].rank for item in _flat(args) if isinstance(item, Node)), 0)
+        target, args, kwargs = normalize(target, args, kwargs, rank)
+        return self.make(node, target, tuple(args), kwargs)
+
+    def pieces(self, node: Node, packet: str, args: list[Any]) -> Iterator[Any]:
+        """The parts of a split, each as a slice (or a select, for ``unbind``)."""
+        whole: TensorType = args[0].meta["type"]
+        dim = args[2] if packet != "unbind" and len(args) > 2 else args[1] if packet == "unbind" and len(args) > 1 else 0
+        axis = dim - whole.rank if dim >= 0 else dim
+        start = 0
+        for index, part in enumerate(node.meta["val"]):
+            kind = TensorType(whole.dtype, tuple(map(self.size, part.shape)))
+            if packet == "unbind":
+                made = self.graph.call_function(aten("select.int"), (args[0], axis, index))
+            else:
+                width = kind.shape[axis]
+                if not isinstance(width, int):
+                    raise UnsupportedModelError(f"{node.name}: {packet} cuts the row of tokens")
+                made = self.graph.call_function(aten("slice.Tensor"), (args[0], axis, start, start + width))
+                start += width
+            made.name = self.graph._graph_namespace.create_name(f"{self.name_of(node)}_{index}", None)
+            made.meta["type"] = kind
+            made.meta["source"] = source_line(node)
+            yield made
+
+    def own(self, node: Node, target: Any, args: list[Any]) -> Any:
+        match target._schema.name:
+            case "fuseline::mask":
+                return ("mask", args[1], args[2])
+            case "fuseline::grouped_linear":
+                kept = args if args[4] else args[:4] if args[3] is not None else args[:3]
+                return self.make(node, nn.grouped_linear, tuple(kept), {}, "experts")
+        q, k, v, mask, sinks, layer, scale, softcap = args
+        if not (isinstance(mask, tuple) and mask[0] == "mask"):
+            raise UnsupportedModelError(
+                f"{node.name}: layer {layer} changes its attention mask or builds its own; only the causal, sliding and "
+                "chunked masks of transformers.masking_utils are known"
+            )
+        if layer in self.masks:
+            raise UnsupportedModelError(f"{node.name}: two attention layers have the index {layer}")
+        self.masks[layer] = (mask[1], mask[2])
+        full = [q, k, v, layer, scale, mask[1], mask[2], softcap, sinks]
+        defaults = ["causal", 0, 0.0, None]
+        while defaults and full[-1] == defaults[-1]:
+            full.pop()
+            defaults.pop()
+        return self.make(node, nn.attention, tuple(full), {}, "attention")
+
+    def make(self, node: Node, target: Callable[..., Any], args: Any, kwargs: Any, name: str = "") -> Node:
+        made = self.graph.call_function(target, tuple(args), kwargs)
+        return self.finish(made, node, self.name_of(node, name), source_line(node))
+
+    def name_of(self, node: Node, name: str = "") -> str:
+        """A name that tells the layer and the module: ``l0_q_proj``."""
+        stack = node.meta.get("nn_module_stack") or {}
+        path = next(reversed(stack.values()))[0] if stack else ""
+        layer = re.search(r"\.(\d+)(?:\.|$)", path)
+        leaf = path.rpartition(".")[2]
+        packet = str(node.target).removeprefix("aten.").partition(".")[0]
+        base = name or (leaf if packet in ("linear", "embedding", "addmm") and leaf and not leaf.isdigit() else packet)
+        return f"l{layer[1]}_{base}" if layer else base
+
+
+def _flat(values: Any) -> Iterator[Any]:
+    for value in values:
+        if isinstance(value, (list, tuple)):
+            yield from _flat(value)
+        else:
+            yield value
+
+
+def short_name(name: str) -> str:
+    """A value name for a weight: ``model.layers.0.mlp.up_proj.weight`` becomes ``l0_mlp_up_proj_weight``."""
+    layer = re.search(r"(?:^|\.)(\d+)\.", name)
+    rest = name[layer.end() :] if layer else name
+    rest = rest.removeprefix("model.")
+    return re.sub(r"\W", "_", f"l{layer[1]}_{rest}" if layer else rest)
+
+
+def source_line(node: Node) -> str:
+    """The innermost line of the model's own code: ``modeling_llama.py:182``."""
+    frames = re.findall(r'File "([^"]+)", line (\d+)', node.meta.get("stack_trace") or "")
+    own = [frame for frame in frames if "modeling_" in frame[0]] or frames
+    return f"{own[-1][0].rpartition('/')[2]}:{own[-1][1]}" if own else ""
+
+

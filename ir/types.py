@@ -1,0 +1,142 @@
+"""Types of graph values: an element type, a shape with named dynamic dims, and a placement."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+
+import torch
+
+DTYPES: dict[str, torch.dtype] = {
+    "bf16": torch.bfloat16,
+    "f16": torch.float16,
+    "f32": torch.float32,
+    "f64": torch.float64,
+    "i64": torch.int64,
+    "i32": torch.int32,
+    "i16": torch.int16,
+    "i8": torch.int8,
+    "u8": torch.uint8,
+    "bool": torch.bool,
+    "c64": torch.complex64,
+}
+DTYPE_NAMES: dict[torch.dtype, str] = {value: key for key, value in DTYPES.items()}
+
+
+@dataclass(frozen=True)
+class Dim:
+    """An affine expression over named dynamic dims, such as ``T``, ``4*T`` or ``T+1``.
+
+    ``terms`` maps dim names to non-zero factors, sorted by name; ``offset`` is the constant part.
+    """
+
+    terms: tuple[tuple[str, int], ...]
+    offset: int = 0
+
+    @staticmethod
+    def named(name: str) -> Dim:
+        return Dim(((name, 1),))
+
+    @staticmethod
+    def build(terms: Mapping[str, int], offset: int = 0) -> Dim | int:
+        """The simplest value for the expression: a plain ``int`` if no named dim is left in it."""
+        kept = tuple(sorted((name, factor) for name, factor in terms.items() if factor))
+        return Dim(kept, offset) if kept else offset
+
+    def substitute(self, values: Mapping[str, int]) -> int:
+        """The size under concrete values of the named dims. Raises ``KeyError`` for a dim without a value."""
+        return sum(values[name] * factor for name, factor in self.terms) + self.offset
+
+    def __str__(self) -> str:
+        parts = [name if factor == 1 else f"{factor}*{name}" for name, factor in self.terms]
+        text = "+".join(parts)
+        return text if not self.offset else f"{text}{self.offset:+d}"
+
+    __repr__ = __str__
+
+
+Size = int | Dim
+
+
+@dataclass(frozen=True)
+class TensorType:
+    """The type of one value, printed ``bf16[T, 4096] @ shard(0)``.
+
+    ``placement`` is empty for a value that every rank holds whole.
+    """
+
+    dtype: str
+    shape: tuple[Size, ...]
+    placement: str = ""
+
+    @property
+    def torch_dtype(self) -> torch.dtype:
+        return DTYPES[self.dtype]
+
+    @property
+    def rank(self) -> int:
+        return len(self.shape)
+
+    def concrete(self, dims: Mapping[str, int]) -> tuple[int, ...]:
+        """The shape as integers, with the named dims replaced by their values."""
+        return tuple(size if isinstance(size, int) else size.substitute(dims) for size in self.shape)
+
+    def with_shape(self, shape: Iterable[Size]) -> TensorType:
+        return TensorType(self.dtype, tuple(shape), self.placement)
+
+    def with_dtype(self, dtype: str) -> TensorType:
+        return TensorType(dtype, self.shape, self.placement)
+
+    def __str__(self) -> str:
+        text = f"{self.dtype}[{', '.join(map(str, self.shape))}]"
+        return f"{text} @ {self.placement}" if self.placement else text
+
+    __repr__ = __str__
+
+
+Type = TensorType | tuple[TensorType, ...]
+
+_AFFINE_TERM = re.compile(r"([+-]?)\s*(?:(\d+)\*)?([A-Za-z_]\w*)|([+-]?\s*\d+)")
+
+
+def parse_size(text: str) -> Size:
+    """Read one size of a shape: ``4096``, ``T``, ``4*T`` or ``T+1``.
+
+    Raises:
+        ValueError: the text is no affine expression of named dims.
+    """
+    terms: dict[str, int] = {}
+    offset, at = 0, 0
+    source = text.replace(" ", "")
+    while at < len(source):
+        match = _AFFINE_TERM.match(source, at)
+        if match is None or (at and source[at] not in "+-"):
+            raise ValueError(f"not a size: {text!r}")
+        sign, factor, name, number = match.groups()
+        if name:
+            terms[name] = terms.get(name, 0) + int(factor or 1) * (-1 if sign == "-" else 1)
+        else:
+            offset += int(number.replace(" ", ""))
+        at = match.end()
+    if not source:
+        raise ValueError("an empty size")
+    return Dim.build(terms, offset)
+
+
+def type_text(value: Type) -> str:
+    """The text of a type; several results stand in parentheses."""
+    if isinstance(value, tuple):
+        return f"({', '.join(map(str, value))},)" if len(value) == 1 else f"({', '.join(map(str, value))})"
+    return str(value)
+
+
+def concrete_args(value: object, dims: Mapping[str, int]) -> object:
+    """``value`` with every ``Dim`` inside lists and tuples replaced by its size."""
+    if isinstance(value, Dim):
+        return value.substitute(dims)
+    if isinstance(value, (list, tuple)):
+        return type(value)(concrete_args(item, dims) for item in value) if type(value) in (list, tuple) else [
+            concrete_args(item, dims) for item in value
+        ]
+    return value
