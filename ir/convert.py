@@ -39,6 +39,7 @@ class _Conversion:
         self.prefix = prefix
         self.graph = Graph("decoder", {"T": (1, 0)})
         self.known: dict[Node, Any] = {}
+        self.leaves: dict[Node, Any] = {}
         self.masks: dict[int, tuple[str, int]] = {}
         self.symbol = ""
 
@@ -57,16 +58,21 @@ class _Conversion:
         for node in nodes:
             if node.op == "placeholder":
                 spec = signature[node.name]
-                if spec.kind in (InputKind.PARAMETER, InputKind.BUFFER):
-                    self.known[node] = self.weight(spec.target.removeprefix(self.prefix), node)
-                elif spec.kind == InputKind.CONSTANT_TENSOR:
-                    self.known[node] = self.constant(self.exported.constants[spec.target], node)
+                if spec.kind in (InputKind.PARAMETER, InputKind.BUFFER, InputKind.CONSTANT_TENSOR):
+                    self.leaves[node] = spec
                 elif spec.kind != InputKind.USER_INPUT:
                     raise UnsupportedModelError(f"the model takes {spec.kind.name.lower()} {node.name} as an input")
             elif node.op == "output":
                 self.graph.output(self.resolve(node.args[0][0]))
             else:
                 self.node(node, self.exported.graph_module)
+
+    def leaf(self, node: Node) -> Node:
+        """A weight or constant, made where it is first used."""
+        spec = self.leaves[node]
+        if spec.kind == InputKind.CONSTANT_TENSOR:
+            return self.constant(self.exported.constants[spec.target], node)
+        return self.weight(spec.target.removeprefix(self.prefix), node)
 
     def weight(self, name: str, node: Node) -> Node:
         made = self.graph.call_function(nn.weight, (name,))
@@ -114,6 +120,9 @@ class _Conversion:
     def resolve(self, value: Any) -> Any:
         if isinstance(value, Node):
             if value in self.known:
+                return self.known[value]
+            if value in self.leaves:
+                self.known[value] = self.leaf(value)
                 return self.known[value]
             found = value.meta.get("val")
             if isinstance(found, (torch.SymInt, int)) and not isinstance(found, bool):
@@ -275,7 +284,7 @@ def short_name(name: str) -> str:
 def source_line(node: Node) -> str:
     """The innermost line of the model's own code: ``modeling_llama.py:182``."""
     frames = re.findall(r'File "([^"]+)", line (\d+)', node.meta.get("stack_trace") or "")
-    own = [frame for frame in frames if "modeling_" in frame[0]] or frames
+    own = [frame for frame in frames if "modeling_" in frame[0]]
     return f"{own[-1][0].rpartition('/')[2]}:{own[-1][1]}" if own else ""
 
 

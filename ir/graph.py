@@ -119,3 +119,17 @@ def node_inputs(value: Any) -> Iterator[Node]:
     elif isinstance(value, dict):
         for item in value.values():
             yield from node_inputs(item)
+
+
+def is_constant(node: Node) -> bool:
+    """Whether a value depends on weights and constants alone, so that it can be computed once at load time."""
+    known = node.meta.get("constant")
+    if known is None:
+        if node.op != "call_function":
+            known = False
+        elif not node.all_input_nodes:
+            known = str(node.target) in ("weight", "const")
+        else:
+            known = is_pure(node.target) and all(map(is_constant, node.all_input_nodes))
+        node.meta["constant"] = known
+    return bool(known)

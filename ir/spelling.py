@@ -22,7 +22,8 @@ RESHAPES = {
 }
 SPLITS = frozenset({"split", "split_with_sizes", "chunk", "unbind"})
 
-_PLACEMENT = frozenset({"device", "layout", "pin_memory", "memory_format", "non_blocking"})
+# Where and how a result is stored or computed, not what it is.
+_PLACEMENT = frozenset({"device", "layout", "pin_memory", "memory_format", "non_blocking", "cudnn_enable"})
 _DIM_NAMES = frozenset({"dim", "dims", "dim0", "dim1"})
 _GROWS = frozenset({"unsqueeze", "stack"})  # their dim counts in the result, which has one more
 

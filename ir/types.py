@@ -89,7 +89,7 @@ class TensorType:
         return TensorType(dtype, self.shape, self.placement)
 
     def __str__(self) -> str:
-        text = f"{self.dtype}[{', '.join(map(str, self.shape))}]"
+        text = f"{self.dtype}[{', '.join(map(str, self.shape)) or '()'}]"
         return f"{text} @ {self.placement}" if self.placement else text
 
     __repr__ = __str__
@@ -136,7 +136,5 @@ def concrete_args(value: object, dims: Mapping[str, int]) -> object:
     if isinstance(value, Dim):
         return value.substitute(dims)
     if isinstance(value, (list, tuple)):
-        return type(value)(concrete_args(item, dims) for item in value) if type(value) in (list, tuple) else [
-            concrete_args(item, dims) for item in value
-        ]
+        return [concrete_args(item, dims) for item in value]
     return value

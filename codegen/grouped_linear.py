@@ -1,0 +1,109 @@
+"""Linear layers of mixture-of-experts blocks: each (token, choice) pair times the weight of the expert it chose."""
+
+from dataclasses import dataclass
+
+import torch
+
+from .grouped_linear_template import TEMPLATE
+
+
+@dataclass(frozen=True)
+class GroupedLinearSpec:
+    """out[t, j] = weight[ids[t, j]] @ x[t] + bias[ids[t, j]].
+
+    ``per_pair``: x is [T, top_k, in_features] and gives each pair its own row, not [T, in_features].
+    ``transposed``: weights are [num_experts, in_features, out_features], not [num_experts, out_features, in_features].
+    """
+
+    num_experts: int
+    top_k: int
+    in_features: int
+    out_features: int
+    dtype: torch.dtype
+    per_pair: bool = False
+    transposed: bool = False
+    bias: bool = False
+
+    def __post_init__(self) -> None:
+        if self.dtype not in _TYPES:
+            raise ValueError(f"grouped linear kernels exist for {[str(dtype) for dtype in _TYPES]}, not {self.dtype}")
+
+
+@dataclass(frozen=True)
+class _Tile:
+    block_m: int
+    block_n: int
+    block_k: int
+    num_warps: int
+    num_stages: int
+
+
+_TYPES = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16"}
+# For few, some and many pairs per expert.
+_HALF_TILES = (_Tile(16, 128, 128, 4, 3), _Tile(64, 128, 64, 8, 3), _Tile(128, 128, 64, 8, 3))
+# Hopper reads operands of a product from shared memory, which leaves registers for larger tiles.
+_HALF_HOPPER_TILES = (_Tile(16, 128, 128, 4, 3), _Tile(64, 256, 64, 8, 3), _Tile(128, 256, 64, 8, 3))
+# Rows that are not whole 16-byte vectors, or not whole tiles, take addresses and masks per element: more registers.
+_HALF_ROUGH_TILES = (_Tile(16, 64, 32, 4, 2), _Tile(64, 64, 32, 8, 2), _Tile(128, 64, 32, 8, 2))
+_FP32_TILES = (_Tile(16, 32, 32, 4, 3), _Tile(64, 32, 16, 4, 2), _Tile(64, 64, 16, 8, 2))
+
+
+def grouped_linear_source(spec: GroupedLinearSpec) -> str:
+    """The text of a kernel file with ``sort_pairs``, ``launch`` and ``VARIANTS``; equal specs give equal texts."""
+    shape = {
+        "NUM_EXPERTS": spec.num_experts,
+        "PAD_EXPERTS": 1 << (spec.num_experts - 1).bit_length(),
+        "TOP_K": spec.top_k,
+        "IN": spec.in_features,
+        "OUT": spec.out_features,
+    }
+    words = {
+        "SHAPE": repr(shape).replace("'", '"'),
+        "X_ROW": "pair" if spec.per_pair else "pair // TOP_K",
+        "X_SHAPE": "[T, TOP_K, IN]" if spec.per_pair else "[T, IN]",
+        "N_ROW": "" if spec.transposed else _N_ROW,
+        "W_TILE": _W_TILES[spec.transposed],
+        "W_SHAPE": "[NUM_EXPERTS, IN, OUT]" if spec.transposed else "[NUM_EXPERTS, OUT, IN]",
+        "BIAS_ARG": " bias_ptr," if spec.bias else "",
+        "BIAS_ADD": _BIAS_ADD if spec.bias else "",
+        "BIAS_PARAMETER": " bias," if spec.bias else "",
+        "BIAS_VALUE": " bias," if spec.bias else "",
+        "BIAS_TYPE": f', "bias_ptr": "*{_TYPES[spec.dtype]}"' if spec.bias else "",
+        "BIAS_DOC": ", bias [NUM_EXPERTS, OUT]" if spec.bias else "",
+        "TYPE": f"*{_TYPES[spec.dtype]}",
+    }
+    for name, tile in zip(("FEW", "SOME", "MANY"), _tiles(spec, hopper=False)):
+        words[name] = _tile_text(tile)
+    for name, tile in zip(("FEW_HOPPER", "SOME_HOPPER", "MANY_HOPPER"), _tiles(spec, hopper=True)):
+        words[name] = _tile_text(tile)
+    text = TEMPLATE
+    for name, value in words.items():
+        text = text.replace(f"${name}$", value)
+    return text
+
+
+def _tiles(spec: GroupedLinearSpec, hopper: bool) -> tuple[_Tile, _Tile, _Tile]:
+    if spec.dtype == torch.float32:
+        return _FP32_TILES
+    rough = spec.in_features % 64 or (spec.transposed and spec.out_features % 8)
+    if rough:
+        return _HALF_ROUGH_TILES
+    return _HALF_HOPPER_TILES if hopper else _HALF_TILES
+
+
+def _tile_text(tile: _Tile) -> str:
+    return f"{tile.block_m}, {tile.block_n}, {tile.block_k}, num_warps={tile.num_warps}, num_stages={tile.num_stages}"
+
+
+_N_ROW = """\
+    n_row = tl.where(n < OUT, n, 0) * IN  # likewise for a feature past the last
+"""
+_W_TILES = {
+    False: """\
+        w = tl.load(expert_ptr + n_row[:, None] + k[None, :], mask=(k < IN)[None, :], other=0.0).trans()""",
+    True: """\
+        w_mask = (k < IN)[:, None] & (n < OUT)[None, :]
+        w = tl.load(expert_ptr + k[:, None] * OUT + n[None, :], mask=w_mask, other=0.0)""",
+}
+_BIAS_ADD = """
+    acc += tl.load(bias_ptr + expert * OUT + n, mask=n < OUT, other=0.0).to(tl.float32)[None, :]"""

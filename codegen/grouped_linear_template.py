@@ -1,0 +1,157 @@
+"""The text of an emitted grouped linear file; ``grouped_linear`` fills in the words between dollar signs."""
+
+TEMPLATE = '''\
+import functools
+
+import torch
+import triton
+import triton.language as tl
+
+# Every kernel takes the layer's numbers as constexprs, so the compiler knows all strides.
+SHAPE = $SHAPE$
+
+
+@triton.jit(do_not_specialize=["num_pairs"])
+def sort_by_expert(ids_ptr, order_ptr, starts_ptr, num_pairs, NUM_EXPERTS: tl.constexpr, BLOCK: tl.constexpr):
+    """One program per expert: where its pairs begin in the sorted order, and which they are, in their old order.
+
+    Each program reads all ids for itself, so none waits for another and the result does not depend on timing.
+    """
+    expert = tl.program_id(0)
+    place = 0
+    for base in range(0, num_pairs, BLOCK):
+        pair = base + tl.arange(0, BLOCK)
+        ids = tl.load(ids_ptr + pair, mask=pair < num_pairs, other=NUM_EXPERTS)
+        place += tl.sum((ids < expert).to(tl.int32), 0)
+    tl.store(starts_ptr + expert, place)
+    if expert == NUM_EXPERTS - 1:
+        tl.store(starts_ptr + NUM_EXPERTS, num_pairs)
+    for base in range(0, num_pairs, BLOCK):
+        pair = base + tl.arange(0, BLOCK)
+        ids = tl.load(ids_ptr + pair, mask=pair < num_pairs, other=NUM_EXPERTS)
+        mine = (ids == expert).to(tl.int32)
+        tl.store(order_ptr + place + tl.cumsum(mine, 0) - 1, pair, mask=mine != 0)
+        place += tl.sum(mine, 0)
+
+
+@triton.jit
+def grouped_linear(
+    x_ptr, weight_ptr, order_ptr, starts_ptr,$BIAS_ARG$ out_ptr,
+    NUM_EXPERTS: tl.constexpr, PAD_EXPERTS: tl.constexpr, TOP_K: tl.constexpr, IN: tl.constexpr, OUT: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+):
+    """BLOCK_M pairs of one expert times BLOCK_N of its output features."""
+    # Only the device knows how many pairs each expert has: count blocks expert by expert up to this program's.
+    block = tl.program_id(0)
+    experts = tl.arange(0, PAD_EXPERTS)
+    starts = tl.load(starts_ptr + experts, mask=experts < NUM_EXPERTS, other=0)
+    ends = tl.load(starts_ptr + experts + 1, mask=experts < NUM_EXPERTS, other=0)
+    block_ends = tl.cumsum(tl.cdiv(ends - starts, BLOCK_M), 0)
+    expert = tl.sum((block_ends <= block).to(tl.int32), 0)
+    # The grid is an upper bound: the programs past the last expert's blocks have nothing to do.
+    if expert >= NUM_EXPERTS:
+        return
+    earlier_blocks = tl.max(tl.where(block_ends <= block, block_ends, 0), 0)
+    rank = tl.load(starts_ptr + expert) + (block - earlier_blocks) * BLOCK_M + tl.arange(0, BLOCK_M)
+    live = rank < tl.load(starts_ptr + expert + 1)
+    # A row past the expert's pairs reads pair 0 and is not stored: no mask in the loop.
+    pair = tl.load(order_ptr + rank, mask=live, other=0)
+
+    n = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
+    x_row = ($X_ROW$).to(tl.int64) * IN
+$N_ROW$    expert_ptr = weight_ptr + expert.to(tl.int64) * (IN * OUT)
+    acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    for start in range(0, IN, BLOCK_K):
+        k = start + tl.arange(0, BLOCK_K)
+        x = tl.load(x_ptr + x_row[:, None] + k[None, :], mask=(k < IN)[None, :], other=0.0)
+$W_TILE$
+        acc = tl.dot(x, w, acc, input_precision="ieee")$BIAS_ADD$
+    out_row = pair.to(tl.int64) * OUT
+    mask = live[:, None] & (n < OUT)[None, :]
+    tl.store(out_ptr + out_row[:, None] + n[None, :], acc.to(out_ptr.dtype.element_ty), mask=mask)
+
+
+def sort(block, num_warps):
+    """The variant of sort_by_expert with these tiles."""
+    return {
+        "kernel": sort_by_expert,
+        "signature": {"ids_ptr": "*i64", "order_ptr": "*i32", "starts_ptr": "*i32", "num_pairs": "i32"},
+        "constexprs": {"NUM_EXPERTS": SHAPE["NUM_EXPERTS"], "BLOCK": block},
+        "num_warps": num_warps, "num_stages": 1,
+    }
+
+
+def tile(block_m, block_n, block_k, num_warps, num_stages, capabilities=(80, 90)):
+    """The variant of grouped_linear with these tiles."""
+    return {
+        "kernel": grouped_linear,
+        "signature": {
+            "x_ptr": "$TYPE$", "weight_ptr": "$TYPE$", "order_ptr": "*i32", "starts_ptr": "*i32"$BIAS_TYPE$,
+            "out_ptr": "$TYPE$",
+        },
+        "constexprs": {**SHAPE, "BLOCK_M": block_m, "BLOCK_N": block_n, "BLOCK_K": block_k},
+        "num_warps": num_warps, "num_stages": num_stages, "capabilities": capabilities,
+    }
+
+
+SORT_FEW, SORT_MANY = sort(1024, num_warps=4), sort(8192, num_warps=16)
+# For few, some and many pairs per expert.
+TILES = [
+    tile($FEW$),
+    tile($SOME$),
+    tile($MANY$),
+]
+HOPPER_TILES = [
+    tile($FEW_HOPPER$, capabilities=(90,)),
+    tile($SOME_HOPPER$, capabilities=(90,)),
+    tile($MANY_HOPPER$, capabilities=(90,)),
+]
+VARIANTS = [SORT_FEW, SORT_MANY, *TILES, *HOPPER_TILES]
+
+
+def run(variant, grid, *tensors):
+    """Launch exactly what VARIANTS describes."""
+    options = {"num_warps": variant["num_warps"], "num_stages": variant["num_stages"], "enable_fp_fusion": True}
+    variant["kernel"][grid](*tensors, **variant["constexprs"], **options)
+
+
+@functools.cache
+def tiles(device):
+    hopper = device.type == "cuda" and torch.cuda.get_device_capability(device) == (9, 0)
+    return HOPPER_TILES if hopper else TILES
+
+
+def choose_tile(device, tokens):
+    """Rows per program near the pairs that an expert has on average; a token chooses an expert at most once."""
+    few, some, many = tiles(device)
+    pairs_per_expert = tokens * SHAPE["TOP_K"] / SHAPE["NUM_EXPERTS"]
+    if tokens <= 16 or pairs_per_expert <= 16:
+        return few
+    return some if pairs_per_expert <= 64 else many
+
+
+def sort_pairs(ids):
+    """Pair numbers sorted by expert, i32 [T * TOP_K], and where each expert's begin, i32 [NUM_EXPERTS + 1]."""
+    order = torch.empty(ids.numel(), dtype=torch.int32, device=ids.device)
+    starts = torch.empty(SHAPE["NUM_EXPERTS"] + 1, dtype=torch.int32, device=ids.device)
+    variant = SORT_FEW if ids.numel() <= 4096 else SORT_MANY
+    run(variant, (SHAPE["NUM_EXPERTS"],), ids, order, starts, ids.numel())
+    return order, starts
+
+
+def launch(x, ids, weight, out,$BIAS_PARAMETER$ routing=None):
+    """out[t, j] = weight[ids[t, j]] applied to the input of pair (t, j); all tensors contiguous and 16-byte aligned.
+
+    x $X_SHAPE$, ids i64 [T, TOP_K], weight $W_SHAPE$, out [T, TOP_K, OUT]$BIAS_DOC$.
+    routing: the result of sort_pairs(ids), if another layer of the same block has it already.
+    """
+    pairs = ids.numel()
+    if pairs == 0:
+        return
+    order, starts = sort_pairs(ids) if routing is None else routing
+    variant = choose_tile(ids.device, ids.shape[0])
+    # Each expert with pairs may have one block that is not full.
+    blocks = pairs // variant["constexprs"]["BLOCK_M"] + min(pairs, SHAPE["NUM_EXPERTS"])
+    grid = (blocks, triton.cdiv(SHAPE["OUT"], variant["constexprs"]["BLOCK_N"]))
+    run(variant, grid, x, weight, order, starts,$BIAS_VALUE$ out)
+'''

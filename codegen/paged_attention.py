@@ -1,0 +1,188 @@
+"""Attention over a paged KV cache: split-KV decode and ragged prefill, one emitted file per ``AttentionSpec``.
+
+Online softmax after Milakov and Gimelshein (2018); the keys of one query are split after Flash-Decoding (Dao et al.,
+2023).
+"""
+
+import math
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+
+from .paged_attention_launch import LAUNCH
+from .paged_attention_template import TEMPLATE
+
+
+@dataclass(frozen=True)
+class AttentionSpec:
+    """One kind of attention layer; two layers of equal spec share a kernel file.
+
+    ``window`` is for ``sliding`` (a query at p sees keys j with p - window < j <= p) and ``chunked`` (j <= p in the
+    same window-sized chunk). ``softcap`` c turns a scaled logit s into c * tanh(s / c). ``sinks`` adds one logit per
+    head to the softmax denominator. ``block_size`` counts the KV positions of one cache block.
+    """
+
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    v_head_dim: int
+    dtype: torch.dtype
+    block_size: int
+    scale: float
+    kind: Literal["causal", "sliding", "chunked"] = "causal"
+    window: int | None = None
+    softcap: float | None = None
+    sinks: bool = False
+
+    def __post_init__(self) -> None:
+        if self.dtype not in _TYPES:
+            raise ValueError(f"attention kernels exist for {[str(dtype) for dtype in _TYPES]}, not {self.dtype}")
+        if self.num_heads % self.num_kv_heads:
+            raise ValueError(f"{self.num_heads} query heads do not divide into {self.num_kv_heads} KV heads")
+        if max(self.head_dim, self.v_head_dim) > 256:
+            raise ValueError(f"head dims {self.head_dim} and {self.v_head_dim}: at most 256 fit a tile")
+        if self.kind not in ("causal", "sliding", "chunked") or (self.window is None) != (self.kind == "causal"):
+            raise ValueError(f"kind {self.kind!r} with window {self.window}: sliding and chunked have one, causal none")
+
+
+@dataclass(frozen=True)
+class _Tile:
+    """Rows (queries times heads) and keys per program, query heads among the rows, and how to compile it."""
+
+    block_m: int
+    block_n: int
+    heads: int
+    num_warps: int
+    num_stages: int
+
+
+_TYPES = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16"}
+
+
+def paged_attention_source(spec: AttentionSpec) -> str:
+    """The text of a kernel file with ``launch`` and ``VARIANTS``; equal specs give equal texts."""
+    pad_d, pad_dv = _pad(spec.head_dim), _pad(spec.v_head_dim)
+    shape = {
+        "NUM_HEADS": spec.num_heads,
+        "NUM_KV_HEADS": spec.num_kv_heads,
+        "HEAD_DIM": spec.head_dim,
+        "V_HEAD_DIM": spec.v_head_dim,
+        "CACHE_BLOCK": spec.block_size,
+        "PAD_D": pad_d,
+        "PAD_DV": pad_dv,
+    }
+    decode, prefill, hopper = _decode_tile(spec), _prefill_tile(spec), _hopper_prefill_tile(spec)
+    words = {
+        "LAUNCH": LAUNCH,
+        "SHAPE": repr(shape).replace("'", '"'),
+        "KIND": spec.kind if spec.window is None else f"{spec.kind}, window {spec.window}",
+        "FIRST_KEY": _first_key(spec),
+        "LOGITS": _logits(spec),
+        "DECODE_INIT": _DECODE_INIT[spec.sinks],
+        "PREFILL_INIT": _PREFILL_INIT[spec.sinks],
+        "SINKS_ARG": " sinks_ptr," if spec.sinks else "",
+        "SINKS_PARAMETER": " sinks," if spec.sinks else "",
+        "SINKS_VALUE": ', "sinks_ptr": sinks' if spec.sinks else "",
+        "SINKS_TYPE": f', "sinks_ptr": "*{_TYPES[spec.dtype]}"' if spec.sinks else "",
+        "SINKS_DOC": ", sinks [NUM_HEADS]" if spec.sinks else "",
+        "TYPE": f"*{_TYPES[spec.dtype]}",
+        "DECODE_BLOCK_N": str(decode.block_n),
+        "SPAN": "table_width * SHAPE[\"CACHE_BLOCK\"]"
+        if spec.window is None
+        else f'min(table_width * SHAPE["CACHE_BLOCK"], {spec.window})',
+    }
+    for name, tile in (("DECODE", decode), ("PREFILL", prefill), ("HOPPER", hopper)):
+        words[f"{name}_TILE"] = f'"HEADS": {tile.heads}, "BLOCK_M": {tile.block_m}, "BLOCK_N": {tile.block_n}'
+        words[f"{name}_OPTIONS"] = f'"num_warps": {tile.num_warps}, "num_stages": {tile.num_stages}'
+    text = TEMPLATE
+    for name, value in words.items():
+        text = text.replace(f"${name}$", value)
+    return text
+
+
+def _pad(dim: int) -> int:
+    """tl.dot wants powers of two, 16 at least."""
+    return max(16, 1 << (dim - 1).bit_length())
+
+
+def _decode_tile(spec: AttentionSpec) -> _Tile:
+    group = spec.num_heads // spec.num_kv_heads
+    width = max(_pad(spec.head_dim), _pad(spec.v_head_dim))
+    most = 16 if spec.dtype == torch.float32 or width > 128 else 64
+    block_m = min(most, _pad(group))
+    if spec.dtype == torch.float32:
+        block_n = 32 if width <= 64 else 16
+    else:
+        block_n = 64 if width <= 128 else 32
+    return _Tile(block_m, block_n, _even_share(group, block_m), num_warps=4, num_stages=3)
+
+
+def _prefill_tile(spec: AttentionSpec) -> _Tile:
+    group = spec.num_heads // spec.num_kv_heads
+    width = max(_pad(spec.head_dim), _pad(spec.v_head_dim))
+    if spec.dtype == torch.float32:
+        block_m, block_n, num_warps, num_stages = (32, 32, 4, 2) if width <= 64 else (16, 16, 4, 2)
+    elif width <= 64:
+        block_m, block_n, num_warps, num_stages = 128, 64, 8, 3
+    elif width <= 128:
+        block_m, block_n, num_warps, num_stages = 64, 32, 4, 3
+    else:
+        block_m, block_n, num_warps, num_stages = 64, 32, 8, 2
+    return _Tile(block_m, block_n, _even_share(group, block_m), num_warps, num_stages)
+
+
+def _hopper_prefill_tile(spec: AttentionSpec) -> _Tile:
+    width = max(_pad(spec.head_dim), _pad(spec.v_head_dim))
+    if spec.dtype == torch.float32 or width <= 64:
+        return _prefill_tile(spec)
+    block_n, num_stages = (128, 3) if width <= 128 else (64, 2)
+    heads = _even_share(spec.num_heads // spec.num_kv_heads, 128)
+    return _Tile(128, block_n, heads, num_warps=8, num_stages=num_stages)
+
+
+def _even_share(group: int, block_m: int) -> int:
+    """Heads per program: the whole group, or equal shares of a group of more than block_m heads."""
+    return math.ceil(group / math.ceil(group / block_m))
+
+
+def _first_key(spec: AttentionSpec) -> str:
+    if spec.kind == "sliding":
+        return f"tl.maximum(position - {spec.window} + 1, 0)"
+    if spec.kind == "chunked":
+        return f"position // {spec.window} * {spec.window}"
+    return "position * 0"
+
+
+def _logits(spec: AttentionSpec) -> str:
+    log2_e = math.log2(math.e)
+    if spec.softcap is None:
+        return f"    return products * {spec.scale * log2_e!r}  # {spec.scale!r} * log2(e)"
+    lines = [
+        f"# {spec.softcap!r} * tanh(x): the identity with exp2 for large x, its Taylor series where that would cancel",
+        f"x = products * {spec.scale / spec.softcap!r}  # {spec.scale!r} / {spec.softcap!r}",
+        "square = x * x",
+        "series = x * (1 - square * (1 / 3 - square * (2 / 15 - square * (17 / 315))))",
+        f"tanh = 1 - 2 / (1 + tl.exp2(x * {2 * log2_e!r}))  # 2 * log2(e)",
+        f"return tl.where(square < 0.01, series, tanh) * {spec.softcap * log2_e!r}  # {spec.softcap!r} * log2(e)",
+    ]
+    return "\n".join("    " + line for line in lines)
+
+
+_DECODE_INIT = {
+    False: """\
+    top = tl.full((BLOCK_M,), -float("inf"), tl.float32)
+    total = tl.zeros((BLOCK_M,), tl.float32)""",
+    True: """\
+    # The sink is a logit seen before any key, its value zero. Only the first split counts it.
+    sink = tl.load(sinks_ptr + head, mask=row_live, other=0.0).to(tl.float32) * 1.4426950408889634  # log2(e)
+    top = tl.where(split == 0, sink, -float("inf"))
+    total = tl.where(split == 0, 1.0, 0.0) + tl.zeros((BLOCK_M,), tl.float32)""",
+}
+_PREFILL_INIT = {
+    False: _DECODE_INIT[False],
+    True: """\
+    # The sink is a logit seen before any key, its value zero.
+    top = tl.load(sinks_ptr + head, mask=row_live, other=0.0).to(tl.float32) * 1.4426950408889634  # log2(e)
+    total = tl.full((BLOCK_M,), 1.0, tl.float32)""",
+}

@@ -1,0 +1,118 @@
+"""The host's part of an emitted paged-attention file: its variants and ``launch``."""
+
+LAUNCH = '''\
+QKV = {
+    "q_ptr": "$TYPE$", "k_ptr": "$TYPE$", "v_ptr": "$TYPE$",
+    "tables_ptr": "*i32", "starts_ptr": "*i32", "lengths_ptr": "*i32"$SINKS_TYPE$,
+}
+DECODE = {
+    "kernel": decode,
+    "signature": {**QKV, "out_ptr": "$TYPE$", "num_seqs": "i32", "table_width": "i32", "num_splits": "i32"},
+    "constexprs": {**SHAPE, $DECODE_TILE$, "SPLIT": False, "lse_ptr": None},
+    $DECODE_OPTIONS$,
+}
+DECODE_SPLIT = {
+    "kernel": decode,
+    "signature": {
+        **QKV, "out_ptr": "*fp32", "lse_ptr": "*fp32", "num_seqs": "i32", "table_width": "i32", "num_splits": "i32",
+    },
+    "constexprs": {**SHAPE, $DECODE_TILE$, "SPLIT": True},
+    $DECODE_OPTIONS$,
+}
+COMBINE = {
+    "kernel": combine,
+    "signature": {
+        "partial_ptr": "*fp32", "lse_ptr": "*fp32", "starts_ptr": "*i32", "lengths_ptr": "*i32", "out_ptr": "$TYPE$",
+        "num_seqs": "i32", "num_splits": "i32",
+    },
+    "constexprs": {
+        **{name: SHAPE[name] for name in ("NUM_HEADS", "V_HEAD_DIM", "PAD_DV")},
+        "BLOCK_N": DECODE["constexprs"]["BLOCK_N"], "BLOCK_S": 16,
+    },
+    "num_warps": 4, "num_stages": 1,
+}
+PREFILL = {
+    "kernel": prefill,
+    "signature": {**QKV, "out_ptr": "$TYPE$", "num_seqs": "i32", "table_width": "i32"},
+    "constexprs": {**SHAPE, $PREFILL_TILE$},
+    $PREFILL_OPTIONS$,
+}
+# Hopper reads operands of a product from shared memory, which leaves registers for larger tiles.
+PREFILL_HOPPER = {
+    **PREFILL,
+    "constexprs": {**SHAPE, $HOPPER_TILE$},
+    $HOPPER_OPTIONS$,
+    "capabilities": (90,),
+}
+VARIANTS = [DECODE, DECODE_SPLIT, COMBINE, PREFILL, PREFILL_HOPPER]
+
+
+def run(variant, grid, **arguments):
+    """Launch exactly what VARIANTS describes."""
+    options = {"num_warps": variant["num_warps"], "num_stages": variant["num_stages"], "enable_fp_fusion": True}
+    variant["kernel"][grid](**{**variant["constexprs"], **arguments}, **options)
+
+
+@functools.cache
+def is_hopper(device):
+    return device.type == "cuda" and torch.cuda.get_device_capability(device) == (9, 0)
+
+
+@functools.cache
+def processors(device):
+    """Streaming multiprocessors of a GPU; the interpreter's one program at a time counts as a few."""
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 4
+
+
+def programs(variant):
+    """Programs per token or block of tokens: one for each KV head, more if a group of query heads takes several."""
+    return SHAPE["NUM_KV_HEADS"] * triton.cdiv(SHAPE["NUM_HEADS"] // SHAPE["NUM_KV_HEADS"], variant["constexprs"]["HEADS"])
+
+
+def choose_splits(device, tokens, table_width):
+    """Splits per query: two programs for each processor, but no split of less than a tile of keys.
+
+    The span is what the block table can hold, not what the sequences hold: asking the device would make the host wait.
+    """
+    span = $SPAN$
+    wanted = triton.cdiv(2 * processors(device), tokens * programs(DECODE))
+    return max(1, min(wanted, triton.cdiv(span, $DECODE_BLOCK_N$)))
+
+
+def launch(q, k_cache, v_cache, block_tables, query_starts, context_lens, out,$SINKS_PARAMETER$ num_splits=None):
+    """Attention of T queries from S sequences, all tensors contiguous and 16-byte aligned.
+
+    q [T, NUM_HEADS, HEAD_DIM], k_cache [slots, NUM_KV_HEADS, HEAD_DIM], v_cache [slots, NUM_KV_HEADS, V_HEAD_DIM],
+    block_tables i32 [S, width], query_starts i32 [S + 1], context_lens i32 [S] (keys, this step's included),
+    out [T, NUM_HEADS, V_HEAD_DIM]$SINKS_DOC$.
+    T == S is taken to be decoding, one query per sequence: other layouts of as many queries are right too, only slower,
+    and rows that no sequence owns become zero.
+    """
+    tokens, num_seqs, table_width = q.shape[0], context_lens.shape[0], block_tables.shape[1]
+    if tokens == 0:
+        return
+    inputs = {
+        "q_ptr": q, "k_ptr": k_cache, "v_ptr": v_cache, "tables_ptr": block_tables, "starts_ptr": query_starts,
+        "lengths_ptr": context_lens$SINKS_VALUE$, "num_seqs": num_seqs, "table_width": table_width,
+    }
+    if tokens != num_seqs:
+        variant = PREFILL_HOPPER if is_hopper(q.device) else PREFILL
+        queries = variant["constexprs"]["BLOCK_M"] // variant["constexprs"]["HEADS"]
+        # Each sequence may have one block that is not full.
+        run(variant, (tokens // queries + num_seqs, programs(variant)), **inputs, out_ptr=out)
+        return
+    if num_splits is None:
+        num_splits = choose_splits(q.device, tokens, table_width)
+    grid = (tokens, programs(DECODE), num_splits)
+    if num_splits == 1:
+        run(DECODE, grid, **inputs, out_ptr=out, num_splits=1)
+        return
+    rows = (tokens, SHAPE["NUM_HEADS"], num_splits)
+    partial = torch.empty(*rows, SHAPE["V_HEAD_DIM"], dtype=torch.float32, device=q.device)
+    lse = torch.empty(rows, dtype=torch.float32, device=q.device)
+    run(DECODE_SPLIT, grid, **inputs, out_ptr=partial, lse_ptr=lse, num_splits=num_splits)
+    run(
+        COMBINE, (tokens, SHAPE["NUM_HEADS"]), partial_ptr=partial, lse_ptr=lse, starts_ptr=query_starts,
+        lengths_ptr=context_lens, out_ptr=out, num_seqs=num_seqs, num_splits=num_splits,
+    )
+'''

@@ -1,0 +1,231 @@
+"""The kernels of an emitted paged-attention file; ``paged_attention`` fills in the words between dollar signs."""
+
+TEMPLATE = '''\
+import functools
+
+import torch
+import triton
+import triton.language as tl
+
+# Every kernel takes the model's numbers as constexprs, so the compiler knows all strides.
+SHAPE = $SHAPE$
+
+
+@triton.jit
+def first_key(position):
+    """The first key that a query at `position` sees ($KIND$)."""
+    return $FIRST_KEY$
+
+
+@triton.jit
+def base2_logits(products):
+    """Dot products of queries and keys to logits in base 2, since exp2 is what the hardware has."""
+$LOGITS$
+
+
+@triton.jit
+def attend(
+    q, q_position, acc, top, total, kv_head, begin, end, table_ptr, k_ptr, v_ptr,
+    NUM_KV_HEADS: tl.constexpr, HEAD_DIM: tl.constexpr, V_HEAD_DIM: tl.constexpr, CACHE_BLOCK: tl.constexpr,
+    BLOCK_N: tl.constexpr, PAD_D: tl.constexpr, PAD_DV: tl.constexpr, MASKED: tl.constexpr,
+):
+    """Online softmax of the rows of q over the keys [begin, end) of one sequence.
+
+    acc, top and total are each row's weighted values, largest logit and sum of weights so far. MASKED is for rows at
+    different positions: each then sees only its own part of the range.
+    """
+    d = tl.arange(0, PAD_D)
+    dv = tl.arange(0, PAD_DV)
+    for start in tl.range(begin, end, BLOCK_N):
+        key = start + tl.arange(0, BLOCK_N)
+        # A slot past the end may hold anything, NaN too, and 0 * NaN is NaN: it is not loaded at all.
+        live = key < end
+        block = tl.load(table_ptr + key // CACHE_BLOCK, mask=live, other=0)
+        row = (block.to(tl.int64) * CACHE_BLOCK + key % CACHE_BLOCK) * NUM_KV_HEADS + kv_head
+        k_mask = live[:, None] & (d < HEAD_DIM)[None, :]
+        k = tl.load(k_ptr + row[:, None] * HEAD_DIM + d[None, :], mask=k_mask, other=0.0)
+        logits = base2_logits(tl.dot(q, tl.trans(k), input_precision="ieee"))
+        visible = live[None, :]
+        if MASKED:
+            visible = visible & (key[None, :] <= q_position[:, None]) & (key[None, :] >= first_key(q_position)[:, None])
+        logits = tl.where(visible, logits, -float("inf"))
+        new_top = tl.maximum(top, tl.max(logits, 1))
+        # A row that has seen no key yet has top = -inf; shifting by 0 instead keeps -inf - -inf from being NaN.
+        shift = tl.where(new_top == -float("inf"), 0.0, new_top)
+        weights = tl.exp2(logits - shift[:, None])
+        decay = tl.exp2(top - shift)
+        v_mask = live[:, None] & (dv < V_HEAD_DIM)[None, :]
+        v = tl.load(v_ptr + row[:, None] * V_HEAD_DIM + dv[None, :], mask=v_mask, other=0.0)
+        acc = tl.dot(weights.to(v.dtype), v, acc * decay[:, None], input_precision="ieee")
+        total = total * decay + tl.sum(weights, 1)
+        top = new_top
+    return acc, top, total
+
+
+@triton.jit
+def count_not_above(starts_ptr, count, target, DIVISOR: tl.constexpr, STEP: tl.constexpr):
+    """How many i < count have starts[i] // DIVISOR + i * STEP <= target, which grows with i.
+
+    One wide load is faster than the dependent loads of a binary search.
+    """
+    found = 0
+    for base in range(0, count, 256):
+        i = base + tl.arange(0, 256)
+        start = tl.load(starts_ptr + i, mask=i < count, other=0)
+        found += tl.sum(((start // DIVISOR + i * STEP <= target) & (i < count)).to(tl.int32), 0)
+    return found
+
+
+@triton.jit
+def locate_query(token, starts_ptr, lengths_ptr, num_seqs):
+    """The sequence of a query and the keys [begin, end) it sees; none for a row that no sequence owns (padding)."""
+    # With one query per sequence, query i is sequence i's; only other layouts need the search.
+    seq = token
+    ahead = tl.load(starts_ptr + tl.minimum(token, num_seqs))
+    after = tl.load(starts_ptr + tl.minimum(token + 1, num_seqs))
+    if (ahead != token) | (after != token + 1):
+        seq = count_not_above(starts_ptr, num_seqs + 1, token, 1, 0) - 1
+    owned = seq < num_seqs
+    seq = tl.minimum(seq, num_seqs - 1)
+    from_last = tl.load(starts_ptr + seq + 1) - token
+    position = tl.load(lengths_ptr + seq) - from_last
+    return seq, tl.where(owned, first_key(position), 0), tl.where(owned, position + 1, 0)
+
+
+@triton.jit
+def keys_per_split(begin, end, num_splits, BLOCK_N: tl.constexpr):
+    """Whole tiles for each split; the last splits may have none."""
+    return tl.cdiv(tl.cdiv(end - begin, num_splits), BLOCK_N) * BLOCK_N
+
+
+@triton.jit(do_not_specialize=["num_seqs", "table_width", "num_splits"])
+def decode(
+    q_ptr, k_ptr, v_ptr, tables_ptr, starts_ptr, lengths_ptr,$SINKS_ARG$ out_ptr, lse_ptr,
+    num_seqs, table_width, num_splits,
+    NUM_HEADS: tl.constexpr, NUM_KV_HEADS: tl.constexpr, HEAD_DIM: tl.constexpr, V_HEAD_DIM: tl.constexpr,
+    CACHE_BLOCK: tl.constexpr, PAD_D: tl.constexpr, PAD_DV: tl.constexpr,
+    HEADS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, SPLIT: tl.constexpr,
+):
+    """One query, HEADS query heads of one KV head, one split of the keys.
+
+    The heads are the rows of the dot, so a key is loaded once for all of them. With SPLIT, out is this split's fp32
+    partial [T, NUM_HEADS, num_splits, V_HEAD_DIM] and lse its base-2 log-sum-exp; `combine` joins them.
+    """
+    GROUP: tl.constexpr = NUM_HEADS // NUM_KV_HEADS
+    PARTS: tl.constexpr = (GROUP + HEADS - 1) // HEADS
+    token = tl.program_id(0)
+    kv_head = tl.program_id(1) // PARTS
+    split = tl.program_id(2)
+    seq, begin, end = locate_query(token, starts_ptr, lengths_ptr, num_seqs)
+    if SPLIT:
+        length = keys_per_split(begin, end, num_splits, BLOCK_N)
+        begin += split * length
+        end = tl.minimum(end, begin + length)
+        if begin >= end:
+            return
+
+    in_group = tl.program_id(1) % PARTS * HEADS + tl.arange(0, BLOCK_M)
+    row_live = (tl.arange(0, BLOCK_M) < HEADS) & (in_group < GROUP)
+    head = kv_head * GROUP + in_group
+    d = tl.arange(0, PAD_D)
+    dv = tl.arange(0, PAD_DV)
+    row = token.to(tl.int64) * NUM_HEADS + head
+    q_mask = row_live[:, None] & (d < HEAD_DIM)[None, :]
+    q = tl.load(q_ptr + row[:, None] * HEAD_DIM + d[None, :], mask=q_mask, other=0.0)
+    acc = tl.zeros((BLOCK_M, PAD_DV), tl.float32)
+$DECODE_INIT$
+    table_ptr = tables_ptr + seq.to(tl.int64) * table_width
+    acc, top, total = attend(
+        q, head, acc, top, total, kv_head, begin, end, table_ptr, k_ptr, v_ptr,
+        NUM_KV_HEADS, HEAD_DIM, V_HEAD_DIM, CACHE_BLOCK, BLOCK_N, PAD_D, PAD_DV, False,
+    )
+    acc = acc / tl.where(total == 0.0, 1.0, total)[:, None]
+    out_row = row
+    if SPLIT:
+        out_row = row * num_splits + split
+        tl.store(lse_ptr + out_row, top + tl.log2(total), mask=row_live)
+    out_mask = row_live[:, None] & (dv < V_HEAD_DIM)[None, :]
+    tl.store(out_ptr + out_row[:, None] * V_HEAD_DIM + dv[None, :], acc.to(out_ptr.dtype.element_ty), mask=out_mask)
+
+
+@triton.jit(do_not_specialize=["num_seqs", "num_splits"])
+def combine(
+    partial_ptr, lse_ptr, starts_ptr, lengths_ptr, out_ptr, num_seqs, num_splits,
+    NUM_HEADS: tl.constexpr, V_HEAD_DIM: tl.constexpr, PAD_DV: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_S: tl.constexpr,
+):
+    """Join the partials of one query and head, weighted by their log-sum-exps. BLOCK_N must be that of `decode`."""
+    token = tl.program_id(0)
+    seq, begin, end = locate_query(token, starts_ptr, lengths_ptr, num_seqs)
+    live_splits = tl.cdiv(end - begin, tl.maximum(keys_per_split(begin, end, num_splits, BLOCK_N), 1))
+    dv = tl.arange(0, PAD_DV)
+    row = token.to(tl.int64) * NUM_HEADS + tl.program_id(1)
+    acc = tl.zeros((PAD_DV,), tl.float32)
+    top = -float("inf")
+    total = 0.0
+    for start in range(0, live_splits, BLOCK_S):
+        split = start + tl.arange(0, BLOCK_S)
+        live = split < live_splits
+        lse = tl.load(lse_ptr + row * num_splits + split, mask=live, other=-float("inf"))
+        new_top = tl.maximum(top, tl.max(lse, 0))
+        weights = tl.exp2(lse - new_top)
+        decay = tl.exp2(top - new_top)
+        mask = live[:, None] & (dv < V_HEAD_DIM)[None, :]
+        source = partial_ptr + (row * num_splits + split)[:, None] * V_HEAD_DIM + dv[None, :]
+        acc = acc * decay + tl.sum(tl.load(source, mask=mask, other=0.0) * weights[:, None], 0)
+        total = total * decay + tl.sum(weights, 0)
+        top = new_top
+    acc = acc / tl.where(total == 0.0, 1.0, total)
+    tl.store(out_ptr + row * V_HEAD_DIM + dv, acc.to(out_ptr.dtype.element_ty), mask=dv < V_HEAD_DIM)
+
+
+@triton.jit(do_not_specialize=["num_seqs", "table_width"])
+def prefill(
+    q_ptr, k_ptr, v_ptr, tables_ptr, starts_ptr, lengths_ptr,$SINKS_ARG$ out_ptr,
+    num_seqs, table_width,
+    NUM_HEADS: tl.constexpr, NUM_KV_HEADS: tl.constexpr, HEAD_DIM: tl.constexpr, V_HEAD_DIM: tl.constexpr,
+    CACHE_BLOCK: tl.constexpr, PAD_D: tl.constexpr, PAD_DV: tl.constexpr,
+    HEADS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+):
+    """BLOCK_M // HEADS neighbouring queries of one sequence, times HEADS query heads of one KV head."""
+    GROUP: tl.constexpr = NUM_HEADS // NUM_KV_HEADS
+    PARTS: tl.constexpr = (GROUP + HEADS - 1) // HEADS
+    BLOCK_Q: tl.constexpr = BLOCK_M // HEADS
+    program = tl.program_id(0)
+    kv_head = tl.program_id(1) // PARTS
+    # Counting one partly filled block for each sequence before it, sequence s begins at program starts[s]//BLOCK_Q + s.
+    # That leaves programs without queries, but needs no table of blocks and no size from the device.
+    seq = count_not_above(starts_ptr, num_seqs, program, BLOCK_Q, 1) - 1
+    seq_start = tl.load(starts_ptr + seq)
+    num_queries = tl.load(starts_ptr + seq + 1) - seq_start
+    first_query = (program - (seq_start // BLOCK_Q + seq)) * BLOCK_Q
+    if first_query >= num_queries:
+        return
+
+    lane = tl.arange(0, BLOCK_M)
+    query = first_query + lane // HEADS
+    in_group = tl.program_id(1) % PARTS * HEADS + lane % HEADS
+    row_live = (lane < BLOCK_Q * HEADS) & (query < num_queries) & (in_group < GROUP)
+    head = kv_head * GROUP + in_group
+    d = tl.arange(0, PAD_D)
+    dv = tl.arange(0, PAD_DV)
+    row = (seq_start + query).to(tl.int64) * NUM_HEADS + head
+    q_mask = row_live[:, None] & (d < HEAD_DIM)[None, :]
+    q = tl.load(q_ptr + row[:, None] * HEAD_DIM + d[None, :], mask=q_mask, other=0.0)
+    acc = tl.zeros((BLOCK_M, PAD_DV), tl.float32)
+$PREFILL_INIT$
+    # Keys before the first query's window, or after the last query, are seen by no row of this program.
+    past = tl.load(lengths_ptr + seq) - num_queries
+    begin = first_key(past + first_query)
+    end = past + tl.minimum(first_query + BLOCK_Q, num_queries)
+    table_ptr = tables_ptr + seq.to(tl.int64) * table_width
+    acc, top, total = attend(
+        q, past + query, acc, top, total, kv_head, begin, end, table_ptr, k_ptr, v_ptr,
+        NUM_KV_HEADS, HEAD_DIM, V_HEAD_DIM, CACHE_BLOCK, BLOCK_N, PAD_D, PAD_DV, True,
+    )
+    acc = acc / tl.where(total == 0.0, 1.0, total)[:, None]
+    out_mask = row_live[:, None] & (dv < V_HEAD_DIM)[None, :]
+    tl.store(out_ptr + row[:, None] * V_HEAD_DIM + dv[None, :], acc.to(out_ptr.dtype.element_ty), mask=out_mask)
+
+
+$LAUNCH$'''

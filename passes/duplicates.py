@@ -1,0 +1,37 @@
+"""MergeDuplicates: equal calls on equal arguments are computed once; weights of the same name are one value."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch.fx import Node
+
+from ..ir.graph import Graph
+from ..ir.ops import is_pure
+from .ledger import PassReport
+
+
+def merge_duplicates(graph: Graph) -> tuple[Graph, PassReport]:
+    """Common subexpression elimination over values without effects."""
+    graph, report = graph.copy(), PassReport("MergeDuplicates")
+    seen: dict[Any, Node] = {}
+    for node in list(graph.calls()):
+        if not is_pure(node.target):
+            continue
+        key = (node.target, _key(node.args), _key(node.kwargs))
+        if key in seen:
+            node.replace_all_uses_with(seen[key])
+            graph.erase_node(node)
+            report.fused.append(seen[key].name)
+        else:
+            seen[key] = node
+    graph.eliminate_dead()
+    return graph, report
+
+
+def _key(value: Any) -> Any:
+    if isinstance(value, (list, tuple)):
+        return tuple(map(_key, value))
+    if isinstance(value, dict):
+        return tuple((name, _key(item)) for name, item in value.items())
+    return (type(value).__name__, value)

@@ -1,0 +1,105 @@
+"""The pipeline: the passes a model goes through, in order, each by the name it has in dumps and reports."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+
+from ..ir.errors import FuselineError
+from ..ir.graph import Graph
+from ..ir.verify import verify
+from . import activations, norms, rotary
+from .batch_dim import drop_batch_dim
+from .duplicates import merge_duplicates
+from .grouping import group_kernels
+from .ledger import PassReport
+from .merge import merge_gate_up, merge_qkv
+from .paging import page_attention
+from .rule import Rule
+from .select_rows import select_rows
+from .transposes import sink_transposes
+
+GraphPass = Callable[[Graph], tuple[Graph, PassReport]]
+
+RULES: tuple[Rule, ...] = (
+    activations.LinearFromAddmm,
+    norms.FuseRMSNorm,
+    norms.FuseNormScale,
+    norms.FuseTorchRMSNorm,
+    norms.FuseLayerNorm,
+    norms.FuseWrittenLayerNorm,
+    rotary.FuseRope,
+    rotary.FuseInterleavedRope,
+    rotary.FuseSplitRope,
+    rotary.FusePartialRope,
+    activations.FuseTanhGelu,
+    activations.FuseSiluMul,
+    activations.FuseGeluMul,
+    activations.FuseTanhGeluMul,
+    norms.FuseAddRMSNorm,
+)
+
+PASSES: dict[str, GraphPass] = {
+    "DropBatchDim": drop_batch_dim,
+    "MergeDuplicates": merge_duplicates,
+    "SinkTransposes": sink_transposes,
+    **{rule.name: rule for rule in RULES},
+    "MergeQKV": merge_qkv,
+    "MergeGateUp": merge_gate_up,
+    "PageAttention": page_attention,
+    "SelectRows": select_rows,
+    "GroupKernels": group_kernels,
+}
+
+# Hugging Face spellings become our operators.
+CANONICAL: tuple[str, ...] = (
+    "DropBatchDim",
+    "MergeDuplicates",
+    "SinkTransposes",
+    "MergeDuplicates",
+    *(rule.name for rule in RULES),
+    "MergeDuplicates",
+)
+# Our operators become kernels over a paged cache.
+LOWERING: tuple[str, ...] = ("MergeQKV", "MergeGateUp", "PageAttention", "SelectRows", "GroupKernels")
+
+PIPELINE: tuple[str, ...] = CANONICAL + LOWERING
+
+
+class UnknownPassError(FuselineError, KeyError):
+    """There is no pass of that name."""
+
+
+@dataclass(frozen=True)
+class Step:
+    """One pass of a run: the graph after it and its account."""
+
+    name: str
+    graph: Graph
+    report: PassReport
+
+
+def steps(graph: Graph, names: Sequence[str] = PIPELINE, check: bool = False) -> Iterator[Step]:
+    """Run passes one after another and show each result. ``check`` verifies the graph after each pass.
+
+    Raises:
+        UnknownPassError: a name is not in ``PASSES``.
+    """
+    for name in names:
+        if name not in PASSES:
+            raise UnknownPassError(f"no pass is named {name}; there are {', '.join(PASSES)}")
+    for name in names:
+        begin = time.perf_counter()
+        graph, report = PASSES[name](graph)
+        report.milliseconds = 1e3 * (time.perf_counter() - begin)
+        if check:
+            verify(graph)
+        yield Step(name, graph, report)
+
+
+def run(graph: Graph, names: Sequence[str] = PIPELINE) -> Graph:
+    """Run the named passes on a graph and return the new graph; the given one stays as it is."""
+    for step in steps(graph, names):
+        graph = step.graph
+    return graph

@@ -1,0 +1,171 @@
+"""Rules: declared once, and their own documentation and test.
+
+A rule is a class with ``before`` and ``after`` (see ``pattern``), an optional ``when(m)`` that raises ``Reject`` with a
+reason, a docstring, and ``examples``: pairs of a graph text and what becomes of it, which is another graph text,
+``"rejected: why"`` or ``"unchanged"``.
+"""
+
+from __future__ import annotations
+
+import inspect
+import operator
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch.fx import Node
+
+from ..ir.build import insert_before
+from ..ir.graph import Graph, is_constant, type_of
+from ..ir.infer import Inference
+from ..ir.ops import aten
+from .ledger import PassReport, Refusal
+from .matcher import Match, matches
+from .pattern import Call, Pattern, Var, read_pattern
+
+Example = tuple[str, str]
+
+
+class Reject(Exception):
+    """Raised by ``when``: the pattern fits, but the rule does not apply; says why."""
+
+
+@dataclass(frozen=True)
+class Rule:
+    """A declared rule. ``exact`` rules give the same numbers in fp32 up to reassociation."""
+
+    name: str
+    doc: str
+    before: Pattern
+    after: Pattern
+    when: Callable[[Match], None] | None
+    examples: tuple[Example, ...]
+    exact: bool = True
+    shared_inner: bool = field(default=False)
+
+    def __call__(self, graph: Graph) -> tuple[Graph, PassReport]:
+        """Apply the rule wherever it fits. Returns a new graph and the account of all sites."""
+        graph = graph.copy()
+        report = PassReport(self.name)
+        infer = Inference()
+        for root in list(graph.calls()):
+            if not root._erased:
+                self._site(graph, root, report, infer)
+        graph.eliminate_dead()
+        return graph, report
+
+    def _site(self, graph: Graph, root: Node, report: PassReport, infer: Inference) -> None:
+        reasons: list[str] = []
+        if isinstance(self.before.results[0], Call) and root.target != self.before.results[0].target:
+            return
+        for found in matches(self.before, root):
+            why = self._refusal(found)
+            if why is None:
+                _replace(graph, self, found, infer)
+                report.fused.append(root.name)
+                return
+            reasons.append(why)
+        if reasons:
+            report.refused.append(Refusal(root.name, reasons[0]))
+
+    def _refusal(self, found: Match) -> str | None:
+        if self.when is not None:
+            try:
+                self.when(found)
+            except Reject as reason:
+                return str(reason)
+        if not self.shared_inner:
+            own = {*found.calls.values(), *found.casts}
+            for node in found.inner:
+                for user in node.users:
+                    if user not in own:
+                        return f"{node.name} is also used by {user.name}"
+        return None
+
+
+def rule(declaration: type | None = None, *, exact: bool = True, shared_inner: bool = False) -> Any:
+    """Class decorator that makes a ``Rule`` of a declaration.
+
+    ``exact=False`` marks a rule that changes the numbers; ``shared_inner=True`` lets it apply although values inside
+    the pattern have other users (they are then computed twice).
+
+    Raises:
+        ValueError: the declaration lacks a docstring, examples, ``before`` or ``after``.
+    """
+
+    def make(cls: type) -> Rule:
+        doc = inspect.getdoc(cls) or ""
+        examples = tuple(getattr(cls, "examples", ()))
+        if not doc or not examples:
+            raise ValueError(f"rule {cls.__name__} needs a docstring and examples")
+        members = vars(cls)
+        if "before" not in members or "after" not in members:
+            raise ValueError(f"rule {cls.__name__} needs before and after")
+        before, after = read_pattern(members["before"]), read_pattern(members["after"])
+        when = members.get("when")
+        return Rule(cls.__name__, doc, before, after, when, examples, exact, shared_inner)
+
+    return make if declaration is None else make(declaration)
+
+
+def _replace(graph: Graph, rule: Rule, found: Match, infer: Inference) -> None:
+    # New values stand before the first of the replaced ones. Weights that are defined later move up: they read nothing.
+    first = min(found.roots)
+    operands = [item for item in found.bound.values() if isinstance(item, Node)]
+    for operand in operands:
+        hoist(operand, first)
+    place = max([first.prev, *operands]).next
+    builder = _Builder(graph, found, infer, place)
+    results = [builder.build(result) for result in rule.after.results]
+    for root, result in zip(found.roots, results):
+        stated = type_of(root)
+        if type_of(result).shape != stated.shape:
+            raise AssertionError(f"{rule.name} changes the shape of {root.name}: {stated} to {type_of(result)}")
+        if type_of(result).dtype != stated.dtype:
+            result = builder.add(aten("to.dtype"), (result, stated.torch_dtype), {})
+        root.replace_all_uses_with(result)
+        if result in builder.made:
+            line = root.meta.get("source", "").rpartition("; ")[2]
+            result.meta["source"] = f"{rule.name}; {line}" if ":" in line else rule.name
+            result.name, name = root.name, result.name
+            root.name = name
+        graph.erase_node(root)
+
+
+def hoist(node: Node, before: Node) -> None:
+    """Move a weight, or a value made of weights alone, up to ``before`` if it is defined later."""
+    if before < node and is_constant(node):
+        for source in node.all_input_nodes:
+            hoist(source, before)
+        before.prepend(node)
+
+
+class _Builder:
+    """Builds the right-hand side of a rule, one node after another."""
+
+    def __init__(self, graph: Graph, found: Match, infer: Inference, place: Node) -> None:
+        self.graph = graph
+        self.found = found
+        self.infer = infer
+        self.place = place
+        self.made: list[Node] = []
+        self.known: dict[Call, Node] = {}
+
+    def add(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Node:
+        node = insert_before(self.graph, self.place, self.infer, target, args, kwargs)
+        self.made.append(node)
+        return node
+
+    def build(self, value: Any) -> Any:
+        if isinstance(value, Var):
+            return self.found.bound[value.name]
+        if isinstance(value, list):
+            return [self.build(item) for item in value]
+        if not isinstance(value, Call):
+            return value
+        if value not in self.known:
+            args = tuple(self.build(item) for item in value.args)
+            kwargs = {name: self.build(item) for name, item in value.kwargs.items()}
+            target = operator.getitem if value.target == "getitem" else value.target
+            self.known[value] = self.add(target, args, kwargs)
+        return self.known[value]

@@ -1,0 +1,111 @@
+"""SinkTransposes: models work on ``[heads, T, d]``; moving the transposes down leaves rows of tokens ``[T, heads, d]``."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch.fx import Node
+
+from ..ir.build import insert_before
+from ..ir.graph import Graph, node_inputs, type_of
+from ..ir.infer import Inference, TypeInferenceError
+from ..ir.ops import POINTWISE, aten, op_name
+from .ledger import PassReport
+
+_LAST_DIM_ONLY = frozenset({"aten.slice.Tensor", "aten.cat", "aten.mean.dim", "aten.softmax.int", "aten.stack"})
+_NORMS = frozenset({"aten.layer_norm", "aten.rms_norm", "nn.rms_norm", "nn.layer_norm"})
+
+
+def sink_transposes(graph: Graph) -> tuple[Graph, PassReport]:
+    """Rewrite ``op(transpose(x))`` as ``transpose(op(x))`` where ``op`` works on the last dim alone, and cancel pairs."""
+    graph, report = graph.copy(), PassReport("SinkTransposes")
+    infer = Inference()
+    for node in list(graph.calls()):
+        if _is_swap(node) and isinstance(node.args[0], Node) and _is_swap(node.args[0]):
+            base = node.args[0].args[0]
+            assert isinstance(base, Node)
+            node.replace_all_uses_with(base)
+            graph.erase_node(node)
+            report.fused.append(base.name)
+        elif _sinks(node):
+            made = _sink(graph, node, infer)
+            if made is not None:
+                report.fused.append(made)
+    graph.eliminate_dead()
+    return graph, report
+
+
+def _is_swap(node: Node) -> bool:
+    return (
+        node.op == "call_function"
+        and op_name(node.target) == "aten.transpose.int"
+        and set(node.args[1:]) == {-3, -2}
+        and type_of(node).rank == 3
+    )
+
+
+def _sinks(node: Node) -> bool:
+    name = op_name(node.target)
+    if not any(_is_swap(item) for item in node_inputs(node.args)):
+        return False
+    if name in _LAST_DIM_ONLY:
+        dims = node.args[1] if len(node.args) > 1 else 0
+        return dims in (-1, [-1]) or list(dims if isinstance(dims, (list, tuple)) else [dims]) == [-1]
+    return name in POINTWISE or name in _NORMS or (name == "aten.reshape" and _keeps_rows(node))
+
+
+def _keeps_rows(node: Node) -> bool:
+    """A reshape that only folds or splits dims after the first two of ``[heads, T, ...]``."""
+    source = node.args[0]
+    return isinstance(source, Node) and type_of(source).shape[:2] == type_of(node).shape[:2] and type_of(node).rank == 3
+
+
+def _sink(graph: Graph, node: Node, infer: Inference) -> str | None:
+    """Returns the name of the value that was moved, or nothing if an operand has no transposed form."""
+    made: list[Node] = []
+
+    def turned(value: Any) -> Any:
+        if isinstance(value, (list, tuple)):
+            return [turned(item) for item in value]
+        if not isinstance(value, Node):
+            return value
+        kind = type_of(value)
+        if _is_swap(value):
+            return value.args[0]
+        if kind.rank <= 1 or (kind.rank == 2 and kind.shape[0] == 1):
+            return value
+        if kind.rank == 3 and kind.shape[0] == 1 and kind.shape[1] == 1:
+            return value
+        if op_name(value.target) == "aten.unsqueeze" and value.args[1] == -3 and kind.rank == 3:
+            return add(aten("unsqueeze"), (value.args[0], -2))
+        if kind.rank == 3:
+            return add(aten("transpose.int"), (value, -3, -2))
+        if kind.rank == 2:  # [T, d] against [heads, T, d] is [T, 1, d] against [T, heads, d]
+            return add(aten("unsqueeze"), (value, -2))
+        raise LookupError
+
+    def add(target: Any, args: Any) -> Node:
+        fresh = insert_before(graph, node, infer, target, args)
+        made.append(fresh)
+        return fresh
+
+    try:
+        args = list(turned(list(node.args)))
+        if op_name(node.target) == "aten.reshape":
+            shape = type_of(node).shape
+            args[1] = [shape[1], shape[0], *shape[2:]]
+        moved = insert_before(graph, node, infer, node.target, args, node.kwargs, source=node.meta.get("source", ""))
+        made.append(moved)
+        back = add(aten("transpose.int"), (moved, -3, -2))
+        if type_of(back) != type_of(node):
+            raise LookupError
+    except (LookupError, TypeInferenceError):
+        for fresh in reversed(made):
+            if not fresh.users:
+                graph.erase_node(fresh)
+        return None
+    node.replace_all_uses_with(back)
+    name = node.name
+    graph.erase_node(node)
+    moved.name = name
+    return name

@@ -1,0 +1,240 @@
+"""Serves requests: one validator at the door, then steps of the scheduler, the model and the sampler."""
+
+from __future__ import annotations
+
+import dataclasses
+import secrets
+from collections.abc import Callable
+from collections.abc import Sequence as SequenceOf
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+
+from ..ir.errors import InvalidRequestError
+from .pool import BlockPool, PoolError
+from .runner import Runner
+from .sampler import sample
+from .scheduler import Chunk, Scheduler
+from .sequence import FinishReason, SamplingParams, Sequence, validate_prompt
+from .step import Model
+
+
+class TokenEvent(NamedTuple):
+    """A token was generated; ``finish_reason`` is set if it is the last of its sequence."""
+
+    sequence_id: int
+    token: int
+    finish_reason: FinishReason | None
+
+
+@dataclass(frozen=True)
+class Stats:
+    """Totals since the engine was made.
+
+    steps           calls of the model
+    tokens          tokens generated
+    preemptions     times a sequence lost its blocks and had to be computed again
+    prefill_tokens  tokens computed from prompts, again after a preemption (generated ones too), or for scores
+    decode_tokens   generated tokens fed back one at a time
+    """
+
+    steps: int = 0
+    tokens: int = 0
+    preemptions: int = 0
+    prefill_tokens: int = 0
+    decode_tokens: int = 0
+
+
+class Engine:
+    """Generates tokens for any number of requests at once. Not for use by several threads.
+
+    A request's tokens do not depend on what it is batched with, as far as the model's logits do not.
+    If a step raises, every request not yet finished ends with that exception: the engine is then empty and usable.
+    """
+
+    def __init__(
+        self,
+        model: Model,
+        *,
+        num_blocks: int,
+        block_size: int,
+        max_batch_size: int,
+        max_seq_len: int,
+        max_step_tokens: int,
+        vocab_size: int,
+        device: torch.device | str,
+    ) -> None:
+        """``num_blocks`` blocks of ``block_size`` tokens are the cache that ``model`` writes to; it may hold fewer
+        than ``max_seq_len`` tokens. ``max_step_tokens`` bounds the tokens of one call of the model."""
+        if max_seq_len < 1 or vocab_size < 1:
+            raise ValueError(f"max_seq_len={max_seq_len} and vocab_size={vocab_size} must be at least 1")
+        self.pool = BlockPool(num_blocks, block_size)
+        self.scheduler = Scheduler(self.pool, max_batch_size, max_step_tokens)
+        self.max_seq_len = max_seq_len
+        self.vocab_size = vocab_size
+        self._runner = Runner(model, block_size, device)
+        self._live: dict[int, Sequence] = {}
+        self._next_id = 0
+        self._steps = self._tokens = self._prefill_tokens = self._decode_tokens = 0
+
+    @property
+    def has_work(self) -> bool:
+        return self.scheduler.has_work
+
+    @property
+    def stats(self) -> Stats:
+        return Stats(
+            self._steps, self._tokens, self.scheduler.num_preemptions, self._prefill_tokens, self._decode_tokens
+        )
+
+    def add(self, prompt: list[int], params: SamplingParams | None = None) -> int:
+        """Queue a request and return its id. Raises InvalidRequestError and changes nothing if it cannot be served."""
+        params = SamplingParams() if params is None else params
+        self.validate(prompt, params)
+        if params.seed is None:
+            params = dataclasses.replace(params, seed=secrets.randbits(64))
+        sequence = Sequence(self._next_id, list(prompt), params)
+        self._next_id += 1
+        self._live[sequence.id] = sequence
+        self.scheduler.add(sequence)
+        return sequence.id
+
+    def validate(self, prompt: list[int], params: SamplingParams) -> None:
+        """Raise InvalidRequestError unless the request can be served, alone at least."""
+        if not isinstance(params, SamplingParams):
+            raise InvalidRequestError(f"params is of type {type(params).__name__}: pass a SamplingParams")
+        params.validate()
+        validate_prompt(prompt, self.vocab_size)
+        length = len(prompt) + params.max_new_tokens
+        if length > self.max_seq_len:
+            raise InvalidRequestError(
+                f"the prompt of {len(prompt)} tokens and max_new_tokens={params.max_new_tokens} make {length}, but "
+                f"max_seq_len is {self.max_seq_len}: shorten one of them, or compile with a larger max_seq_len"
+            )
+        self._validate_room(length - 1)
+
+    def step(self) -> list[TokenEvent]:
+        """Call the model once and return the tokens it gave; none if it computed only parts of prompts."""
+        return self._advance()[0]
+
+    def run(self, on_event: Callable[[TokenEvent], None] | None = None) -> dict[int, Sequence]:
+        """Step until all requests are done; return those that finished meanwhile, by id.
+
+        ``on_event`` sees every token in order, and may add and abort requests. If it raises, the step's other events
+        are lost, and the requests still unfinished stay in the engine.
+        """
+        finished: dict[int, Sequence] = {}
+        while self.has_work:
+            events, ended = self._advance()
+            finished.update((sequence.id, sequence) for sequence in ended)
+            if on_event is not None:
+                for event in events:
+                    on_event(event)
+        return finished
+
+    def abort(self, sequence_id: int) -> bool:
+        """End a request without a further token. False if it is unknown or has ended already."""
+        sequence = self._live.pop(sequence_id, None)
+        if sequence is None:
+            return False
+        self.scheduler.remove(sequence)
+        return True
+
+    def abort_all(self) -> None:
+        """End every request; the pool is then as at the start."""
+        self.scheduler.clear()
+        self._live.clear()
+
+    def score(self, prompts: SequenceOf[list[int]]) -> list[torch.Tensor]:
+        """Logits [len(prompt), V] of every token of each prompt, through the same paged cache.
+
+        Requests in flight lose their blocks meanwhile and are computed again later; their tokens stay the same.
+        Raises InvalidRequestError, naming the prompt, before anything is computed. If the model raises, the blocks of
+        the prompts are given back and requests in flight go on.
+        """
+        for index, prompt in enumerate(prompts):
+            validate_prompt(prompt, self.vocab_size, f"prompts[{index}]")
+            if len(prompt) > self.max_seq_len:
+                raise InvalidRequestError(
+                    f"prompts[{index}] has {len(prompt)} tokens, but max_seq_len is {self.max_seq_len}: shorten it"
+                )
+            self._validate_room(len(prompt), f"prompts[{index}]")
+        self.scheduler.preempt_all()
+        scheduler = Scheduler(self.pool, self.scheduler.max_batch_size, self.scheduler.max_step_tokens)
+        for index, prompt in enumerate(prompts):
+            scheduler.add(Sequence(index, list(prompt)))
+        scores: dict[int, torch.Tensor] = {}
+        try:
+            while scheduler.has_work:
+                chunks = scheduler.schedule()
+                ends = [chunk.reaches_end for chunk in chunks]
+                logits = self._compute(chunks, all_rows=True)
+                row = 0
+                for chunk, end in zip(chunks, ends, strict=True):
+                    sequence = chunk.sequence
+                    if sequence.id not in scores:
+                        scores[sequence.id] = logits.new_empty(len(sequence.prompt), logits.shape[-1])
+                    # Copied: a model may hand out the same memory at every step.
+                    scores[sequence.id][chunk.start : chunk.stop] = logits[row : row + chunk.length]
+                    row += chunk.length
+                    if end:
+                        scheduler.remove(sequence)
+        finally:
+            scheduler.clear()
+        return [scores[index] for index in range(len(prompts))]
+
+    def check_integrity(self) -> None:
+        """Raise PoolError unless every block is free or owned by one running sequence that has room for its tokens."""
+        self.pool.check_integrity(sequence.block_table for sequence in self._live.values())
+        queued = [*self.scheduler.running, *self.scheduler.waiting]
+        if [sequence.id for sequence in queued] != list(self._live):
+            raise PoolError("the scheduler does not hold the unfinished requests in order of arrival")
+        for sequence in queued:
+            if len(sequence.block_table) < self.pool.blocks_for(sequence.num_computed):
+                raise PoolError(f"sequence {sequence.id} has too few blocks for {sequence.num_computed} tokens")
+        if any(sequence.block_table for sequence in self.scheduler.waiting):
+            raise PoolError("a waiting sequence owns blocks")
+
+    def _advance(self) -> tuple[list[TokenEvent], list[Sequence]]:
+        """One step: its events, and the sequences that ended with it."""
+        if not self.has_work:
+            return [], []
+        try:
+            chunks = self.scheduler.schedule()
+            sampled = [chunk.sequence for chunk in chunks if chunk.reaches_end]
+            logits = self._compute(chunks)
+            indices = [len(sequence.output) for sequence in sampled]
+            tokens = sample(logits, [sequence.params for sequence in sampled], indices) if sampled else []
+        except BaseException:
+            self.abort_all()
+            raise
+        self._tokens += len(tokens)
+        events: list[TokenEvent] = []
+        ended: list[Sequence] = []
+        for sequence, token in zip(sampled, tokens, strict=True):
+            sequence.append(token)
+            events.append(TokenEvent(sequence.id, token, sequence.finish_reason))
+            if sequence.finish_reason is not None:
+                ended.append(sequence)
+                self.abort(sequence.id)
+        return events, ended
+
+    def _compute(self, chunks: list[Chunk], *, all_rows: bool = False) -> torch.Tensor:
+        logits = self._runner.run(chunks, all_rows=all_rows)
+        self._steps += 1
+        for sequence, start, length in chunks:
+            if start >= len(sequence.prompt) and length == 1:
+                self._decode_tokens += 1
+            else:
+                self._prefill_tokens += length
+            sequence.num_computed += length
+        return logits
+
+    def _validate_room(self, num_tokens: int, name: str = "the request") -> None:
+        needed = self.pool.blocks_for(num_tokens)
+        if needed > self.pool.num_blocks:
+            raise InvalidRequestError(
+                f"{name} needs {needed} blocks of the KV cache for {num_tokens} tokens, but the pool has "
+                f"{self.pool.num_blocks}: shorten it or compile with a larger kv_cache.max_tokens"
+            )

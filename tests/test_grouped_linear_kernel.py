@@ -1,0 +1,163 @@
+"""Emitted grouped linear layers: interpreted against a loop over pairs, and compiled for sm_80 and sm_90."""
+
+from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from triton_interpreter import interpreter
+
+from fuseline.codegen.grouped_linear import GroupedLinearSpec, grouped_linear_source
+from fuseline.codegen.offline import check_file, load_kernel_file
+
+SPEC = GroupedLinearSpec(8, 2, 40, 24, torch.float32)
+UNLUCKY = GroupedLinearSpec(5, 3, 67, 71, torch.float32)
+CASES = {
+    "one token": (SPEC, 1),
+    "a few tokens": (SPEC, 13),
+    "a prime number of tokens": (SPEC, 101),
+    "many tokens": (replace(SPEC, in_features=16, out_features=16, num_experts=3), 331),
+    "unlucky features": (UNLUCKY, 7),
+    "unlucky features, more tokens": (UNLUCKY, 29),
+    "a row per pair": (replace(UNLUCKY, per_pair=True), 17),
+    "transposed": (replace(UNLUCKY, transposed=True), 17),
+    "bias": (replace(UNLUCKY, bias=True), 17),
+    "all three": (replace(UNLUCKY, per_pair=True, transposed=True, bias=True), 31),
+    "one expert": (replace(UNLUCKY, num_experts=1, top_k=1), 19),
+    "more experts than pairs": (replace(SPEC, num_experts=130, top_k=4), 5),
+    "fp16": (replace(UNLUCKY, dtype=torch.float16, bias=True), 37),
+}
+
+
+def grouped_linear_reference(spec: GroupedLinearSpec, x, ids, weight, bias=None):  # type: ignore[no-untyped-def]
+    """One matrix-vector product per pair, in fp64."""
+    out = torch.empty(*ids.shape, spec.out_features, dtype=torch.float64, device=x.device)
+    for t, j in ((t, j) for t in range(ids.shape[0]) for j in range(spec.top_k)):
+        matrix = weight[ids[t, j]].double()
+        row = (x[t, j] if spec.per_pair else x[t]).double()
+        out[t, j] = row @ matrix if spec.transposed else matrix @ row
+        if bias is not None:
+            out[t, j] += bias[ids[t, j]].double()
+    return out
+
+
+def inputs(spec: GroupedLinearSpec, tokens: int, device: str = "cpu") -> list[torch.Tensor]:
+    """x, ids (distinct within a token, the last expert without pairs where that is possible), weight and bias."""
+    generator = torch.Generator().manual_seed(tokens)
+    usable = max(spec.num_experts - 1, spec.top_k)
+    ids = torch.stack([torch.randperm(usable, generator=generator)[: spec.top_k] for _ in range(tokens)])
+    features = (spec.in_features, spec.out_features) if spec.transposed else (spec.out_features, spec.in_features)
+    x_shape = (tokens, spec.top_k, spec.in_features) if spec.per_pair else (tokens, spec.in_features)
+    x = torch.randn(x_shape, generator=generator)
+    weight = torch.randn(spec.num_experts, *features, generator=generator)
+    bias = [torch.randn(spec.num_experts, spec.out_features, generator=generator)] if spec.bias else []
+    x, weight, *bias = (t.to(device, spec.dtype) for t in (x, weight, *bias))
+    return [x, ids.to(device), weight, *bias]
+
+
+def run_case(spec: GroupedLinearSpec, tokens: int, folder: str, device: str = "cpu") -> tuple[float, float]:
+    """RMSE of an emitted file relative to the reference, and that of rounding the reference to the dtype."""
+    path = Path(folder, "grouped.py")
+    path.write_text(grouped_linear_source(spec))
+    x, ids, weight, *bias = inputs(spec, tokens, device)
+    out = torch.full((tokens, spec.top_k, spec.out_features), torch.nan, dtype=spec.dtype, device=device)
+    load_kernel_file(path).launch(x, ids, weight, out, *bias)
+    expected = grouped_linear_reference(spec, x, ids, weight, *bias)
+    scale = expected.square().mean()
+    rounding = (expected.to(spec.dtype).double() - expected).square().mean() / scale
+    return ((out.double() - expected).square().mean() / scale).sqrt().item(), rounding.sqrt().item()
+
+
+def run_sort(spec: GroupedLinearSpec, tokens: int, folder: str) -> tuple[list[int], list[int], list[int]]:
+    path = Path(folder, "sort.py")
+    path.write_text(grouped_linear_source(spec))
+    ids = inputs(spec, tokens)[1]
+    order, starts = load_kernel_file(path).sort_pairs(ids)
+    return ids.flatten().tolist(), order.tolist(), starts.tolist()
+
+
+def variant_names(spec: GroupedLinearSpec, tokens: list[int], folder: str) -> list[int]:
+    path = Path(folder, "grouped.py")
+    path.write_text(grouped_linear_source(spec))
+    module = load_kernel_file(path)
+    return [module.VARIANTS.index(module.choose_tile(torch.device("cpu"), count)) for count in tokens]
+
+
+@pytest.fixture(scope="module")
+def pool() -> Iterator[ProcessPoolExecutor]:
+    with interpreter() as executor:
+        yield executor
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_equals_the_reference(name: str, pool: ProcessPoolExecutor, tmp_path: Path) -> None:
+    spec, tokens = CASES[name]
+    error, _ = pool.submit(run_case, spec, tokens, str(tmp_path)).result()
+    assert error <= (1e-5 if spec.dtype == torch.float32 else 1e-3)
+
+
+@pytest.mark.parametrize("tokens", [1, 11, 700, 2500])
+def test_pairs_are_sorted_stably(tokens: int, pool: ProcessPoolExecutor, tmp_path: Path) -> None:
+    """2500 tokens take the larger of the two sorting tiles."""
+    spec = replace(SPEC, num_experts=6)
+    ids, order, starts = pool.submit(run_sort, spec, tokens, str(tmp_path)).result()
+    assert order == sorted(range(len(ids)), key=lambda pair: ids[pair])
+    assert starts == [sum(i < expert for i in ids) for expert in range(spec.num_experts + 1)]
+
+
+def test_cases_reach_every_tile(pool: ProcessPoolExecutor, tmp_path: Path) -> None:
+    """If this fails, a tile is emitted that no case above runs."""
+    reached = {
+        pool.submit(variant_names, spec, [tokens], str(tmp_path)).result()[0] for spec, tokens in CASES.values()
+    }
+    assert reached == {2, 3, 4}
+
+
+def test_source_is_deterministic_and_states_its_numbers() -> None:
+    source = grouped_linear_source(UNLUCKY)
+    assert source == grouped_linear_source(UNLUCKY) != grouped_linear_source(SPEC)
+    assert '"IN": 67, "OUT": 71' in source and "$" not in source and "bias" not in source
+
+
+GPU_SPECS = [
+    GroupedLinearSpec(8, 2, 4096, 28672, torch.bfloat16),
+    GroupedLinearSpec(128, 8, 768, 2048, torch.bfloat16, per_pair=True),
+    GroupedLinearSpec(32, 4, 2880, 5760, torch.bfloat16, transposed=True, bias=True),
+    GroupedLinearSpec(60, 4, 1408, 2048, torch.float16),
+    GroupedLinearSpec(6, 2, 1000, 1407, torch.float16, bias=True),
+    GroupedLinearSpec(6, 2, 1001, 1407, torch.bfloat16, transposed=True),
+    GroupedLinearSpec(6, 2, 1001, 1408, torch.bfloat16),
+    GroupedLinearSpec(8, 2, 1024, 3584, torch.float32),
+    GroupedLinearSpec(8, 2, 1001, 1407, torch.float32, per_pair=True, transposed=True, bias=True),
+]
+
+
+def _name(spec: GroupedLinearSpec) -> str:
+    layout = "transposed-" if spec.transposed else ""
+    return f"{spec.num_experts}x{spec.in_features}x{spec.out_features}-{layout}{str(spec.dtype)[6:]}"
+
+
+@pytest.mark.parametrize("spec", GPU_SPECS, ids=_name)
+def test_compiles_without_spills(spec: GroupedLinearSpec, tmp_path: Path) -> None:
+    path = tmp_path / "grouped.py"
+    path.write_text(grouped_linear_source(spec))
+    vectors = spec.in_features % 8 == 0 and (spec.out_features % 8 == 0 or not spec.transposed)
+    for resources in check_file(path):
+        if vectors and resources.kernel == "grouped_linear":
+            assert "cp.async.cg.shared.global" in resources.ptx, "operands are not loaded 16 bytes at a time"
+
+
+def test_refuses_other_dtypes() -> None:
+    with pytest.raises(ValueError, match="float64"):
+        replace(SPEC, dtype=torch.float64)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("spec", GPU_SPECS, ids=_name)
+def test_on_the_gpu(spec: GroupedLinearSpec, tmp_path: Path) -> None:
+    for tokens in (1, 17, 211):
+        error, rounding = run_case(spec, tokens, str(tmp_path), "cuda")
+        assert error <= (1e-5 if spec.dtype == torch.float32 else 2 * rounding)
