@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 import torch
 
-from .grouped_linear_template import TEMPLATE
+from .grouped_linear_template import HOPPER_CHOICE, ONE_CHOICE, TEMPLATE
 
 
 @dataclass(frozen=True)
@@ -41,11 +41,11 @@ class _Tile:
 _TYPES = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16"}
 # For few, some and many pairs per expert.
 _HALF_TILES = (_Tile(16, 128, 128, 4, 3), _Tile(64, 128, 64, 8, 3), _Tile(128, 128, 64, 8, 3))
-# Hopper reads operands of a product from shared memory, which leaves registers for larger tiles.
-_HALF_HOPPER_TILES = (_Tile(16, 128, 128, 4, 3), _Tile(64, 256, 64, 8, 3), _Tile(128, 256, 64, 8, 3))
+_HOPPER_TILES = (_Tile(64, 256, 64, 8, 3), _Tile(128, 256, 64, 8, 3))
+_FP32_TILES = (_Tile(16, 32, 32, 4, 3), _Tile(64, 32, 32, 4, 2), _Tile(64, 64, 32, 8, 2))
 # Rows that are not whole 16-byte vectors, or not whole tiles, take addresses and masks per element: more registers.
 _HALF_ROUGH_TILES = (_Tile(16, 64, 32, 4, 2), _Tile(64, 64, 32, 8, 2), _Tile(128, 64, 32, 8, 2))
-_FP32_TILES = (_Tile(16, 32, 32, 4, 3), _Tile(64, 32, 16, 4, 2), _Tile(64, 64, 16, 8, 2))
+_FP32_ROUGH_TILES = (_Tile(16, 32, 32, 4, 3), _Tile(64, 32, 16, 4, 2), _Tile(64, 64, 16, 8, 2))
 
 
 def grouped_linear_source(spec: GroupedLinearSpec) -> str:
@@ -72,23 +72,24 @@ def grouped_linear_source(spec: GroupedLinearSpec) -> str:
         "BIAS_DOC": ", bias [NUM_EXPERTS, OUT]" if spec.bias else "",
         "TYPE": f"*{_TYPES[spec.dtype]}",
     }
-    for name, tile in zip(("FEW", "SOME", "MANY"), _tiles(spec, hopper=False)):
-        words[name] = _tile_text(tile)
-    for name, tile in zip(("FEW_HOPPER", "SOME_HOPPER", "MANY_HOPPER"), _tiles(spec, hopper=True)):
-        words[name] = _tile_text(tile)
+    tiles = _tiles(spec)
+    words |= {name: _tile_text(tile) for name, tile in zip(("FEW", "SOME", "MANY"), tiles)}
+    if tiles == _HALF_TILES:
+        some, many = map(_tile_text, _HOPPER_TILES)
+        words |= {"CHOICE": HOPPER_CHOICE.replace("$SOME$", some).replace("$MANY$", many).rstrip()}
+    else:
+        words |= {"CHOICE": ONE_CHOICE.rstrip()}
     text = TEMPLATE
     for name, value in words.items():
         text = text.replace(f"${name}$", value)
     return text
 
 
-def _tiles(spec: GroupedLinearSpec, hopper: bool) -> tuple[_Tile, _Tile, _Tile]:
+def _tiles(spec: GroupedLinearSpec) -> tuple[_Tile, _Tile, _Tile]:
+    rough = spec.in_features % 64 != 0 or (spec.transposed and spec.out_features % 8 != 0)
     if spec.dtype == torch.float32:
-        return _FP32_TILES
-    rough = spec.in_features % 64 or (spec.transposed and spec.out_features % 8)
-    if rough:
-        return _HALF_ROUGH_TILES
-    return _HALF_HOPPER_TILES if hopper else _HALF_TILES
+        return _FP32_ROUGH_TILES if rough else _FP32_TILES
+    return _HALF_ROUGH_TILES if rough else _HALF_TILES
 
 
 def _tile_text(tile: _Tile) -> str:

@@ -1,8 +1,6 @@
 """The text of an emitted grouped linear file; ``grouped_linear`` fills in the words between dollar signs."""
 
 TEMPLATE = '''\
-import functools
-
 import torch
 import triton
 import triton.language as tl
@@ -96,29 +94,16 @@ def tile(block_m, block_n, block_k, num_warps, num_stages, capabilities=(80, 90)
 
 SORT_FEW, SORT_MANY = sort(1024, num_warps=4), sort(8192, num_warps=16)
 # For few, some and many pairs per expert.
-TILES = [
-    tile($FEW$),
-    tile($SOME$),
-    tile($MANY$),
-]
-HOPPER_TILES = [
-    tile($FEW_HOPPER$, capabilities=(90,)),
-    tile($SOME_HOPPER$, capabilities=(90,)),
-    tile($MANY_HOPPER$, capabilities=(90,)),
-]
-VARIANTS = [SORT_FEW, SORT_MANY, *TILES, *HOPPER_TILES]
+FEW = tile($FEW$)
+SOME = tile($SOME$)
+MANY = tile($MANY$)
+$CHOICE$
 
 
 def run(variant, grid, *tensors):
     """Launch exactly what VARIANTS describes."""
     options = {"num_warps": variant["num_warps"], "num_stages": variant["num_stages"], "enable_fp_fusion": True}
     variant["kernel"][grid](*tensors, **variant["constexprs"], **options)
-
-
-@functools.cache
-def tiles(device):
-    hopper = device.type == "cuda" and torch.cuda.get_device_capability(device) == (9, 0)
-    return HOPPER_TILES if hopper else TILES
 
 
 def choose_tile(device, tokens):
@@ -155,3 +140,22 @@ def launch(x, ids, weight, out,$BIAS_PARAMETER$ routing=None):
     grid = (blocks, triton.cdiv(SHAPE["OUT"], variant["constexprs"]["BLOCK_N"]))
     run(variant, grid, x, weight, order, starts,$BIAS_VALUE$ out)
 '''
+
+ONE_CHOICE = """\
+VARIANTS = [SORT_FEW, SORT_MANY, FEW, SOME, MANY]
+
+
+def tiles(device):
+    return FEW, SOME, MANY
+"""
+HOPPER_CHOICE = """\
+# Hopper reads operands of a product from shared memory, which leaves registers for larger tiles.
+SOME_HOPPER = tile($SOME$, capabilities=(90,))
+MANY_HOPPER = tile($MANY$, capabilities=(90,))
+VARIANTS = [SORT_FEW, SORT_MANY, FEW, SOME, MANY, SOME_HOPPER, MANY_HOPPER]
+
+
+def tiles(device):
+    hopper = device.type == "cuda" and torch.cuda.get_device_capability(device) == (9, 0)
+    return (FEW, SOME_HOPPER, MANY_HOPPER) if hopper else (FEW, SOME, MANY)
+"""

@@ -10,7 +10,7 @@ from typing import Literal
 
 import torch
 
-from .paged_attention_launch import LAUNCH
+from .paged_attention_launch import HOPPER_CHOICE, LAUNCH, ONE_CHOICE
 from .paged_attention_template import TEMPLATE
 
 
@@ -75,6 +75,7 @@ def paged_attention_source(spec: AttentionSpec) -> str:
     decode, prefill, hopper = _decode_tile(spec), _prefill_tile(spec), _hopper_prefill_tile(spec)
     words = {
         "LAUNCH": LAUNCH,
+        "CHOICE": (ONE_CHOICE if prefill == hopper else HOPPER_CHOICE).rstrip(),
         "SHAPE": repr(shape).replace("'", '"'),
         "KIND": spec.kind if spec.window is None else f"{spec.kind}, window {spec.window}",
         "FIRST_KEY": _first_key(spec),
@@ -134,11 +135,9 @@ def _prefill_tile(spec: AttentionSpec) -> _Tile:
 
 def _hopper_prefill_tile(spec: AttentionSpec) -> _Tile:
     width = max(_pad(spec.head_dim), _pad(spec.v_head_dim))
-    if spec.dtype == torch.float32 or width <= 64:
+    if spec.dtype == torch.float32 or width <= 128:
         return _prefill_tile(spec)
-    block_n, num_stages = (128, 3) if width <= 128 else (64, 2)
-    heads = _even_share(spec.num_heads // spec.num_kv_heads, 128)
-    return _Tile(128, block_n, heads, num_warps=8, num_stages=num_stages)
+    return _Tile(128, 32, _even_share(spec.num_heads // spec.num_kv_heads, 128), num_warps=8, num_stages=2)
 
 
 def _even_share(group: int, block_m: int) -> int:

@@ -37,25 +37,13 @@ PREFILL = {
     "constexprs": {**SHAPE, $PREFILL_TILE$},
     $PREFILL_OPTIONS$,
 }
-# Hopper reads operands of a product from shared memory, which leaves registers for larger tiles.
-PREFILL_HOPPER = {
-    **PREFILL,
-    "constexprs": {**SHAPE, $HOPPER_TILE$},
-    $HOPPER_OPTIONS$,
-    "capabilities": (90,),
-}
-VARIANTS = [DECODE, DECODE_SPLIT, COMBINE, PREFILL, PREFILL_HOPPER]
+$CHOICE$
 
 
 def run(variant, grid, **arguments):
     """Launch exactly what VARIANTS describes."""
     options = {"num_warps": variant["num_warps"], "num_stages": variant["num_stages"], "enable_fp_fusion": True}
     variant["kernel"][grid](**{**variant["constexprs"], **arguments}, **options)
-
-
-@functools.cache
-def is_hopper(device):
-    return device.type == "cuda" and torch.cuda.get_device_capability(device) == (9, 0)
 
 
 @functools.cache
@@ -96,7 +84,7 @@ def launch(q, k_cache, v_cache, block_tables, query_starts, context_lens, out,$S
         "lengths_ptr": context_lens$SINKS_VALUE$, "num_seqs": num_seqs, "table_width": table_width,
     }
     if tokens != num_seqs:
-        variant = PREFILL_HOPPER if is_hopper(q.device) else PREFILL
+        variant = prefill_variant(q.device)
         queries = variant["constexprs"]["BLOCK_M"] // variant["constexprs"]["HEADS"]
         # Each sequence may have one block that is not full.
         run(variant, (tokens // queries + num_seqs, programs(variant)), **inputs, out_ptr=out)
@@ -116,3 +104,27 @@ def launch(q, k_cache, v_cache, block_tables, query_starts, context_lens, out,$S
         lengths_ptr=context_lens, out_ptr=out, num_seqs=num_seqs, num_splits=num_splits,
     )
 '''
+
+ONE_CHOICE = """\
+VARIANTS = [DECODE, DECODE_SPLIT, COMBINE, PREFILL]
+
+
+def prefill_variant(device):
+    return PREFILL
+"""
+HOPPER_CHOICE = """\
+# Hopper reads operands of a product from shared memory, which leaves registers for larger tiles.
+PREFILL_HOPPER = {
+    **PREFILL,
+    "constexprs": {**SHAPE, $HOPPER_TILE$},
+    $HOPPER_OPTIONS$,
+    "capabilities": (90,),
+}
+VARIANTS = [DECODE, DECODE_SPLIT, COMBINE, PREFILL, PREFILL_HOPPER]
+
+
+@functools.cache
+def prefill_variant(device):
+    hopper = device.type == "cuda" and torch.cuda.get_device_capability(device) == (9, 0)
+    return PREFILL_HOPPER if hopper else PREFILL
+"""

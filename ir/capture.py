@@ -42,8 +42,10 @@ class _FlatTokens(torch.nn.Module):
         return out.logits[0]  # type: ignore[no-any-return]
 
 
-def capture(source: Skeleton) -> Graph:
+def capture(source: Skeleton, options: dict[str, int] | None = None) -> Graph:
     """The graph of a model: ``decoder(tokens i64[T], positions i64[T]) -> logits [T, vocab]``.
+
+    ``options`` become part of the graph: choices that passes read (``kv_block``, the tokens in a block of the KV cache).
 
     Raises:
         UnsupportedModelError: the model cannot be traced, holds attention outside ``AttentionInterface``, or mixes
@@ -67,6 +69,7 @@ def capture(source: Skeleton) -> Graph:
         )
     hooks.check_against_eager(calls, masks_of)
     refuse_mixing(graph)
+    graph.options.update(options or {})
     return graph
 
 

@@ -26,13 +26,20 @@ class Graph(torch.fx.Graph):
 
     ``dims`` maps each dim to its inclusive range. Every node has ``node.meta["type"]`` (``TensorType``, or a tuple of
     them for operators with several results); ``meta["source"]`` is its provenance, ``meta["region"]`` its kernel.
+    ``options`` are the choices of the caller that passes need to know.
     ``str(graph)`` is the text form.
     """
 
-    def __init__(self, name: str = "decoder", dims: dict[str, tuple[int, int]] | None = None) -> None:
+    def __init__(
+        self,
+        name: str = "decoder",
+        dims: dict[str, tuple[int, int]] | None = None,
+        options: dict[str, int] | None = None,
+    ) -> None:
         super().__init__()
         self.name = name
         self.dims: dict[str, tuple[int, int]] = dict(dims or {})
+        self.options: dict[str, int] = dict(options or {})
 
     def __str__(self) -> str:
         from .dump import dump
@@ -41,7 +48,7 @@ class Graph(torch.fx.Graph):
 
     def copy(self) -> Graph:
         """A graph with the same nodes, names and metadata that shares none of the nodes."""
-        twin = Graph(self.name, self.dims)
+        twin = Graph(self.name, self.dims, self.options)
         mapping: dict[Node, Node] = {}
         for node in self.nodes:
             made = twin.node_copy(node, lambda old: mapping[old])

@@ -68,6 +68,8 @@ class _Parser:
             match item.annotation:
                 case ast.Call(func=ast.Name(id="dim"), args=[ast.Constant(value=int(low)), ast.Constant(value=int(high))]):
                     self.graph.dims[item.arg] = (low, high)
+                case ast.Call(func=ast.Name(id="option"), args=[ast.Constant(value=int(value))]):
+                    self.graph.options[item.arg] = value
                 case _:
                     raise self._fail(item, f"dim {item.arg} needs a range: {item.arg}: dim(1, 8192)")
         for item in arguments.args:

@@ -34,7 +34,7 @@ class _Refused(Exception):
 def drop_batch_dim(graph: Graph) -> tuple[Graph, PassReport]:
     """Remove the leading dim of size 1 from every value that has one because the tokens were given as ``[1, T]``."""
     old, report = graph, PassReport("DropBatchDim")
-    new = Graph(old.name, old.dims)
+    new = Graph(old.name, old.dims, old.options)
     infer = Inference()
     # For each old value: the new one, and whether it lacks the leading dim.
     known: dict[Node, tuple[Node, bool]] = {}

@@ -12,8 +12,6 @@ from ..ir.ops import aten, op_name
 from ..ir.types import Dim, Size, TensorType
 from .ledger import PassReport
 
-BLOCK_SIZE = 16
-
 # Sequences, blocks of the longest block table, slots of the KV pool; the pool may have any size.
 _DIMS = {"S": (1, 8192), "B": (1, 1 << 20), "C": (1, 1 << 40)}
 
@@ -25,6 +23,7 @@ def page_attention(graph: Graph) -> tuple[Graph, PassReport]:
     if not layers:
         return graph, report
     infer = Inference()
+    block_size = graph.options.get("kv_block", 16)
     graph.dims.update(_DIMS)
     s, b, c, t = (Dim.named(name) for name in "SBCT")
     slots = graph.add_input("slots", TensorType("i64", (t,)))
@@ -45,7 +44,7 @@ def page_attention(graph: Graph) -> tuple[Graph, PassReport]:
             written.append(
                 insert_before(graph, node, infer, nn.cache_write, (store, rows, slots), name=name, source="PageAttention")
             )
-        args = (q, *written, tables, starts, lengths, BLOCK_SIZE, *rest)
+        args = (q, *written, tables, starts, lengths, block_size, *rest)
         paged = insert_before(graph, node, infer, nn.paged_attention, args)
         line = node.meta.get("source", "")
         paged.meta["source"] = f"PageAttention; {line}" if line else "PageAttention"

@@ -112,6 +112,7 @@ class Engine:
                 f"the prompt of {len(prompt)} tokens and max_new_tokens={params.max_new_tokens} make {length}, but "
                 f"max_seq_len is {self.max_seq_len}: shorten one of them, or compile with a larger max_seq_len"
             )
+        # The last token generated is never fed back.
         self._validate_room(length - 1)
 
     def step(self) -> list[TokenEvent]:

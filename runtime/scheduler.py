@@ -70,7 +70,6 @@ class Scheduler:
         Empty only if there is no work. The caller adds ``length`` to ``num_computed`` once a chunk is computed.
         """
         budget = self.max_step_tokens
-        preemptions = self.num_preemptions
         chunks: list[Chunk] = []
         # The list shrinks from its end while it is walked: a sequence that has its chunk is never preempted.
         while len(chunks) < len(self.running) and budget:
@@ -80,8 +79,8 @@ class Scheduler:
                 break
             chunks.append(Chunk(sequence, sequence.num_computed, length))
             budget -= length
-        if self.num_preemptions == preemptions:
-            self._admit(chunks, budget)
+        # After a preemption this admits nobody: the victim is first in line, and some of its blocks are taken.
+        self._admit(chunks, budget)
         if not chunks and self.has_work:
             raise PoolError(f"no sequence fits the {self.pool.num_blocks} blocks of the pool, even alone")
         return chunks

@@ -107,11 +107,6 @@ class Sequence:
         """Tokens whose keys and values are not in the cache yet: 1 while decoding."""
         return len(self.prompt) + len(self.output) - self.num_computed
 
-    @property
-    def max_cached_tokens(self) -> int:
-        """Most tokens the cache ever holds of this sequence: the last token generated is never fed back."""
-        return len(self.prompt) + self.params.max_new_tokens - 1
-
     def slice_tokens(self, start: int, stop: int) -> list[int]:
         """``tokens[start:stop]`` without building ``tokens``."""
         prompt = len(self.prompt)

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fuseline.ir.errors import InvalidRequestError, VerificationError
-from fuseline.runtime.sampler import sample
+from fuseline.runtime.sampler import _first_above, _weights, sample
 from fuseline.runtime.sequence import SamplingParams
 
 
@@ -148,6 +148,20 @@ def test_unlikely_tokens_keep_their_share_of_a_large_vocabulary():
     drawn = draw_many(row, SamplingParams(temperature=1.0, seed=1), 400)
     assert 140 < drawn.count(0) < 260
     assert len(set(drawn)) > 100
+
+
+def test_integer_weights_are_fine_and_never_overflow():
+    """A millionth of the most likely token still has its share to 1 in 1000, whatever the size of the vocabulary."""
+    for vocab in (2, 1024, 128_256, 2**20):
+        likely, rare = _weights(torch.tensor([0.0, -13.8]), torch.tensor(0.0), 1.0, vocab).tolist()
+        assert likely * vocab <= 2**52
+        assert rare / likely == pytest.approx(math.exp(-13.8), rel=1e-3)
+
+
+def test_the_ends_of_the_range_fall_on_tokens_that_can_be_drawn():
+    """Draws from 0 up to the sum less one, on weights 0 5 0 4: never a token of weight 0. Garbage stays in range."""
+    sums = torch.tensor([0, 5, 5, 9])
+    assert [int(_first_above(sums, torch.tensor([target]))) for target in range(10)] == [1] * 5 + [3] * 5
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])

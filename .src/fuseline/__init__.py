@@ -1,3 +1,31 @@
 """Fuseline compiles an unmodified Hugging Face causal LM into fused Triton kernels and serves it from a paged KV cache."""
 
+from . import ir, passes
+from .ir import (
+    ExpectationError,
+    FuselineError,
+    InvalidRequestError,
+    UnsupportedModelError,
+    VerificationError,
+)
+from .runtime.compile import compile
+from .runtime.compiled import CompiledModel
+from .runtime.load import load
+from .runtime.options import KVCacheConfig, OptionError
+
 __version__ = "0.1.0"
+
+__all__ = [
+    "CompiledModel",
+    "ExpectationError",
+    "FuselineError",
+    "InvalidRequestError",
+    "KVCacheConfig",
+    "OptionError",
+    "UnsupportedModelError",
+    "VerificationError",
+    "compile",
+    "ir",
+    "load",
+    "passes",
+]

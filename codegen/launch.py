@@ -1,0 +1,1 @@
+def load_launches(kernels): return None

@@ -1,0 +1,80 @@
+"""What a caller may choose when compiling."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from ..ir.errors import FuselineError
+
+
+class OptionError(FuselineError, ValueError):
+    """An option of ``compile`` that makes no sense, or that is not available yet."""
+
+
+@dataclass(frozen=True)
+class KVCacheConfig:
+    """The KV cache: tokens a block, tokens in all (``None``: as many as are useful and fit), element type."""
+
+    block_size: int = 16
+    max_tokens: int | None = None
+    dtype: torch.dtype | str | None = None
+
+
+@dataclass(frozen=True)
+class Options:
+    """The options of one compile, resolved: nothing is left to a default."""
+
+    device: torch.device
+    dtype: torch.dtype
+    max_batch_size: int
+    max_seq_len: int
+    max_step_tokens: int
+    kv_cache: KVCacheConfig
+
+
+_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+def resolve_device(device: torch.device | str | None) -> torch.device:
+    """The device asked for, or the GPU if there is one, else the CPU."""
+    if device is None:
+        return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
+    found = torch.device(device)
+    if found.type not in ("cpu", "cuda"):
+        raise OptionError(f"device {found} is not supported; use 'cpu' or 'cuda'")
+    if found.type == "cuda" and not torch.cuda.is_available():
+        raise OptionError(f"device {found} was asked for, but torch sees no GPU; use device='cpu'")
+    return torch.device("cuda", torch.cuda.current_device()) if found.type == "cuda" and found.index is None else found
+
+
+def resolve_dtype(dtype: torch.dtype | str | None, device: torch.device) -> torch.dtype:
+    """The element type asked for, or bf16 on a GPU and fp32 on the CPU."""
+    if dtype is None:
+        return torch.bfloat16 if device.type == "cuda" else torch.float32
+    found = _DTYPES.get(dtype.removeprefix("torch.")) if isinstance(dtype, str) else dtype
+    if found not in _DTYPES.values():
+        raise OptionError(f"dtype {dtype} is not supported; use float32, bfloat16 or float16")
+    return found  # type: ignore[return-value]
+
+
+def positive(name: str, value: object) -> int:
+    """Check that an option is a positive whole number."""
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise OptionError(f"{name} must be a whole number of at least 1, not {value!r}")
+    return value
+
+
+def refuse_later(quantization: object, tensor_parallel: int, schedule: str, kv_cache: KVCacheConfig) -> None:
+    """Options whose place in the signature is fixed but which are not built yet."""
+    if quantization is not None:
+        raise OptionError(f"quantization={quantization!r} is not available yet; leave it at None")
+    if tensor_parallel != 1:
+        raise OptionError(f"tensor_parallel={tensor_parallel} is not available yet; leave it at 1")
+    if schedule not in ("auto", "split"):
+        raise OptionError(f"schedule={schedule!r} is not available yet; use 'auto' or 'split'")
+    if kv_cache.dtype is not None:
+        raise OptionError("KVCacheConfig.dtype is not available yet: the cache has the model's element type")
+    if kv_cache.block_size not in (8, 16, 32, 64, 128, 256):
+        raise OptionError(f"KVCacheConfig.block_size must be a power of two from 8 to 256, not {kv_cache.block_size}")

@@ -1,0 +1,152 @@
+"""The report of a compile: what was captured, what was fused, which kernels came of it, what was left alone."""
+
+from __future__ import annotations
+
+import io
+import json
+import time
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+from rich.console import Console
+from rich.table import Table
+
+from ..codegen.kernels import Kernel
+from ..codegen.region import loose_nodes
+from ..ir.graph import Graph
+from ..ir.ops import op_name
+from ..passes import PassReport
+
+# Operators that make no work: they only look at the same memory in another shape.
+_VIEWS = frozenset(
+    {"aten.reshape", "aten.unsqueeze", "aten.squeeze.dim", "getitem", "aten.expand", "aten.slice.Tensor"}
+)
+
+
+@dataclass
+class Report:
+    """Printed as a table (``str``) and as JSON (``as_json``)."""
+
+    device: str
+    dtype: str
+    model: str = ""
+    nodes: int = 0
+    layers: int = 0
+    attention: dict[str, int] = field(default_factory=dict)
+    passes: list[PassReport] = field(default_factory=list)
+    distinct_kernels: int = 0
+    kernel_calls: int = 0
+    kernel_counts: dict[str, int] = field(default_factory=dict)
+    other_operators: dict[str, int] = field(default_factory=dict)
+    seconds: dict[str, float] = field(default_factory=dict)
+    weight_bytes: int = 0
+    cache_tokens: int = 0
+    cache_bytes: int = 0
+    self_check: float = 0.0
+
+    @contextmanager
+    def timed(self, what: str) -> Iterator[None]:
+        """Add the time that the block takes."""
+        begin = time.perf_counter()
+        yield
+        self.seconds[what] = self.seconds.get(what, 0.0) + time.perf_counter() - begin
+
+    def capture(self, graph: Graph) -> None:
+        """Note what the captured graph holds."""
+        kinds: Counter[str] = Counter()
+        for node in graph.calls():
+            self.nodes += 1
+            if op_name(node.target) in ("nn.attention", "nn.paged_attention"):
+                at = 5 if op_name(node.target) == "nn.attention" else 8
+                kind = str(node.args[at]) if len(node.args) > at else "causal"
+                kinds[f"{kind} {node.args[at + 1]}" if kind != "causal" else kind] += 1
+        self.layers = sum(kinds.values())
+        self.attention = dict(kinds)
+
+    def kernels(self, graph: Graph, kernels: Sequence[Kernel]) -> None:
+        """Note the kernels and the operators of a step that are in none."""
+        self.distinct_kernels = len(kernels)
+        self.kernel_calls = sum(len(kernel.regions) for kernel in kernels)
+        self.kernel_counts = {kernel.name: len(kernel.regions) for kernel in kernels}
+        loose = Counter(op_name(node.target) for node in loose_nodes(graph))
+        self.other_operators = {name: count for name, count in loose.items() if name not in _VIEWS}
+
+    def memory(self, weight_bytes: int, blocks: int, block_size: int, bytes_per_token: int) -> None:
+        """Note what is held in memory."""
+        self.weight_bytes = weight_bytes
+        self.cache_tokens = blocks * block_size
+        self.cache_bytes = self.cache_tokens * bytes_per_token
+
+    def fusions(self) -> dict[str, tuple[int, int]]:
+        """``(fused, refused)`` by pass, repeated passes added up."""
+        found: dict[str, tuple[int, int]] = {}
+        for entry in self.passes:
+            fused, refused = found.get(entry.name, (0, 0))
+            found[entry.name] = (fused + len(entry.fused), refused + len(entry.refused))
+        return found
+
+    def as_dict(self) -> dict[str, object]:
+        """Plain data for JSON."""
+        return {
+            "model": self.model,
+            "device": self.device,
+            "dtype": self.dtype,
+            "captured": {"nodes": self.nodes, "layers": self.layers, "attention": self.attention},
+            "passes": [entry.as_dict() for entry in self.passes],
+            "kernels": {"distinct": self.distinct_kernels, "calls": self.kernel_calls, "regions": self.kernel_counts},
+            "other_operators": self.other_operators,
+            "weight_bytes": self.weight_bytes,
+            "kv_cache": {"tokens": self.cache_tokens, "bytes": self.cache_bytes},
+            "self_check_relative_rmse": self.self_check,
+            "seconds": {name: round(value, 3) for name, value in self.seconds.items()},
+        }
+
+    def as_json(self) -> str:
+        return json.dumps(self.as_dict(), indent=2)
+
+    def rows(self) -> list[tuple[str, str]]:
+        """The short form: a few facts, each with its name."""
+        fused = [f"{name} {done}" for name, (done, _) in self.fusions().items() if done and name not in _QUIET]
+        kinds = ", ".join(f"{count} {kind}" for kind, count in self.attention.items())
+        other = ", ".join(f"{name} x{count}" for name, count in self.other_operators.items()) or "none"
+        return [
+            ("model", f"{self.model}, {self.dtype} on {self.device}"),
+            ("captured", f"{self.nodes} nodes, {self.layers} attention layers ({kinds})"),
+            ("fused", ", ".join(fused) or "nothing"),
+            ("kernels", f"{self.distinct_kernels} distinct, {self.kernel_calls} in a step"),
+            ("other operators", other),
+            ("weights", f"{self.weight_bytes / 1e6:.0f} MB"),
+            ("KV cache", f"{self.cache_tokens} tokens, {self.cache_bytes / 1e6:.0f} MB"),
+            ("self-check", f"concatenated sequences agree to {self.self_check:.0e}"),
+            ("seconds", ", ".join(f"{name} {value:.1f}" for name, value in self.seconds.items())),
+        ]
+
+    def __str__(self) -> str:
+        buffer = io.StringIO()
+        console = Console(file=buffer, width=120, color_system=None)
+        console.print(two_columns(self.rows()))
+        table = Table("pass", "found", "fused", "refused", "first reason", box=None)
+        for entry in self.passes:
+            why = f"{entry.refused[0].site}: {entry.refused[0].why}" if entry.refused else ""
+            table.add_row(entry.name, str(entry.found), str(len(entry.fused)), str(len(entry.refused)), why)
+        console.print(table)
+        kernels = Table("kernel", "regions", box=None)
+        for name, count in self.kernel_counts.items():
+            kernels.add_row(name, str(count))
+        console.print(kernels)
+        return buffer.getvalue()
+
+    __repr__ = __str__
+
+
+_QUIET = frozenset({"MergeDuplicates", "SinkTransposes", "DropBatchDim", "GroupKernels", "SelectRows"})
+
+
+def two_columns(rows: Sequence[tuple[str, str]]) -> Table:
+    """A table of names and facts."""
+    table = Table(show_header=False, box=None)
+    for name, fact in rows:
+        table.add_row(name, fact)
+    return table

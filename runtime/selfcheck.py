@@ -1,0 +1,86 @@
+"""The check that every compile makes: two sequences side by side give the same logits as each alone."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from ..ir.errors import UnsupportedModelError
+from .step import StepInput
+
+# Long enough that blocks are crossed and rows of the two sequences fall into one tile.
+_LENGTHS = (21, 13)
+
+
+def step_of(prompts: Sequence[Sequence[int]], block_size: int, device: torch.device) -> tuple[StepInput, int]:
+    """One step that prefills whole prompts side by side, each in blocks of its own, and asks for all rows.
+
+    Returns the step and the number of cache slots it needs.
+    """
+    tokens = [token for prompt in prompts for token in prompt]
+    positions = [place for prompt in prompts for place in range(len(prompt))]
+    counts = [-(-len(prompt) // block_size) for prompt in prompts]
+    total = sum(counts)
+    # Blocks in reverse order, so that a kernel that ignores the block table is caught.
+    order = list(range(total))[::-1]
+    tables, slots = [], []
+    for prompt, count in zip(prompts, counts):
+        mine, order = order[:count], order[count:]
+        tables.append(mine + [0] * (max(counts) - count))
+        slots += [mine[place // block_size] * block_size + place % block_size for place in range(len(prompt))]
+    starts = [0]
+    for prompt in prompts:
+        starts.append(starts[-1] + len(prompt))
+
+    def long(values: Sequence[int]) -> Tensor:
+        return torch.tensor(values, dtype=torch.int64, device=device)
+
+    def short(values: Sequence[int] | Sequence[Sequence[int]]) -> Tensor:
+        return torch.tensor(values, dtype=torch.int32, device=device)
+
+    step = StepInput(
+        tokens=long(tokens),
+        positions=long(positions),
+        slots=long(slots),
+        query_starts=short(starts),
+        context_lens=short([len(prompt) for prompt in prompts]),
+        block_tables=short(tables),
+        rows=long(range(len(tokens))),
+    )
+    return step, total * block_size
+
+
+def check_concatenation(
+    make: Callable[[int], Callable[[StepInput], Tensor]],
+    vocab_size: int,
+    block_size: int,
+    device: torch.device,
+    tolerance: float,
+    max_length: int,
+) -> float:
+    """Run two random sequences concatenated and each alone; returns the largest relative RMSE.
+
+    ``make(num_slots)`` gives the model on a fresh cache.
+
+    Raises:
+        UnsupportedModelError: they differ by more than ``tolerance``: something but attention mixes tokens.
+    """
+    generator = torch.Generator().manual_seed(0)
+    lengths = [min(length, max_length) for length in _LENGTHS]
+    prompts = [torch.randint(0, vocab_size, (length,), generator=generator).tolist() for length in lengths]
+    step, slots = step_of(prompts, block_size, device)
+    together = make(slots)(step).float().split(lengths)
+    worst = 0.0
+    for index, prompt in enumerate(prompts):
+        single, slots = step_of([prompt], block_size, device)
+        alone = make(slots)(single).float()
+        error = float((together[index] - alone).norm() / alone.norm().clamp_min(1e-30))
+        worst = max(worst, error if error == error else float("inf"))
+    if not worst <= tolerance:
+        raise UnsupportedModelError(
+            f"two concatenated sequences give other logits than each alone (relative RMSE {worst:.1e}, allowed {tolerance:.0e}): "
+            "some operator mixes tokens of different sequences, so batching would give wrong answers"
+        )
+    return worst
