@@ -1,1 +1,54 @@
-def load_launches(kernels): return None
+"""Write kernel files to a private cache directory and load their launchers."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import tempfile
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from ..ir.graph import Region
+from .kernels import Kernel
+from .offline import load_kernel_file
+
+Launch = Callable[..., None]
+
+
+def cache_directory(kind: str) -> Path:
+    """A directory of our own under the user's cache, readable by the user alone."""
+    base = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    folder = base / "fuseline" / kind
+    folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+    folder.chmod(0o700)
+    return folder
+
+
+def kernel_path(kernel: Kernel) -> Path:
+    """The file of a kernel in the cache; written if it is not there. Its name covers the whole text."""
+    digest = hashlib.sha256(kernel.source.encode()).hexdigest()[:16]
+    folder = cache_directory("kernels")
+    path = folder / f"{kernel.name}_{digest}.py"
+    if not path.exists() or path.read_text() != kernel.source:
+        handle, temporary = tempfile.mkstemp(dir=folder, suffix=".tmp")
+        with os.fdopen(handle, "w") as file:
+            file.write(kernel.source)
+        os.replace(temporary, path)
+    return path
+
+
+def load_launch(kernel: Kernel) -> Launch:
+    """The launcher of a kernel, called with the region's inputs and then its results."""
+    launch: Any = load_kernel_file(kernel_path(kernel)).launch
+    order = kernel.order
+
+    def in_order(*values: Any) -> None:
+        launch(*[values[place] for place in order])
+
+    return launch if list(order) == sorted(order) else in_order  # type: ignore[no-any-return]
+
+
+def load_launches(kernels: Sequence[Kernel]) -> dict[Region, Launch]:
+    """The launcher of every kernel region."""
+    return {region: launch for kernel in kernels for launch in [load_launch(kernel)] for region in kernel.regions}

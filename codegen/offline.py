@@ -64,7 +64,8 @@ def load_kernel_file(path: str | Path) -> ModuleType:
 def compile_variant(variant: dict[str, Any], capability: int) -> Resources:
     """Compile one entry of a file's ``VARIANTS`` for ``sm_<capability>``; no GPU is needed.
 
-    Pointers are taken to be 16-byte aligned, integers only where ``variant["divisible_by_16"]`` names them.
+    Pointers are taken to be 16-byte aligned, integers only where ``variant["divisible_by_16"]`` names them. A variant
+    may set ``maxnreg``: left alone, the assembler accepts small spills for the sake of more resident warps.
     """
     import triton
     from triton.backends.compiler import GPUTarget
@@ -85,7 +86,8 @@ def compile_variant(variant: dict[str, Any], capability: int) -> Resources:
         if kind.startswith("*") or name in aligned
     }
     source = ASTSource(fn=kernel, signature=signature, constexprs=constexprs, attrs=attributes)
-    options = {"num_warps": variant["num_warps"], "num_stages": variant["num_stages"], "enable_fp_fusion": True}
+    options = {name: variant[name] for name in ("num_warps", "num_stages", "maxnreg") if name in variant}
+    options["enable_fp_fusion"] = True
     compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
     usage = _resource_usage(Path(triton.__file__).parent, compiled.asm["cubin"])
     return Resources(

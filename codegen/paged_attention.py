@@ -55,6 +55,7 @@ class _Tile:
     heads: int
     num_warps: int
     num_stages: int
+    maxnreg: int = 255
 
 
 _TYPES = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16"}
@@ -95,7 +96,8 @@ def paged_attention_source(spec: AttentionSpec) -> str:
     }
     for name, tile in (("DECODE", decode), ("PREFILL", prefill), ("HOPPER", hopper)):
         words[f"{name}_TILE"] = f'"HEADS": {tile.heads}, "BLOCK_M": {tile.block_m}, "BLOCK_N": {tile.block_n}'
-        words[f"{name}_OPTIONS"] = f'"num_warps": {tile.num_warps}, "num_stages": {tile.num_stages}'
+        options = {"num_warps": tile.num_warps, "num_stages": tile.num_stages, "maxnreg": tile.maxnreg}
+        words[f"{name}_OPTIONS"] = ", ".join(f'"{option}": {value}' for option, value in options.items())
     text = TEMPLATE
     for name, value in words.items():
         text = text.replace(f"${name}$", value)
@@ -112,18 +114,19 @@ def _decode_tile(spec: AttentionSpec) -> _Tile:
     width = max(_pad(spec.head_dim), _pad(spec.v_head_dim))
     most = 16 if spec.dtype == torch.float32 or width > 128 else 64
     block_m = min(most, _pad(group))
+    heads = _even_share(group, block_m)
     if spec.dtype == torch.float32:
-        block_n = 32 if width <= 64 else 16
-    else:
-        block_n = 64 if width <= 128 else 32
-    return _Tile(block_m, block_n, _even_share(group, block_m), num_warps=4, num_stages=3)
+        return _Tile(block_m, 32 if width <= 64 else 16, heads, num_warps=4 if width <= 128 else 8, num_stages=3)
+    if width <= 128:
+        return _Tile(block_m, 64, heads, num_warps=4, num_stages=3, maxnreg=168 if block_m == 16 else 255)
+    return _Tile(block_m, 32, heads, num_warps=4, num_stages=3, maxnreg=168)
 
 
 def _prefill_tile(spec: AttentionSpec) -> _Tile:
     group = spec.num_heads // spec.num_kv_heads
     width = max(_pad(spec.head_dim), _pad(spec.v_head_dim))
     if spec.dtype == torch.float32:
-        block_m, block_n, num_warps, num_stages = (32, 32, 4, 2) if width <= 64 else (16, 16, 4, 2)
+        block_m, block_n, num_warps, num_stages = (32 if width <= 64 else 16), 16, 8, 2
     elif width <= 64:
         block_m, block_n, num_warps, num_stages = 128, 64, 8, 3
     elif width <= 128:

@@ -1,6 +1,7 @@
 """The host's part of an emitted paged-attention file: its variants and ``launch``."""
 
 LAUNCH = '''\
+# maxnreg: left to choose, the assembler spills a little for the sake of more resident warps.
 QKV = {
     "q_ptr": "$TYPE$", "k_ptr": "$TYPE$", "v_ptr": "$TYPE$",
     "tables_ptr": "*i32", "starts_ptr": "*i32", "lengths_ptr": "*i32"$SINKS_TYPE$,
@@ -29,7 +30,7 @@ COMBINE = {
         **{name: SHAPE[name] for name in ("NUM_HEADS", "V_HEAD_DIM", "PAD_DV")},
         "BLOCK_N": DECODE["constexprs"]["BLOCK_N"], "BLOCK_S": 16,
     },
-    "num_warps": 4, "num_stages": 1,
+    "num_warps": 4, "num_stages": 1, "maxnreg": 128,
 }
 PREFILL = {
     "kernel": prefill,
@@ -42,8 +43,8 @@ $CHOICE$
 
 def run(variant, grid, **arguments):
     """Launch exactly what VARIANTS describes."""
-    options = {"num_warps": variant["num_warps"], "num_stages": variant["num_stages"], "enable_fp_fusion": True}
-    variant["kernel"][grid](**{**variant["constexprs"], **arguments}, **options)
+    options = {name: variant[name] for name in ("num_warps", "num_stages", "maxnreg")}
+    variant["kernel"][grid](**{**variant["constexprs"], **arguments}, **options, enable_fp_fusion=True)
 
 
 @functools.cache
@@ -54,7 +55,8 @@ def processors(device):
 
 def programs(variant):
     """Programs per token or block of tokens: one for each KV head, more if a group of query heads takes several."""
-    return SHAPE["NUM_KV_HEADS"] * triton.cdiv(SHAPE["NUM_HEADS"] // SHAPE["NUM_KV_HEADS"], variant["constexprs"]["HEADS"])
+    group = SHAPE["NUM_HEADS"] // SHAPE["NUM_KV_HEADS"]
+    return SHAPE["NUM_KV_HEADS"] * triton.cdiv(group, variant["constexprs"]["HEADS"])
 
 
 def choose_splits(device, tokens, table_width):

@@ -1,12 +1,13 @@
-"""Kernel regions seen from outside: what they read, what they leave behind, what they write in place."""
+"""Kernel regions: seen from outside in a graph, and cut out as small graphs of their own."""
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass, field
 
 from torch.fx import Node
 
-from ..ir.graph import Graph, Region, is_constant, node_inputs
+from ..ir.graph import Graph, Region, dims_of, is_constant, node_inputs
 from ..ir.ops import op_name
 
 
@@ -54,3 +55,41 @@ def loose_nodes(graph: Graph) -> list[Node]:
         for node in graph.calls()
         if node.meta.get("region") is None and not is_constant(node) and str(node.target) != "cache"
     ]
+
+
+def cut_out(graph: Graph, view: RegionView) -> Graph:
+    """The region as a graph whose inputs are the region's, with names that do not tell the layer.
+
+    Regions of different layers that do the same become equal graphs, to the letter.
+    """
+    small = Graph(view.region.name)
+    known: dict[Node, Node] = {}
+    used: set[str] = set()
+    inside = set(view.nodes)
+
+    def name_for(node: Node) -> str:
+        base = re.sub(r"_\d+$", "", re.sub(r"^l\d+_", "", node.name)) or node.name
+        if str(node.target) == "cache":
+            base = f"{node.args[0]}_cache"
+        elif node.op == "call_function" and node not in inside and not is_constant(node):
+            base = "x"  # what earlier kernels computed; the first layer reads other values than the others
+        name, count = base, 2
+        while name in used:
+            name, count = f"{base}_{count}", count + 1
+        used.add(name)
+        return name
+
+    for node in view.inputs:
+        made = small.placeholder(node.name)
+        made.name = name_for(node)
+        made.meta["type"] = node.meta["type"]
+        known[node] = made
+    for node in view.nodes:
+        made = small.node_copy(node, lambda item: known[item])
+        made.name = name_for(node)
+        made.meta = {"type": node.meta["type"]}
+        known[node] = made
+    small.output([known[node] for node in view.outputs])
+    names = dims_of(node.meta["type"] for node in small.nodes if node.op != "output")
+    small.dims = {name: bounds for name, bounds in graph.dims.items() if name in names}
+    return small

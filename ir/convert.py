@@ -202,6 +202,12 @@ class _Conversion:
             return self.make(node, aten(RESHAPES[packet]), (args[0], list(result.shape)), {})
         if packet == "slice" and isinstance(result, TensorType) and result.shape == args[0].meta["type"].shape:
             return args[0]
+        if packet == "cat":
+            # Parts of no width come from models that split off nothing.
+            parts = [item for item in args[0] if 0 not in item.meta["type"].shape]
+            if len(parts) == 1:
+                return parts[0]
+            args = [parts, *args[1:]]
         rank = next((item.meta["type"].rank for item in _flat(args) if isinstance(item, Node)), 0)
         target, args, kwargs = normalize(target, args, kwargs, rank)
         return self.make(node, target, tuple(args), kwargs)

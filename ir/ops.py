@@ -64,6 +64,8 @@ def op_name(target: Any) -> str:
         return target.name
     if target is operator.getitem:
         return "getitem"
+    if isinstance(target, str):  # inputs and the output
+        return target
     if isinstance(target, torch._ops.OpOverload):
         name = f"{target.namespace}.{target._schema.name.rpartition('::')[2]}"
         overload = target._overloadname

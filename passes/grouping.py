@@ -1,4 +1,182 @@
-"""stub"""
-from .ledger import PassReport
-def group_kernels(graph):
-    return graph.copy(), PassReport("GroupKernels")
+"""GroupKernels: every matmul takes the work before and after it into its kernel; what is left becomes kernels of rows.
+
+A region holds at most one anchor (matmul, attention, grouped matmul). Growth stops where a value is needed whole: a
+norm over the columns of a matmul's result starts the next region.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+
+from torch.fx import Node
+
+from ..ir.graph import Graph, Region, flat_types, is_constant
+from ..ir.ops import op_name
+from ..ir.tiles import is_matmul, is_row_op, is_view
+from .epilogue import epilogue_of, prologue_of
+from .ledger import PassReport, Refusal
+from .ordering import make_contiguous
+
+_ALONE = frozenset({"nn.paged_attention", "nn.grouped_linear"})
+
+
+def group_kernels(graph: Graph) -> tuple[Graph, PassReport]:
+    """Put the nodes of a lowered graph into kernel regions and order them so that each region is contiguous."""
+    graph, report = graph.copy(), PassReport("GroupKernels")
+    regions: dict[Node, Region] = {}
+    count = 0
+
+    def claim(nodes: Iterable[Node], name: str) -> None:
+        nonlocal count
+        region = Region(name, count)
+        count += 1
+        for node in nodes:
+            regions[node] = region
+
+    _clone_shared_prologues(graph)
+    for node in list(graph.calls()):
+        if node in regions:
+            continue
+        if is_matmul(node):
+            members, refusal = epilogue_of(node, regions)
+            members = prologue_of(node, members, regions) + members
+            if refusal is not None:
+                report.refused.append(Refusal(node.name, refusal))
+            claim(members, stem(node.name))
+            report.fused.append(node.name)
+        elif op_name(node.target) in _ALONE:
+            claim([node], stem(node.name))
+            report.fused.append(node.name)
+    for members in _row_regions(graph, regions):
+        claim(members, row_name(members))
+        report.fused.append(members[-1].name)
+    for node, region in regions.items():
+        node.meta["region"] = region
+    make_contiguous(graph)
+    return graph, report
+
+
+def stem(name: str) -> str:
+    """The name of a value without its layer and number: ``l12_gate_up_1`` becomes ``gate_up``."""
+    return re.sub(r"_\d+$", "", re.sub(r"^l\d+_", "", name)) or name
+
+
+# What a kernel of rows is called after, the first that occurs in it.
+_TITLES = {
+    "nn.add_rms_norm": "add_norm",
+    "nn.rms_norm": "norm",
+    "nn.layer_norm": "norm",
+    "aten.embedding": "embed",
+    "aten.cos": "rotary_tables",
+    "nn.cache_write": "cache_write",
+    "nn.rope": "rope",
+    "aten.softmax.int": "softmax",
+    "nn.silu_mul": "activation",
+    "nn.gelu_mul": "activation",
+    "aten.sum.dim_IntList": "sum",
+}
+
+
+def row_name(members: list[Node]) -> str:
+    """A name for a kernel of rows."""
+    names = {op_name(node.target) for node in members}
+    return next((title for op, title in _TITLES.items() if op in names), stem(members[-1].name))
+
+
+def _clone_shared_prologues(graph: Graph) -> None:
+    """A norm that several matmuls read is computed in each of their kernels: give each its own copy."""
+    for node in list(graph.calls()):
+        if op_name(node.target) not in ("nn.rms_norm", "nn.layer_norm") or len(node.users) < 2:
+            continue
+        users = list(node.users)
+        if all(user.op == "call_function" and is_matmul(user) and user.args[0] is node for user in users):
+            for user in users[1:]:
+                with graph.inserting_before(user):
+                    twin = graph.node_copy(node, lambda item: item)
+                twin.name = graph._graph_namespace.create_name(node.name, None)
+                twin.meta = dict(node.meta)
+                user.replace_input_with(node, twin)
+
+
+def _row_regions(graph: Graph, taken: dict[Node, Region]) -> list[list[Node]]:
+    """Connected work on rows of the same space, in graph order."""
+    groups: list[list[Node]] = []
+    home: dict[Node, int] = {}
+    reaches: dict[Node, set[int]] = {}
+    for node in graph.calls():
+        upstream: set[int] = set()
+        for source in node.all_input_nodes:
+            upstream |= reaches.get(source, set())
+        starts = is_view(node) and not any(source in home for source in node.all_input_nodes)
+        if node in taken or is_constant(node) or str(node.target) == "cache" or not is_row_op(node) or starts:
+            reaches[node] = upstream | {home[source] for source in node.all_input_nodes if source in home}
+            continue
+        direct = {home[source] for source in node.all_input_nodes if source in home}
+        # Joining a group is safe if nothing of that group reaches this node on a way through other kernels.
+        candidates = [index for index in sorted(direct) if index not in upstream and _same_rows(groups[index], node)]
+        if candidates:
+            index = candidates[-1]
+        else:
+            groups.append([])
+            index = len(groups) - 1
+        groups[index].append(node)
+        home[node] = index
+        reaches[node] = upstream | (direct - {index})
+    kept = [group for group in map(_without_edges, groups) if group]
+    grouped = {node for group in kept for node in group}
+    for group in kept:
+        _pull_views(graph, group, grouped, taken)
+    return kept
+
+
+def _pull_views(graph: Graph, group: list[Node], grouped: set[Node], taken: dict[Node, Region]) -> None:
+    """Views that a group reads become part of it, so that the kernel reads the memory as it lies."""
+    place = 0
+    while place < len(group):
+        node = group[place]
+        for source in node.all_input_nodes:
+            if source.op != "call_function" or source in grouped or source in taken or is_constant(source):
+                continue
+            if op_name(source.target) == "aten.reshape" or not is_view(source):
+                continue
+            if any(user not in group for user in source.users):
+                with graph.inserting_before(node):
+                    twin = graph.node_copy(source, lambda item: item)
+                twin.name = graph._graph_namespace.create_name(source.name, None)
+                twin.meta = dict(source.meta)
+                node.replace_input_with(source, twin)
+                source = twin
+            group.insert(place, source)
+            grouped.add(source)
+            break
+        else:
+            place += 1
+
+
+def _same_rows(group: list[Node], node: Node) -> bool:
+    return any(_rows(item) == _rows(node) for item in group)
+
+
+def _rows(node: Node) -> tuple[object, ...]:
+    kind = flat_types(node.meta["type"])[0]
+    if op_name(node.target) == "nn.cache_write" and isinstance(node.args[1], Node):
+        kind = flat_types(node.args[1].meta["type"])[0]
+    return kind.shape[:-1]
+
+
+def _without_edges(group: list[Node]) -> list[Node]:
+    """A group without the views at its end, which are free outside; nothing if only views are left."""
+    members = list(group)
+    while members and is_view(members[-1]):
+        members.pop()
+    inside = set(members)
+    changed = True
+    while changed:
+        changed = False
+        for node in list(members):
+            if is_view(node) and not any(user in inside for user in node.users):
+                members.remove(node)
+                inside.discard(node)
+                changed = True
+    return members if any(not is_view(node) for node in members) else []

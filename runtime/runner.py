@@ -9,7 +9,7 @@ import numpy.typing as npt
 import torch
 
 from .scheduler import Chunk
-from .step import Model, StepInput
+from .step import Model, StepInput, to_device
 
 BLOCK_TABLE_MULTIPLE = 8
 """Widths of block tables are multiples of this, so that a model sees few distinct shapes."""
@@ -73,8 +73,4 @@ class Runner:
         return tables
 
     def _move(self, array: npt.NDArray[np.generic]) -> torch.Tensor:
-        tensor = torch.from_numpy(array)
-        if self.device.type == "cuda":
-            # From pinned memory the copy does not make the host wait for the device.
-            return tensor.pin_memory().to(self.device, non_blocking=True)
-        return tensor.to(self.device)
+        return to_device(torch.from_numpy(array), self.device)

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import secrets
+from typing import NamedTuple
 
 import numpy as np
 import torch
 
 from ..ir.errors import VerificationError
 from .sequence import SamplingParams
+from .step import to_device
 
 
 def sample(logits: torch.Tensor, params: list[SamplingParams], step_indices: list[int]) -> list[int]:
@@ -27,9 +29,10 @@ def sample(logits: torch.Tensor, params: list[SamplingParams], step_indices: lis
     top, tokens = logits.max(dim=-1)
     # Both extremes carry a NaN on: together they are finite exactly when every logit is.
     finite = torch.isfinite(top) & torch.isfinite(logits.amin(dim=-1))
-    for row, (param, index) in enumerate(zip(params, step_indices, strict=True)):
-        if param.temperature > 0:
-            tokens[row] = _draw(logits[row], param, _uniform(param.seed, index))
+    for rows in _groups(params, logits):
+        index = to_device(torch.tensor(rows), logits.device)
+        knobs = [_knobs(params[row], step_indices[row], logits.shape[1]) for row in rows]
+        tokens.index_copy_(0, index, _draw(logits.index_select(0, index), knobs))
     # One transfer, hence one wait for the device, brings the tokens and the check.
     chosen, healthy = torch.stack((tokens, finite.to(tokens.dtype))).tolist()
     if not all(healthy):
@@ -51,17 +54,51 @@ def _uniform(seed: int | None, index: int) -> float:
     return float(int(np.random.Philox(key=key, counter=index).random_raw()) >> 11) * 2.0**-53
 
 
-def _draw(row: torch.Tensor, params: SamplingParams, uniform: float) -> torch.Tensor:
-    """The id of the token drawn from ``row`` [V], as a tensor of no dimension on its device. Never waits for it."""
-    weights = _weights(row, row.max(), params.temperature, row.numel())
-    kept = _most_likely(row, params)
-    if kept is not None:
-        weights = weights * kept
-    sums = weights.cumsum(0)
-    return _first_above(sums, (sums[-1:].double() * uniform).long())
+class _Knobs(NamedTuple):
+    """How one row is drawn; k counts the whole vocabulary and p is 1 where nothing is cut."""
+
+    temperature: float
+    k: int
+    p: float
+    uniform: float
 
 
-def _weights(values: torch.Tensor, top: torch.Tensor, temperature: float, vocab: int) -> torch.Tensor:
+def _knobs(params: SamplingParams, index: int, vocab: int) -> _Knobs:
+    return _Knobs(
+        params.temperature,
+        vocab if params.top_k is None else min(params.top_k, vocab),
+        1.0 if params.top_p is None else params.top_p,
+        _uniform(params.seed, index),
+    )
+
+
+def _groups(params: list[SamplingParams], logits: torch.Tensor) -> list[list[int]]:
+    """Rows to draw from, those together that take the same work, in groups that bound the memory of a draw.
+
+    On an accelerator, whose time here goes to launches, groups are large: all that is summed are integers, and the
+    rest goes element by element, so a row's draw is still its own. A CPU takes one row at a time, since its vectors
+    may treat the last elements of a tensor by other code than the first.
+    """
+    size = 1 if logits.device.type == "cpu" else max(1, 2**23 // logits.shape[1])
+    kinds: dict[tuple[bool, bool], list[int]] = {}
+    for row, param in enumerate(params):
+        if param.temperature > 0:
+            kinds.setdefault((param.top_k is None, param.top_p is None), []).append(row)
+    return [rows[start : start + size] for rows in kinds.values() for start in range(0, len(rows), size)]
+
+
+def _draw(logits: torch.Tensor, knobs: list[_Knobs]) -> torch.Tensor:
+    """One id for each row of ``logits`` [G, V], as i64[G] on its device. Never waits for the device."""
+    table = to_device(torch.tensor(knobs, dtype=torch.float64), logits.device)
+    temperature, k, p, uniform = table.unsqueeze(1).unbind(-1)
+    weights = _weights(logits, logits.amax(dim=-1, keepdim=True), temperature, logits.shape[1])
+    if any(knob.k < logits.shape[1] or knob.p < 1 for knob in knobs):
+        weights = weights * _most_likely(logits, temperature, k, p, max(knob.k for knob in knobs))
+    sums = weights.cumsum(dim=-1)
+    return _first_above(sums, (sums[:, -1:] * uniform).long())
+
+
+def _weights(values: torch.Tensor, top: torch.Tensor, temperature: torch.Tensor, vocab: int) -> torch.Tensor:
     """Probabilities as integers, in units that let a whole vocabulary sum to at most 2**52.
 
     Sums of integers are the same in any order of addition, and exact in a double: a parallel scan on a device adds
@@ -71,24 +108,25 @@ def _weights(values: torch.Tensor, top: torch.Tensor, temperature: float, vocab:
     return (torch.exp((values.double() - top.double()) / temperature) * scale).round().long()
 
 
-def _most_likely(row: torch.Tensor, params: SamplingParams) -> torch.Tensor | None:
-    """Mask [V] of the tokens that top-k and top-p leave, lower ids first among equal logits; None if all are left."""
-    if params.top_k is not None:
-        values = row.topk(min(params.top_k, row.numel())).values
-    elif params.top_p is not None:
-        values = row.sort(descending=True).values
-    else:
-        return None
-    last = torch.full((1,), values.numel() - 1, device=row.device)
-    if params.top_p is not None:
-        sums = _weights(values, values[0], params.temperature, row.numel()).cumsum(0)
-        last = torch.searchsorted(sums, (sums[-1:].double() * params.top_p).ceil().long()).clamp(max=last)
+def _most_likely(
+    logits: torch.Tensor, temperature: torch.Tensor, k: torch.Tensor, p: torch.Tensor, width: int
+) -> torch.Tensor:
+    """Mask [G, V] of what top-k and then top-p leave, lower ids first among equal logits.
+
+    ``temperature``, ``k`` and ``p`` are f64[G, 1]; ``width`` is the largest k.
+    """
+    vocab = logits.shape[1]
+    values = logits.topk(width).values if width < vocab else logits.sort(dim=-1, descending=True).values
+    likely = torch.arange(width, device=logits.device) < k
+    sums = (_weights(values, values[:, :1], temperature, vocab) * likely).cumsum(dim=-1)
+    reached = torch.searchsorted(sums, (sums[:, -1:] * p).ceil().long())
+    last = torch.minimum(reached, k.long() - 1)
     # Only values come sorted, since the order of equals in a sort on a device may vary: ties go by id here.
-    threshold = values[last]
-    above, equal = row > threshold, row == threshold
-    return above | (equal & (equal.cumsum(0) <= last + 1 - above.sum()))
+    threshold = values.gather(1, last)
+    above, equal = logits > threshold, logits == threshold
+    return above | (equal & (equal.cumsum(dim=-1) <= last + 1 - above.sum(dim=-1, keepdim=True)))
 
 
 def _first_above(sums: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
-    """Index of the first of ``sums`` [V] above ``target`` [1]; in range even if a NaN made garbage of both."""
-    return torch.searchsorted(sums, target, right=True).clamp(max=sums.numel() - 1)[0]
+    """Per row, the first place where ``sums`` [G, V] exceed ``target`` [G, 1]; in range even if a NaN spoilt them."""
+    return torch.searchsorted(sums, target, right=True).clamp(max=sums.shape[1] - 1).squeeze(1)

@@ -33,5 +33,12 @@ class StepInput:
     rows: torch.Tensor
 
 
+def to_device(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """The CPU tensor on ``device``, by a copy that does not make the host wait for the device."""
+    if device.type == "cuda":
+        return tensor.pin_memory().to(device, non_blocking=True)
+    return tensor.to(device)
+
+
 Model = Callable[[StepInput], torch.Tensor]
 """Writes the keys and values of the step's tokens to the cache and returns logits [R, V] of ``rows``."""

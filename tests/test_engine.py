@@ -387,7 +387,7 @@ def test_scores_in_the_middle_of_serving(max_step_tokens):
     ids = [engine.add(*request) for request in requests]
     for _ in range(3):
         engine.step()
-    prompts = [[1, 2, 3, 4, 5, 6, 7], [3], [9] * 32]
+    prompts = [[1, 2, 3, 4, 5, 6, 7], [3], [4, 5], [9] * 32]
     for prompt, scores in zip(prompts, engine.score(prompts), strict=True):
         expected = torch.stack([expected_logits(prompt[: stop + 1]) for stop in range(len(prompt))])
         assert torch.equal(scores, expected)

@@ -1,0 +1,168 @@
+"""Check a kernel against its reference on random inputs, and time it. Emitted kernel files call ``main``."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Callable, Mapping
+
+import torch
+from torch import Tensor
+from torch.fx import Node
+
+from ..ir.graph import Graph, type_of
+from ..ir.interpret import interpret
+from ..ir.ops import op_name
+from ..ir.parse import parse
+from .kernels import Kernel
+from .signature import fresh_outputs
+
+# Relative RMSE against the reference computed in fp32.
+TOLERANCE = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1.5e-2}
+_BLOCK = 16
+
+
+def random_case(graph: Graph, tokens: int, sequences: int, seed: int, device: torch.device | str) -> dict[str, Tensor]:
+    """Random values for the inputs of a region, valid for the operators that read them.
+
+    ``tokens`` are split over ``sequences`` whose caches hold some older tokens as well.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    sequences = min(sequences, tokens)
+    cuts = sorted(torch.randperm(tokens - 1, generator=generator)[: sequences - 1].add(1).tolist()) if tokens > 1 else []
+    starts = [0, *cuts, tokens]
+    older = torch.randint(0, 40, (sequences,), generator=generator).tolist()
+    lengths = [last - first + past for first, last, past in zip(starts, starts[1:], older)]
+    blocks = [-(-length // _BLOCK) for length in lengths]
+    dims = {"T": tokens, "S": sequences, "B": max(blocks), "C": (sum(blocks) + 2) * _BLOCK, "R": min(tokens, 5)}
+    order = torch.randperm(dims["C"] // _BLOCK, generator=generator).tolist()
+    tables = torch.zeros(sequences, dims["B"], dtype=torch.int32)
+    for row, count in enumerate(blocks):
+        tables[row, :count] = torch.tensor([order.pop() for _ in range(count)], dtype=torch.int32)
+    special = {
+        "query_starts": torch.tensor(starts, dtype=torch.int32),
+        "context_lens": torch.tensor(lengths, dtype=torch.int32),
+        "block_tables": tables,
+    }
+    case = {}
+    for node in graph.inputs():
+        kind = type_of(node)
+        shape = kind.concrete(dims)
+        role = _role(node)
+        if role in special:
+            case[node.name] = special[role].to(device)
+        elif role == "slots":
+            case[node.name] = torch.randperm(dims["C"], generator=generator)[:tokens].to(device)
+        elif kind.torch_dtype.is_floating_point:
+            case[node.name] = torch.randn(shape, generator=generator).to(kind.torch_dtype).to(device)
+        else:
+            bound = _bound(node, dims)
+            case[node.name] = torch.randint(0, bound, shape, generator=generator).to(kind.torch_dtype).to(device)
+    return case
+
+
+def _role(node: Node) -> str:
+    """What an integer input is for, from the operator that reads it."""
+    for user in node.users:
+        name = op_name(user.target)
+        if name == "nn.cache_write" and user.args[2] is node:
+            return "slots"
+        if name == "nn.paged_attention":
+            roles = {3: "block_tables", 4: "query_starts", 5: "context_lens"}
+            for place, role in roles.items():
+                if user.args[place] is node:
+                    return role
+    return ""
+
+
+def _bound(node: Node, dims: Mapping[str, int]) -> int:
+    """The values of an integer input must be below this, for the operator that uses them as indices."""
+    for user in node.users:
+        name = op_name(user.target)
+        if name == "aten.embedding" and isinstance(user.args[0], Node):
+            return type_of(user.args[0]).concrete(dims)[0]
+        if name == "aten.index_select" and isinstance(user.args[0], Node):
+            return type_of(user.args[0]).concrete(dims)[0]
+        if name == "nn.grouped_linear" and isinstance(user.args[2], Node):
+            return type_of(user.args[2]).concrete(dims)[0]
+        if user.op == "call_function" and isinstance(user.meta["type"], tuple) is False:
+            inner = _bound(user, dims) if not type_of(user).torch_dtype.is_floating_point else 0
+            if inner:
+                return max(1, inner - 2)  # room for a small offset added on the way
+    return 64
+
+
+def run_kernel(graph: Graph, launch: Callable[..., None], case: Mapping[str, Tensor], order: tuple[int, ...]) -> list[Tensor]:
+    """Launch a kernel on a case; its results are poisoned with NaN before. Returns every result of the region."""
+    dims = _dims(graph, case)
+    device = next(iter(case.values())).device
+    inputs = [case[node.name].clone() for node in graph.inputs()]
+    made = {}
+    for node in fresh_outputs(graph):
+        kind = type_of(node)
+        fill = float("nan") if kind.torch_dtype.is_floating_point else -1
+        made[node] = torch.full(kind.concrete(dims), fill, device=device).to(kind.torch_dtype)
+    values = [*inputs, *made.values()]
+    launch(*[values[place] for place in order])
+    caches = {node: value for node, value in zip(graph.inputs(), inputs)}
+    results: list[Node] = list(graph.output_node().args[0])  # type: ignore[arg-type]
+    return [made[node] if node in made else caches[node.args[0]] for node in results]  # type: ignore[index]
+
+
+def _dims(graph: Graph, case: Mapping[str, Tensor]) -> dict[str, int]:
+    from ..ir.interpret import bind_dims
+
+    return bind_dims(graph, case)
+
+
+def reference(graph: Graph, case: Mapping[str, Tensor]) -> tuple[Tensor, ...]:
+    """What the kernel should compute, with all floats in fp32."""
+    wide = parse(widened(graph))
+    inputs = {
+        name: (value.float() if value.is_floating_point() else value).clone() for name, value in case.items()
+    }
+    return interpret(wide, inputs, {})
+
+
+def widened(graph: Graph) -> str:
+    """The text of the graph with all narrow floats made fp32."""
+    import re
+
+    return re.sub(r"\b(bf16|f16)\b", "f32", str(graph))
+
+
+def errors(graph: Graph, launch: Callable[..., None], order: tuple[int, ...], case: Mapping[str, Tensor]) -> list[float]:
+    """Relative RMSE of every result; NaN where something was left unwritten."""
+    found = []
+    for ours, theirs in zip(run_kernel(graph, launch, case, order), reference(graph, case)):
+        ours, theirs = ours.double(), theirs.double()
+        found.append(float((ours - theirs).norm() / theirs.norm().clamp_min(1e-30)))
+    return found
+
+
+def main(text: str, launch: Callable[..., None]) -> None:
+    """Check and time a kernel file on the GPU: prints errors, microseconds and GB/s for decode and prefill sizes."""
+    graph = parse(text)
+    order = Kernel(graph.name, "", graph).order
+    device = torch.device("cuda")
+    for tokens, sequences in ((1, 1), (8, 8), (131, 3), (1024, 4)):
+        case = random_case(graph, tokens, sequences, tokens, device)
+        worst = max(errors(graph, launch, order, case))
+        values = [value.element_size() * value.numel() for value in case.values()]
+        times = time_launch(lambda: run_kernel(graph, launch, case, order))  # noqa: B023
+        rate = sum(values) / times / 1e3
+        print(f"{graph.name}: {tokens} tokens, relative RMSE {worst:.1e}, {times:.1f} us with set-up, {rate:.0f} GB/s of inputs")
+
+
+def time_launch(run: Callable[[], object], repeats: int = 20) -> float:
+    """Median microseconds of a call on the GPU."""
+    for _ in range(3):
+        run()
+    times = []
+    for _ in range(repeats):
+        begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        begin.record()
+        run()
+        end.record()
+        end.synchronize()
+        times.append(1e3 * begin.elapsed_time(end))
+    return statistics.median(times)

@@ -1,0 +1,102 @@
+"""Coordinates through views: where in the source an element of a slice, transpose or reshape lies."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from torch.fx import Node
+
+from ..ir.graph import type_of
+from ..ir.ops import op_name
+from ..ir.types import Size
+
+
+def strides_of(shape: Sequence[Size]) -> list[int]:
+    """Element strides of a contiguous tensor; only the outermost size may be dynamic."""
+    strides, step = [], 1
+    for size in reversed(shape):
+        strides.insert(0, step)
+        step = step * size if isinstance(size, int) else 0
+    return strides
+
+
+def flat_index(coords: Sequence[str], shape: Sequence[Size]) -> str:
+    """The offset of an element in a contiguous tensor."""
+    terms = []
+    for coord, stride, size in zip(coords, strides_of(shape), shape):
+        if coord == "0" or size == 1:
+            continue
+        terms.append(coord if stride == 1 else f"{coord} * {stride}")
+    return " + ".join(terms) or "0"
+
+
+def through_view(node: Node, coords: tuple[str, ...]) -> tuple[str, ...] | None:
+    """The coordinates on the operand of a view; nothing if the operator is no view."""
+    name = op_name(node.target)
+    if name not in _VIEWS:
+        return None
+    source = node.args[0]
+    assert isinstance(source, Node)
+    return _VIEWS[name](node, type_of(source).shape, type_of(node).shape, coords)
+
+
+def _slice(node: Node, source: Sequence[Size], shape: Sequence[Size], coords: tuple[str, ...]) -> tuple[str, ...]:
+    start, step = node.args[2], node.args[4] if len(node.args) > 4 else 1
+    column = coords[-1] if step == 1 else f"{coords[-1]} * {step}"
+    return (*coords[:-1], f"({column} + {start})" if start else (column if step == 1 else f"({column})"))
+
+
+def _unsqueeze(node: Node, source: Sequence[Size], shape: Sequence[Size], coords: tuple[str, ...]) -> tuple[str, ...]:
+    place = len(shape) + int(str(node.args[1]))
+    return coords[:place] + coords[place + 1 :]
+
+
+def _expand(node: Node, source: Sequence[Size], shape: Sequence[Size], coords: tuple[str, ...]) -> tuple[str, ...]:
+    kept = coords[len(shape) - len(source) :]
+    return tuple("0" if size == 1 else coord for size, coord in zip(source, kept))
+
+
+def _transpose(node: Node, source: Sequence[Size], shape: Sequence[Size], coords: tuple[str, ...]) -> tuple[str, ...]:
+    left, right = int(str(node.args[1])), int(str(node.args[2]))
+    swapped = list(coords)
+    swapped[left], swapped[right] = swapped[right], swapped[left]
+    return tuple(swapped)
+
+
+def _select(node: Node, source: Sequence[Size], shape: Sequence[Size], coords: tuple[str, ...]) -> tuple[str, ...]:
+    place = len(source) + int(str(node.args[1]))
+    index, size = int(str(node.args[2])), source[place]
+    if index < 0 and isinstance(size, int):
+        index += size
+    return (*coords[:place], str(index), *coords[place:])
+
+
+def _reshape(node: Node, source: Sequence[Size], shape: Sequence[Size], coords: tuple[str, ...]) -> tuple[str, ...]:
+    # Equal dims at the end keep their coordinates; the rest goes through the flat index.
+    kept = 0
+    while kept < min(len(source), len(shape)) and source[len(source) - 1 - kept] == shape[len(shape) - 1 - kept]:
+        kept += 1
+    tail = coords[len(coords) - kept :] if kept else ()
+    head, outer = source[: len(source) - kept], shape[: len(shape) - kept]
+    flat = flat_index(coords[: len(outer)], outer)
+    found: list[str] = []
+    for place in range(len(head) - 1, -1, -1):
+        size = head[place]
+        if place == 0:
+            found.insert(0, f"({flat})" if flat != "0" else "0")
+        elif size == 1:
+            found.insert(0, "0")
+        else:
+            found.insert(0, f"(({flat}) % {size})")
+            flat = f"({flat}) // {size}"
+    return (*found, *tail)
+
+
+_VIEWS = {
+    "aten.slice.Tensor": _slice,
+    "aten.unsqueeze": _unsqueeze,
+    "aten.expand": _expand,
+    "aten.transpose.int": _transpose,
+    "aten.select.int": _select,
+    "aten.reshape": _reshape,
+}

@@ -1,0 +1,180 @@
+"""Kernels of rows: pointwise work, lookups and reductions over rows that one program holds whole."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from torch.fx import Node
+
+from ..ir.graph import Graph, flat_types, type_of
+from ..ir.ops import op_name
+from ..ir.types import Dim, Size
+from .coordinates import flat_index, strides_of
+from .signature import file_text, parameters, pointer_types
+from .tile import Position, Tile
+from .writer import Writer
+
+# Elements of a tile that keep a program of four warps well within its registers.
+_TILE = 4096
+
+
+class RowTile(Tile):
+    """A tile of whole rows: norms and reductions are sums over the columns at hand."""
+
+    def __init__(self, graph: Graph, writer: Writer) -> None:
+        super().__init__(graph, writer)
+        self.statistics = self._row_statistics
+        self._columns: dict[int, str] = {}
+        self.widest = 1
+
+    def columns(self, width: int) -> str:
+        """The column coordinates ``0 .. width`` of a row, padded to a power of two."""
+        padded = padded_width(width)
+        self.widest = max(self.widest, padded)
+        if padded not in self._columns:
+            self._columns[padded] = self.writer.assign("col", f"tl.arange(0, {padded})[None, :]")
+        return self._columns[padded]
+
+    def _row(self, source_shape: tuple[Size, ...], at: Position) -> Position:
+        """The whole row of a value of that shape that the position lies in."""
+        width = source_shape[-1]
+        assert isinstance(width, int)
+        column = self.columns(width)
+        return Position((*at.coords[: len(source_shape) - 1], column), f"row_ok & ({column} < {width})")
+
+    def _row_statistics(
+        self, node: Node, read: Callable[[Position], str], at: Position
+    ) -> tuple[str, str]:
+        source = node.args[0]
+        assert isinstance(source, Node)
+        place = self._row(type_of(source).shape, at)
+        width, eps = type_of(source).shape[-1], norm_epsilon(node)
+        x = read(place)
+        mean = ""
+        if op_name(node.target) == "nn.layer_norm":
+            mean = self.writer.assign("mean", f"tl.sum(tl.where({place.mask}, {x}, 0.0), 1)[:, None] / {width}")
+            x = self.writer.assign("centred", f"{x} - {mean}")
+        square = f"tl.sum(tl.where({place.mask}, {x} * {x}, 0.0), 1)[:, None] / {width}"
+        return mean, self.writer.assign("inverse", f"1.0 / tl.sqrt({square} + {eps})")
+
+    def _reduction(self, node: Node, source: Node, name: str, at: Position) -> str:
+        shape = type_of(source).shape
+        if name == "aten.sum.dim_IntList" and list(node.args[1]) == [-2]:  # type: ignore[arg-type]
+            count = shape[-2]
+            assert isinstance(count, int)
+            parts = [
+                self.value(source, Position((*at.coords[:-1], str(index), at.coords[-1]), at.mask)) for index in range(count)
+            ]
+            return " + ".join(parts)
+        place = self._row(shape, at)
+        x = self.value(source, place)
+        if name == "aten.amax":
+            return f'tl.max(tl.where({place.mask}, {x}, float("-inf")), 1)[:, None]'
+        if name == "aten.softmax.int":
+            largest = self.writer.assign("largest", f'tl.max(tl.where({place.mask}, {x}, float("-inf")), 1)[:, None]')
+            power = self.writer.assign("power", f"tl.exp(tl.where({place.mask}, {x} - {largest}, 0.0))")
+            total = self.writer.assign("total", f"tl.sum(tl.where({place.mask}, {power}, 0.0), 1)[:, None]")
+            here = self.value(source, at)
+            return f"tl.exp({here} - {largest}) / {total}"
+        total = f"tl.sum(tl.where({place.mask}, {x}, 0.0), 1)[:, None]"
+        return f"{total} / {shape[-1]}" if name == "aten.mean.dim" else total
+
+
+def padded_width(width: int) -> int:
+    return 1 << (width - 1).bit_length() if width > 1 else 1
+
+
+def norm_epsilon(node: Node) -> str:
+    """The epsilon argument of a norm."""
+    return repr(node.args[-1])
+
+
+def rows_source(graph: Graph) -> str:
+    """The file of a kernel of rows, without its header."""
+    outputs: list[Node] = list(graph.output_node().args[0])  # type: ignore[arg-type]
+    results = [value_written(node) for node in outputs]
+    lead = leading(type_of(results[0]).shape)
+    names = parameters(graph)
+    writer = Writer({node.name for node in graph.nodes} | set(names) | {"num_rows", "row_ok"})
+    writer.line("row = (tl.program_id(0) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS))[:, None].to(tl.int64)")
+    writer.line("row_ok = row < num_rows")
+    tile = RowTile(graph, writer)
+    inner = [size for size in lead[1:]]
+    coords = _split_row(writer, inner)
+    for output, result in zip(outputs, results):
+        shape = type_of(result).shape
+        if isinstance(shape[-1], Dim):
+            place = Position(coords[: len(shape)], "row_ok")
+        else:
+            column = tile.columns(shape[-1])
+            place = Position((*coords, column), f"row_ok & ({column} < {shape[-1]})")
+        store(tile, output, result, place)
+    block = max(1, min(32, _TILE // tile.widest))
+    warps = 4 if block * tile.widest <= _TILE else 8
+    rows = f"{results[0].name}.numel() // {_width(type_of(results[0]).shape)}" if outputs[0] is results[0] else _rows_of(results[0], graph)
+    kernel = f"{graph.name}_kernel"
+    launch = [
+        f"def launch({', '.join(names)}):",
+        f"    num_rows = {rows}",
+        "    if num_rows == 0:",
+        "        return",
+        f"    {kernel}[(triton.cdiv(num_rows, {block}),)]({', '.join(names)}, num_rows, BLOCK_ROWS={block}, num_warps={warps})",
+    ]
+    signature = {**pointer_types(graph), "num_rows": "i32"}
+    variants = [(signature, {"BLOCK_ROWS": block}, warps, 1)]
+    return file_text(graph, f"{', '.join(f'{n}_ptr' for n in names)}, num_rows, BLOCK_ROWS: tl.constexpr", writer.text(), launch, variants)
+
+
+def leading(shape: tuple[Size, ...]) -> tuple[Size, ...]:
+    """The dims that make up the rows: all but the last, unless the last one is dynamic."""
+    return shape if isinstance(shape[-1], Dim) else shape[:-1]
+
+
+def _width(shape: tuple[Size, ...]) -> int:
+    return 1 if isinstance(shape[-1], Dim) else shape[-1]
+
+
+def _rows_of(result: Node, graph: Graph) -> str:
+    """The number of rows of a value that is not a parameter of the kernel: from an input with the same first dim."""
+    shape = type_of(result).shape
+    inner = 1
+    for size in leading(shape)[1:]:
+        inner *= size if isinstance(size, int) else 1
+    for node in graph.inputs():
+        if flat_types(node.meta["type"])[0].shape[:1] == shape[:1]:
+            return f"{node.name}.shape[0] * {inner}"
+    raise AssertionError("a kernel of rows reads rows")
+
+
+def _split_row(writer: Writer, inner: list[Any]) -> tuple[str, ...]:
+    if not inner:
+        return ("row",)
+    strides = strides_of(inner)
+    step = strides[0] * inner[0]
+    coords = [writer.assign("token", f"row // {step}")]
+    for size, stride in zip(inner, strides):
+        coords.append(writer.assign("part", f"(row // {stride}) % {size}" if stride > 1 else f"row % {size}"))
+    return tuple(coords)
+
+
+def value_written(node: Node) -> Node:
+    """What a result is made of: for a cache write the rows written, else the value itself."""
+    if op_name(node.target) == "nn.cache_write":
+        rows = node.args[1]
+        assert isinstance(rows, Node)
+        return rows
+    return node
+
+
+def store(tile: Tile, output: Node, result: Node, at: Position) -> None:
+    """Write a result to memory: to its own tensor, or to the slots of a cache."""
+    value = tile.value(result, at)
+    if output is result:
+        tile.writer.line(f"tl.store({output.name}_ptr + {flat_index(at.coords, type_of(output).shape)}, {value}, mask={at.mask})")
+        return
+    cache, _, slots = output.args
+    assert isinstance(cache, Node) and isinstance(slots, Node)
+    slot = tile.value(slots, Position(at.coords[:1], "row_ok"))
+    where = flat_index((slot, *at.coords[1:]), type_of(cache).shape)
+    tile.writer.line(f"tl.store({cache.name}_ptr + {where}, {value}, mask={at.mask})")

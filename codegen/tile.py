@@ -1,0 +1,208 @@
+"""Print the values of a region as Triton expressions on a tile, on demand.
+
+A value is asked for at a position: one coordinate expression for each of its dims, and the mask under which the
+coordinates are valid. Views (slices, transposes, reshapes) only change the coordinates; what comes from memory is
+loaded at them; everything else is one expression of its operands.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from torch.fx import Node
+
+from ..ir.graph import Graph, type_of
+from ..ir.ops import op_name
+from ..ir.tiles import TILE_POINTWISE
+from .coordinates import flat_index, through_view
+from .expressions import literal, print_pointwise
+from .writer import Writer
+
+
+@dataclass(frozen=True)
+class Position:
+    """Where on a value: ``coords`` are Triton expressions that broadcast against each other, ``mask`` their validity."""
+
+    coords: tuple[str, ...]
+    mask: str
+
+
+class Tile:
+    """Prints values of one region into a ``Writer``.
+
+    ``given`` are values that exist already as tiles (a matmul's accumulator): they are known at their ``home`` position
+    alone. ``row_norm`` prints a norm's statistics: how depends on whether whole rows are at hand.
+    """
+
+    def __init__(self, graph: Graph, writer: Writer) -> None:
+        self.graph = graph
+        self.writer = writer
+        self.given: dict[Node, str] = {}
+        self.home: Callable[[Node], Position] | None = None
+        self.statistics: Callable[[Node, Callable[[Position], str], Position], tuple[str, str]] = self._no_statistics
+        self._known: list[dict[tuple[Node, Position], str]] = [{}]
+        self._on_given: dict[Node, bool] = {}
+
+    def enter(self) -> None:
+        """Begin an inner block: what is printed in it is unknown after it."""
+        self._known.append({})
+
+    def leave(self) -> None:
+        self._known.pop()
+
+    def value(self, node: Node, at: Position) -> str:
+        """The name of a tile that holds the node's values at the position."""
+        if node in self.given:
+            return self.given[node]
+        if self.home is not None and self.on_given(node):
+            at = self.home(node)
+        key = (node, at)
+        for scope in reversed(self._known):
+            if key in scope:
+                return scope[key]
+        text = self._load(node, at) if node.op == "placeholder" else self._compute(node, at)
+        if node.op != "placeholder" and text.isidentifier():
+            name = text
+        else:
+            name = self.writer.assign(node.name, text)
+        self._known[-1][key] = name
+        return name
+
+    def on_given(self, node: Node) -> bool:
+        """Whether a value is computed from a given tile."""
+        found = self._on_given.get(node)
+        if found is None:
+            if op_name(node.target) == "nn.cache_write":
+                found = isinstance(node.args[1], Node) and self.on_given(node.args[1])
+            else:
+                found = node in self.given or any(map(self.on_given, node.all_input_nodes))
+            self._on_given[node] = found
+        return found
+
+    def _load(self, node: Node, at: Position) -> str:
+        kind = type_of(node)
+        if not kind.shape:
+            return f"tl.load({node.name}_ptr).to(tl.float32)" if kind.torch_dtype.is_floating_point else f"tl.load({node.name}_ptr)"
+        loaded = f"tl.load({node.name}_ptr + {flat_index(at.coords, kind.shape)}, mask={at.mask}, other=0)"
+        if kind.dtype == "bool":
+            return f"{loaded} != 0"
+        return f"{loaded}.to(tl.float32)" if kind.torch_dtype.is_floating_point else loaded
+
+    def _compute(self, node: Node, at: Position) -> str:
+        name = op_name(node.target)
+        if name in TILE_POINTWISE:
+            return print_pointwise(node, [self._operand(item, node, at) for item in node.args])
+        if name == "aten.cat":
+            return self._cat(node, at)
+        source = node.args[0]
+        assert isinstance(source, Node)
+        if self.home is not None and self.on_given(node) and name == "aten.reshape":
+            return self.value(source, at)
+        moved = through_view(node, at.coords)
+        if moved is not None:
+            return self.value(source, Position(moved, at.mask))
+        if name == "aten.embedding":
+            ids = node.args[1]
+            assert isinstance(ids, Node)
+            row = self.value(ids, Position(at.coords[:-1], at.mask))
+            return self._load(source, Position((row, at.coords[-1]), at.mask))
+        if name == "aten.index_select":
+            rows = node.args[2]
+            assert isinstance(rows, Node)
+            row = self.value(rows, Position(at.coords[:1], "row_ok"))
+            return self.value(source, Position((row, *at.coords[1:]), at.mask))
+        if name == "nn.rope":
+            return self._rope(node, at)
+        if name in ("nn.rms_norm", "nn.layer_norm"):
+            return self._norm(node, source, lambda place: self.value(source, place), at)
+        if name == "getitem":
+            return self._add_norm(source, int(str(node.args[1])), at)
+        return self._reduction(node, source, name, at)
+
+    def _operand(self, item: Any, node: Node, at: Position) -> str:
+        if not isinstance(item, Node):
+            return literal(item)
+        return self.value(item, self._aligned(item, node, at))
+
+    def _aligned(self, item: Node, node: Node, at: Position) -> Position:
+        """The position on an operand that is broadcast to the result's shape."""
+        shape, whole = type_of(item).shape, type_of(node).shape
+        coords = at.coords[len(whole) - len(shape) :] if shape else ()
+        return Position(tuple("0" if size == 1 else coord for size, coord in zip(shape, coords)), at.mask)
+
+    def _cat(self, node: Node, at: Position) -> str:
+        parts = node.args[0]
+        assert isinstance(parts, (list, tuple))
+        column, start, text = at.coords[-1], 0, ""
+        for part in parts:
+            width = type_of(part).shape[-1]
+            assert isinstance(width, int)
+            place = column if start == 0 else f"({column} - {start})"
+            mask = f"{at.mask} & ({column} >= {start}) & ({column} < {start + width})"
+            value = self.value(part, Position((*at.coords[:-1], place), mask))
+            text = value if not text else f"tl.where({column} < {start}, {text}, {value})"
+            start += width
+        return text
+
+    def _rope(self, node: Node, at: Position) -> str:
+        x, cos, sin = node.args[:3]
+        pairing = node.args[3] if len(node.args) > 3 else "half"
+        assert isinstance(x, Node) and isinstance(cos, Node) and isinstance(sin, Node)
+        width, column = type_of(cos).shape[-1], at.coords[-1]
+        assert isinstance(width, int)
+        if pairing == "half":
+            half = width // 2
+            partner = f"tl.where({column} < {half}, {column} + {half}, tl.where({column} < {width}, {column} - {half}, {column}))"
+            sign = f"tl.where({column} < {half}, -1.0, 1.0)"
+        else:
+            partner = f"tl.where({column} < {width}, {column} ^ 1, {column})"
+            sign = f"tl.where({column} % 2 == 0, -1.0, 1.0)"
+        partner = self.writer.assign("partner", partner)
+        here = self.value(x, at)
+        if self.home is not None and self.on_given(x):
+            # The other half of the head is in registers of other threads.
+            index = f"tl.broadcast_to({partner}, {here}.shape[0], {here}.shape[1])"
+            there = self.writer.assign("turned", f"tl.gather({here}, {index}, 1)")
+        else:
+            there = self.value(x, Position((*at.coords[:-1], partner), at.mask))
+        token = at.coords[:-2]
+        turned = f"{at.mask} & ({column} < {width})"
+        c = self.value(cos, Position((*token, column), turned))
+        s = self.value(sin, Position((*token, column), turned))
+        full = type_of(x).shape[-1]
+        if full != width:
+            c = self.writer.assign("cos", f"tl.where({column} < {width}, {c}, 1.0)")
+            s = self.writer.assign("sin", f"tl.where({column} < {width}, {s}, 0.0)")
+        return f"{here} * {c} + {sign} * {there} * {s}"
+
+    def _norm(self, node: Node, source: Node, read: Callable[[Position], str], at: Position) -> str:
+        bias = node.args[2] if op_name(node.target) == "nn.layer_norm" else None
+        mean, deviation = self.statistics(node, read, at)
+        x = read(at)
+        text = f"({x} - {mean}) * {deviation}" if mean else f"{x} * {deviation}"
+        place = Position(at.coords[-1:], at.mask)
+        scale = node.args[1] if op_name(node.target) != "nn.add_rms_norm" else node.args[2]
+        if isinstance(scale, Node):
+            text = f"{text} * {self.value(scale, place)}"
+        return f"{text} + {self.value(bias, place)}" if isinstance(bias, Node) else text
+
+    def _add_norm(self, node: Node, which: int, at: Position) -> str:
+        x, residual = node.args[:2]
+        assert isinstance(x, Node) and isinstance(residual, Node)
+
+        def total(place: Position) -> str:
+            key = (node, place)
+            if key not in self._known[-1]:
+                self._known[-1][key] = self.writer.assign("total", f"{self.value(x, place)} + {self.value(residual, place)}")
+            return self._known[-1][key]
+
+        return total(at) if which == 0 else self._norm(node, x, total, at)
+
+    def _reduction(self, node: Node, source: Node, name: str, at: Position) -> str:
+        raise NotImplementedError(f"{name} on this kind of tile")
+
+    def _no_statistics(self, node: Node, read: Any, at: Position) -> tuple[str, str]:
+        raise AssertionError("this tile holds no whole rows")
+

@@ -1,0 +1,130 @@
+"""Which operators a generated kernel can compute on a tile: what grouping may put into a kernel and codegen can print."""
+
+from __future__ import annotations
+
+from torch.fx import Node
+
+from .graph import Graph, flat_types, is_constant, type_of
+from .ops import op_name
+from .types import Dim
+
+# One expression on a tile; the operators with a condition on their arguments are checked in `is_pointwise`.
+TILE_POINTWISE = frozenset(
+    f"aten.{name}"
+    for name in (
+        "add.Tensor sub.Tensor mul.Tensor div.Tensor neg abs exp exp2 log log2 rsqrt sqrt reciprocal cos sin tanh sigmoid relu silu "
+        "softplus erf pow.Tensor_Scalar square clamp clamp_min clamp_max maximum minimum to.dtype gelu rsub.Scalar where.self "
+        "eq.Scalar ne.Scalar lt.Scalar le.Scalar gt.Scalar ge.Scalar lt.Tensor le.Tensor gt.Tensor ge.Tensor eq.Tensor "
+        "logical_and logical_or logical_not masked_fill.Scalar floor"
+    ).split()
+) | {"nn.silu_mul", "nn.gelu_mul"}
+
+# The same values at other coordinates: no work, only index arithmetic.
+TILE_VIEWS = frozenset(
+    "aten.reshape aten.unsqueeze aten.expand aten.slice.Tensor aten.transpose.int aten.select.int aten.cat".split()
+)
+TILE_LOOKUPS = frozenset({"aten.embedding", "aten.index_select"})
+TILE_REDUCTIONS = frozenset(
+    "nn.rms_norm nn.layer_norm nn.add_rms_norm aten.mean.dim aten.sum.dim_IntList aten.amax aten.softmax.int".split()
+)
+# A row has to fit into the registers of one program.
+WIDEST_ROW = 16384
+
+_POWERS = frozenset({2, 3, 4, 0.5, -0.5, -1})
+_ELEMENTS = frozenset({"f32", "f16", "bf16", "i64", "i32", "bool"})
+
+
+def is_pointwise(node: Node) -> bool:
+    """Whether the operator is one expression on a tile."""
+    name = op_name(node.target)
+    if name not in TILE_POINTWISE or not _plain(node):
+        return False
+    if name == "aten.pow.Tensor_Scalar":
+        return node.args[1] in _POWERS
+    if name == "aten.div.Tensor":
+        return not node.kwargs and type_of(node).dtype in ("f32", "f16", "bf16")
+    if name in ("aten.add.Tensor", "aten.sub.Tensor", "aten.rsub.Scalar"):
+        return node.kwargs.get("alpha", 1) == 1 and len(node.args) == 2
+    if name == "aten.to.dtype":
+        return type_of(node).dtype in ("f32", "f16", "bf16", "i64", "i32")
+    if name == "aten.softplus":
+        return len(node.args) == 1
+    return True
+
+
+def is_row_op(node: Node) -> bool:
+    """Whether a kernel that holds whole rows in registers can compute the operator."""
+    name = op_name(node.target)
+    if not _plain(node):
+        return False
+    if name in TILE_POINTWISE:
+        return is_pointwise(node)
+    if name in TILE_VIEWS:
+        return _is_view(node, name)
+    if name in TILE_LOOKUPS:
+        return name == "aten.embedding" or node.args[1] == 0
+    if name in TILE_REDUCTIONS:
+        return _reduces_rows(node, name)
+    if name in ("nn.rope", "nn.cache_write"):
+        return True
+    return name == "getitem" and isinstance(node.args[0], Node) and op_name(node.args[0].target) == "nn.add_rms_norm"
+
+
+def is_view(node: Node) -> bool:
+    """Whether the operator only looks at values in another shape, and a kernel can follow it by index arithmetic."""
+    name = op_name(node.target)
+    return name in TILE_VIEWS and name != "aten.cat" and _plain(node) and _is_view(node, name)
+
+
+def _plain(node: Node) -> bool:
+    """Element types that kernels handle, and the dynamic dim outermost, so that all strides are known."""
+    for value in [node, *node.all_input_nodes]:
+        for kind in flat_types(value.meta["type"]):
+            if kind.dtype not in _ELEMENTS or any(isinstance(size, Dim) for size in kind.shape[1:]):
+                return False
+    return True
+
+
+def _is_view(node: Node, name: str) -> bool:
+    if name in ("aten.cat", "aten.slice.Tensor"):
+        dim = node.args[1] if len(node.args) > 1 else 0
+        return dim == -1 and type_of(node).rank > 1
+    if name == "aten.transpose.int":
+        return not isinstance(type_of(node).shape[-1], Dim) and node.args[1] != -1 and node.args[2] != -1
+    return True
+
+
+def _reduces_rows(node: Node, name: str) -> bool:
+    source = node.args[0]
+    assert isinstance(source, Node)
+    shape = type_of(source).shape
+    if not shape or not isinstance(shape[-1], int):
+        return False
+    if shape[-1] > WIDEST_ROW:
+        return False
+    if name in ("nn.rms_norm", "nn.layer_norm", "nn.add_rms_norm"):
+        return True
+    if name == "aten.softmax.int":
+        return node.args[1] == -1
+    dims = node.args[1] if len(node.args) > 1 else None
+    dims = [dims] if isinstance(dims, int) else dims
+    keep = bool(node.args[2]) if len(node.args) > 2 else False
+    if dims == [-1]:
+        return keep
+    inner = shape[-2] if len(shape) > 2 else None
+    return name == "aten.sum.dim_IntList" and dims == [-2] and not keep and isinstance(inner, int) and inner <= 64
+
+
+def is_matmul(node: Node) -> bool:
+    """Whether the node is a linear layer on rows ``[M, K]`` with weights that are constants."""
+    if op_name(node.target) != "aten.linear" or not _plain(node) or type_of(node).dtype not in ("f32", "f16", "bf16"):
+        return False
+    x, *weights = node.args
+    if not isinstance(x, Node) or type_of(x).rank != 2:
+        return False
+    return all(item is None or (isinstance(item, Node) and is_constant(item)) for item in weights)
+
+
+def loose(graph: Graph) -> list[Node]:
+    """The nodes computed in each step."""
+    return [node for node in graph.calls() if not is_constant(node) and str(node.target) != "cache"]
