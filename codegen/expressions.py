@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -26,6 +27,35 @@ def tanh(x):
     x2 = x * x
     near = x * (1.0 + x2 * (-1.0 / 3.0 + x2 * (2.0 / 15.0 + x2 * (-17.0 / 315.0 + x2 * (62.0 / 2835.0)))))
     return tl.where(tl.abs(x) < 0.25, near, tl.where(x < 0, -far, far))
+''',
+    "quarter_turns": '''@triton.jit
+def quarter_turns(x):
+    # Positions make large angles: whole quarter turns are taken off in fp64, the rest is within 45 degrees.
+    turns = x.to(tl.float64) * 0.6366197723675814
+    whole = tl.floor(turns + 0.5)
+    return whole.to(tl.int64) & 3, ((turns - whole) * 1.5707963267948966).to(tl.float32)
+''',
+    "sine_series": '''@triton.jit
+def sine_series(r):
+    r2 = r * r
+    return r * (1.0 + r2 * (-1.0 / 6 + r2 * (1.0 / 120 + r2 * (-1.0 / 5040 + r2 * (1.0 / 362880)))))
+''',
+    "cosine_series": '''@triton.jit
+def cosine_series(r):
+    r2 = r * r
+    return 1.0 + r2 * (-0.5 + r2 * (1.0 / 24 + r2 * (-1.0 / 720 + r2 * (1.0 / 40320 + r2 * (-1.0 / 3628800)))))
+''',
+    "cosine": '''@triton.jit
+def cosine(x):
+    quarter, r = quarter_turns(x)
+    value = tl.where((quarter & 1) == 0, cosine_series(r), sine_series(r))
+    return tl.where((quarter == 1) | (quarter == 2), -value, value)
+''',
+    "sine": '''@triton.jit
+def sine(x):
+    quarter, r = quarter_turns(x)
+    value = tl.where((quarter & 1) == 0, sine_series(r), cosine_series(r))
+    return tl.where(quarter >= 2, -value, value)
 ''',
     "gelu": '''@triton.jit
 def gelu(x):
@@ -113,8 +143,8 @@ PRINTERS: dict[str, Print] = {
     "aten.sqrt": _call("tl.sqrt"),
     "aten.rsqrt": lambda a, node: f"1.0 / tl.sqrt({a[0]})",
     "aten.reciprocal": lambda a, node: f"1.0 / {a[0]}",
-    "aten.cos": _call("tl.cos"),
-    "aten.sin": _call("tl.sin"),
+    "aten.cos": _call("cosine"),
+    "aten.sin": _call("sine"),
     "aten.tanh": _call("tanh"),
     "aten.erf": _call("tl.erf"),
     "aten.floor": _call("tl.floor"),
@@ -164,10 +194,12 @@ def literal(value: Any) -> str:
 
 
 def helpers_used(source: str) -> list[str]:
-    """The helper functions that a kernel's text calls, those they call themselves first."""
-    needed = [name for name in HELPERS if f"{name}(" in source]
-    if "gelu_tanh" in needed and "tanh" not in needed:
-        needed.append("tanh")
-    found = [name for name in HELPERS if name in needed]
-    calls = {name: f" {name}(" in source or f"({name}(" in source or name in ("tanh",) for name in found}
-    return [HELPERS[name] for name in found if calls[name]]
+    """The helper functions that a kernel's text calls, those that they call themselves first."""
+    texts, found = [source], set[str]()
+    while texts:
+        text = texts.pop()
+        for name, body in HELPERS.items():
+            if name not in found and re.search(rf"(?<![\w.]){name}\(", text):
+                found.add(name)
+                texts.append(body)
+    return [body for name, body in HELPERS.items() if name in found]

@@ -116,7 +116,7 @@ class MatmulTile(Tile):
         with self.writer.block(self._k_loop):
             self.enter()
             self.writer.line("k = k0 + tl.arange(0, BLOCK_K)")
-            at = Position(("row", "k[None, :]"), f"row_ok & (k < {self._depth})[None, :]")
+            at = Position(("row", "k[None, :]"), "row_ok", f"(k < {self._depth})[None, :]")
             x = self.value(source, at)
             if centre:
                 x = self.writer.assign("centred", f"tl.where({at.mask}, {x} - {centre}, 0.0)")
@@ -150,14 +150,15 @@ def matmul_source(graph: Graph) -> str:
     writer = Writer({node.name for node in graph.nodes} | set(names) | {"num_rows", "row_ok", "n_ok", "k", "k0", "n", "w", "x"})
     loop = f"for k0 in range(0, {depth}, BLOCK_K):"
     tile = MatmulTile(graph, writer, loop, depth)
-    writer.line("# A row block for every second program id, so that programs that share columns of the weight run together.")
+    tile.scalars |= {"tile", "BLOCK_N"}
+    writer.line("# Column tiles vary fastest: programs that run together share the rows, and read the weight once.")
     writer.line("row = (tl.program_id(1) * BLOCK_M + tl.arange(0, BLOCK_M))[:, None].to(tl.int64)")
     writer.line("row_ok = row < num_rows")
     writer.line("tile = tl.program_id(0)")
     tiles = _place_columns(writer, layout)
     for node in graph.calls():
         if op_name(node.target) == "aten.index_select":
-            tile.value(node.args[2], Position(("row",), "row_ok"))  # type: ignore[arg-type]
+            tile.looked_up(node.args[2], ("row",), Position(("row",), "row_ok"))  # type: ignore[arg-type]
     for node in graph.calls():
         if node is anchor:
             break
@@ -169,7 +170,7 @@ def matmul_source(graph: Graph) -> str:
     with writer.block(loop):
         tile.enter()
         writer.line("k = k0 + tl.arange(0, BLOCK_K)")
-        value = tile.value(x, Position(("row", "k[None, :]"), f"row_ok & (k < {depth})[None, :]"))
+        value = tile.value(x, Position(("row", "k[None, :]"), "row_ok", f"(k < {depth})[None, :]"))
         if any(op_name(node.target) == "nn.layer_norm" for node in _before(graph, anchor)):
             value = writer.assign("masked", f"tl.where((k < {depth})[None, :], {value}, 0.0)")
         writer.line(f"x = {value}.to({weight.name}_ptr.dtype.element_ty)")
@@ -199,8 +200,8 @@ def _before(graph: Graph, anchor: Node) -> list[Node]:
     return [node for node in graph.calls() if node < anchor]
 
 
-def _place_columns(writer: Writer, layout: Plan) -> list[tuple[str, str]]:
-    """Print which columns the program computes; returns for each section its first tile and the tile count, as text."""
+def _place_columns(writer: Writer, layout: Plan) -> list[str]:
+    """Print which columns the program computes; returns the first tile of each section, as text."""
     writer.line("col = tl.arange(0, BLOCK_N)[None, :]")
     step = str(layout.head_dim) if layout.head_dim else "BLOCK_N"
     counts = [
@@ -237,36 +238,40 @@ def _place_columns(writer: Writer, layout: Plan) -> list[tuple[str, str]]:
         for first, section in zip(firsts[1:], layout.sections[1:]):
             bound = f"tl.where(tile >= {first}, {section.starts[0] + section.width}, {bound})"
         writer.line(f"n_ok = (start + col) < {bound}")
-    return list(zip(firsts, counts))
+    return firsts
 
 
-def _epilogues(tile: MatmulTile, layout: Plan, accumulators: list[str], tiles: list[tuple[str, str]]) -> None:
+def _epilogues(tile: MatmulTile, layout: Plan, accumulators: list[str], tiles: list[str]) -> None:
     writer = tile.writer
-    for index, (section, (first, count)) in enumerate(zip(layout.sections, tiles)):
+    for index, (section, first) in enumerate(zip(layout.sections, tiles)):
         if not section.outputs:
             continue
         if len(layout.sections) == 1:
             _epilogue(tile, layout, section, accumulators, "tile")
         else:
             last = index == len(layout.sections) - 1
-            condition = f"tile >= {first}" if last else f"(tile >= {first}) & (tile < {first} + {count})"
+            until = tiles[index + 1] if not last else ""
+            condition = f"tile >= {first}" if last else f"tile < {until}" if first == "0" else f"(tile >= {first}) & (tile < {until})"
             writer.line(f"# {', '.join(lane.name for lane in section.lanes)}")
             with writer.block(f"if {condition}:"):
                 tile.enter()
-                _epilogue(tile, layout, section, accumulators, f"(tile - ({first}))" if first != "0" else "tile")
+                _epilogue(tile, layout, section, accumulators, f"(tile - {first if first.isdigit() else f'({first})'})" if first != "0" else "tile")
                 tile.leave()
 
 
 def _epilogue(tile: MatmulTile, layout: Plan, section: Section, accumulators: list[str], local: str) -> None:
     writer = tile.writer
-    mask = "row_ok & n_ok"
-    column = writer.assign("out_col", f"{local} * {layout.head_dim or 'BLOCK_N'} + col")
-    head = writer.assign("head", local) if layout.head_dim else ""
+    head = local
+    if layout.head_dim:
+        head = writer.assign("head", local) if local != "tile" else "tile"
+        tile.scalars.add(head)
+    needs_column = not layout.head_dim or any(type_of(value_written(node)).rank == 2 for node in section.outputs)
+    column = writer.assign("out_col", f"{local} * {layout.head_dim or 'BLOCK_N'} + col") if needs_column else ""
 
     def home(node: Node) -> Position:
         if type_of(node).rank == 3:
-            return Position(("row", head, "col"), mask)
-        return Position(("row", column), mask)
+            return Position(("row", head, "col"), "row_ok", "n_ok")
+        return Position(("row", column or f"{head} * {layout.head_dim} + col"), "row_ok", "n_ok")
 
     tile.given = dict(zip(section.lanes, accumulators))
     tile.home = home

@@ -1,7 +1,7 @@
 """The host's part of an emitted paged-attention file: its variants and ``launch``."""
 
 LAUNCH = '''\
-# maxnreg: left to choose, the assembler spills a little for the sake of more resident warps.
+# maxnreg: left to choose (None), the assembler may spill a little for the sake of more resident warps.
 QKV = {
     "q_ptr": "$TYPE$", "k_ptr": "$TYPE$", "v_ptr": "$TYPE$",
     "tables_ptr": "*i32", "starts_ptr": "*i32", "lengths_ptr": "*i32"$SINKS_TYPE$,

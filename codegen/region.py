@@ -72,7 +72,9 @@ def cut_out(graph: Graph, view: RegionView) -> Graph:
         if str(node.target) == "cache":
             base = f"{node.args[0]}_cache"
         elif node.op == "call_function" and node not in inside and not is_constant(node):
-            base = "x"  # what earlier kernels computed; the first layer reads other values than the others
+            # What earlier kernels computed: the first layer reads other values than the others.
+            tables = [user for user in node.users if user in inside and op_name(user.target) == "nn.rope"]
+            base = "x" if not tables or tables[0].args[0] is node else "cos" if tables[0].args[1] is node else "sin"
         name, count = base, 2
         while name in used:
             name, count = f"{base}_{count}", count + 1

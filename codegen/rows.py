@@ -41,7 +41,7 @@ class RowTile(Tile):
         width = source_shape[-1]
         assert isinstance(width, int)
         column = self.columns(width)
-        return Position((*at.coords[: len(source_shape) - 1], column), f"row_ok & ({column} < {width})")
+        return at.at((*at.coords[: len(source_shape) - 1], column), _below(column, width))
 
     def _row_statistics(
         self, node: Node, read: Callable[[Position], str], at: Position
@@ -64,7 +64,7 @@ class RowTile(Tile):
             count = shape[-2]
             assert isinstance(count, int)
             parts = [
-                self.value(source, Position((*at.coords[:-1], str(index), at.coords[-1]), at.mask)) for index in range(count)
+                self.value(source, at.at((*at.coords[:-1], str(index), at.coords[-1]))) for index in range(count)
             ]
             return " + ".join(parts)
         place = self._row(shape, at)
@@ -79,6 +79,11 @@ class RowTile(Tile):
             return f"tl.exp({here} - {largest}) / {total}"
         total = f"tl.sum(tl.where({place.mask}, {x}, 0.0), 1)[:, None]"
         return f"{total} / {shape[-1]}" if name == "aten.mean.dim" else total
+
+
+def _below(column: str, width: int) -> str:
+    """The mask of a row padded to a power of two; none is needed where the width is one."""
+    return "" if padded_width(width) == width else f"({column} < {width})"
 
 
 def padded_width(width: int) -> int:
@@ -102,13 +107,14 @@ def rows_source(graph: Graph) -> str:
     tile = RowTile(graph, writer)
     inner = [size for size in lead[1:]]
     coords = _split_row(writer, inner)
+    tile.row_names |= set(coords)
     for output, result in zip(outputs, results):
         shape = type_of(result).shape
         if isinstance(shape[-1], Dim):
             place = Position(coords[: len(shape)], "row_ok")
         else:
             column = tile.columns(shape[-1])
-            place = Position((*coords, column), f"row_ok & ({column} < {shape[-1]})")
+            place = Position((*coords, column), "row_ok", _below(column, shape[-1]))
         store(tile, output, result, place)
     block = max(1, min(32, _TILE // tile.widest))
     warps = 4 if block * tile.widest <= _TILE else 8
@@ -175,6 +181,6 @@ def store(tile: Tile, output: Node, result: Node, at: Position) -> None:
         return
     cache, _, slots = output.args
     assert isinstance(cache, Node) and isinstance(slots, Node)
-    slot = tile.value(slots, Position(at.coords[:1], "row_ok"))
+    slot = tile.looked_up(slots, at.coords[:1], at)
     where = flat_index((slot, *at.coords[1:]), type_of(cache).shape)
     tile.writer.line(f"tl.store({cache.name}_ptr + {where}, {value}, mask={at.mask})")

@@ -7,6 +7,7 @@ loaded at them; everything else is one expression of its operands.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -21,12 +22,28 @@ from .expressions import literal, print_pointwise
 from .writer import Writer
 
 
+_IDENTIFIER = re.compile(r"[A-Za-z_]\w*")
+_FUNCTIONS = frozenset({"tl", "where", "None"})
+
+
 @dataclass(frozen=True)
 class Position:
-    """Where on a value: ``coords`` are Triton expressions that broadcast against each other, ``mask`` their validity."""
+    """Where on a value: ``coords`` are Triton expressions that broadcast against each other.
+
+    ``rows`` and ``cols`` are the masks under which the row and the column coordinates are valid; empty if always.
+    """
 
     coords: tuple[str, ...]
-    mask: str
+    rows: str = ""
+    cols: str = ""
+
+    def at(self, coords: tuple[str, ...], cols: str | None = None) -> Position:
+        """Other coordinates under the same masks, or under another column mask."""
+        return Position(coords, self.rows, self.cols if cols is None else cols)
+
+    @property
+    def mask(self) -> str:
+        return " & ".join(filter(None, (self.rows, self.cols)))
 
 
 class Tile:
@@ -42,6 +59,9 @@ class Tile:
         self.given: dict[Node, str] = {}
         self.home: Callable[[Node], Position] | None = None
         self.statistics: Callable[[Node, Callable[[Position], str], Position], tuple[str, str]] = self._no_statistics
+        # Names in coordinates that vary with the row, and those that are one number for the whole tile.
+        self.row_names: set[str] = {"row"}
+        self.scalars: set[str] = set()
         self._known: list[dict[tuple[Node, Position], str]] = [{}]
         self._on_given: dict[Node, bool] = {}
 
@@ -85,10 +105,18 @@ class Tile:
         kind = type_of(node)
         if not kind.shape:
             return f"tl.load({node.name}_ptr).to(tl.float32)" if kind.torch_dtype.is_floating_point else f"tl.load({node.name}_ptr)"
-        loaded = f"tl.load({node.name}_ptr + {flat_index(at.coords, kind.shape)}, mask={at.mask}, other=0)"
+        mask = self._needed_mask(at)
+        guard = f", mask={mask}, other=0" if mask else ""
+        loaded = f"tl.load({node.name}_ptr + {flat_index(at.coords, kind.shape)}{guard})"
         if kind.dtype == "bool":
             return f"{loaded} != 0"
         return f"{loaded}.to(tl.float32)" if kind.torch_dtype.is_floating_point else loaded
+
+    def _needed_mask(self, at: Position) -> str:
+        """The masks of the coordinates that occur: a vector over the columns needs none for the rows."""
+        names = set(_IDENTIFIER.findall(" ".join(at.coords))) - _FUNCTIONS
+        rows, cols = names & self.row_names, names - self.row_names - self.scalars
+        return " & ".join(filter(None, (at.rows if rows else "", at.cols if cols else "")))
 
     def _compute(self, node: Node, at: Position) -> str:
         name = op_name(node.target)
@@ -102,17 +130,16 @@ class Tile:
             return self.value(source, at)
         moved = through_view(node, at.coords)
         if moved is not None:
-            return self.value(source, Position(moved, at.mask))
+            return self.value(source, at.at(moved))
         if name == "aten.embedding":
             ids = node.args[1]
             assert isinstance(ids, Node)
-            row = self.value(ids, Position(at.coords[:-1], at.mask))
-            return self._load(source, Position((row, at.coords[-1]), at.mask))
+            row = self.looked_up(ids, at.coords[:-1], at)
+            return self._load(source, at.at((row, at.coords[-1])))
         if name == "aten.index_select":
             rows = node.args[2]
             assert isinstance(rows, Node)
-            row = self.value(rows, Position(at.coords[:1], "row_ok"))
-            return self.value(source, Position((row, *at.coords[1:]), at.mask))
+            return self.value(source, at.at((self.looked_up(rows, at.coords[:1], at), *at.coords[1:])))
         if name == "nn.rope":
             return self._rope(node, at)
         if name in ("nn.rms_norm", "nn.layer_norm"):
@@ -120,6 +147,12 @@ class Tile:
         if name == "getitem":
             return self._add_norm(source, int(str(node.args[1])), at)
         return self._reduction(node, source, name, at)
+
+    def looked_up(self, ids: Node, coords: tuple[str, ...], at: Position) -> str:
+        """An index read from memory, to be used as a row coordinate."""
+        row = self.value(ids, at.at(coords, ""))
+        self.row_names.add(row)
+        return row
 
     def _operand(self, item: Any, node: Node, at: Position) -> str:
         if not isinstance(item, Node):
@@ -130,7 +163,7 @@ class Tile:
         """The position on an operand that is broadcast to the result's shape."""
         shape, whole = type_of(item).shape, type_of(node).shape
         coords = at.coords[len(whole) - len(shape) :] if shape else ()
-        return Position(tuple("0" if size == 1 else coord for size, coord in zip(shape, coords)), at.mask)
+        return at.at(tuple("0" if size == 1 else coord for size, coord in zip(shape, coords)))
 
     def _cat(self, node: Node, at: Position) -> str:
         parts = node.args[0]
@@ -140,8 +173,8 @@ class Tile:
             width = type_of(part).shape[-1]
             assert isinstance(width, int)
             place = column if start == 0 else f"({column} - {start})"
-            mask = f"{at.mask} & ({column} >= {start}) & ({column} < {start + width})"
-            value = self.value(part, Position((*at.coords[:-1], place), mask))
+            bounds = f"({column} >= {start}) & ({column} < {start + width})"
+            value = self.value(part, at.at((*at.coords[:-1], place), f"{at.cols} & {bounds}" if at.cols else bounds))
             text = value if not text else f"tl.where({column} < {start}, {text}, {value})"
             start += width
         return text
@@ -166,12 +199,11 @@ class Tile:
             index = f"tl.broadcast_to({partner}, {here}.shape[0], {here}.shape[1])"
             there = self.writer.assign("turned", f"tl.gather({here}, {index}, 1)")
         else:
-            there = self.value(x, Position((*at.coords[:-1], partner), at.mask))
-        token = at.coords[:-2]
-        turned = f"{at.mask} & ({column} < {width})"
-        c = self.value(cos, Position((*token, column), turned))
-        s = self.value(sin, Position((*token, column), turned))
+            there = self.value(x, at.at((*at.coords[:-1], partner)))
         full = type_of(x).shape[-1]
+        bounds = at.cols if full == width else " & ".join(filter(None, (at.cols, f"({column} < {width})")))
+        place = at.at((*at.coords[:-2], column), bounds)
+        c, s = self.value(cos, place), self.value(sin, place)
         if full != width:
             c = self.writer.assign("cos", f"tl.where({column} < {width}, {c}, 1.0)")
             s = self.writer.assign("sin", f"tl.where({column} < {width}, {s}, 0.0)")
@@ -182,7 +214,7 @@ class Tile:
         mean, deviation = self.statistics(node, read, at)
         x = read(at)
         text = f"({x} - {mean}) * {deviation}" if mean else f"{x} * {deviation}"
-        place = Position(at.coords[-1:], at.mask)
+        place = at.at(at.coords[-1:])
         scale = node.args[1] if op_name(node.target) != "nn.add_rms_norm" else node.args[2]
         if isinstance(scale, Node):
             text = f"{text} * {self.value(scale, place)}"
