@@ -62,7 +62,7 @@ def add_rms_norm(x: Tensor, residual: Tensor, scale: Tensor | None, eps: float) 
 def silu_mul(gate: Tensor, up: Tensor) -> Tensor:
     """``silu(gate) * up`` (SwiGLU, Shazeer 2020)."""
     if gate.dtype == torch.float32:
-        return F.silu(gate) * up
+        return F.silu(gate).mul_(up)
     return (F.silu(gate.float()) * up.float()).to(gate.dtype)
 
 
@@ -82,13 +82,16 @@ def rope(x: Tensor, cos: Tensor, sin: Tensor, pairing: str = "half") -> Tensor:
     width = cos.shape[-1]
     turned, passed = x[..., :width].float(), x[..., width:]
     c, s = cos.float().unsqueeze(-2), sin.float().unsqueeze(-2)
-    if pairing == "half":
-        low, high = turned.chunk(2, -1)
-        partner = torch.cat((-high, low), -1)
-    else:
-        partner = torch.stack((-turned[..., 1::2], turned[..., 0::2]), -1).flatten(-2)
-    turned = (turned * c + partner * s).to(x.dtype)
-    return torch.cat((turned, passed), -1) if passed.shape[-1] else turned
+    # Each half is written in place: a rotated copy of x would cost two more passes over memory.
+    out = turned.new_empty(torch.broadcast_shapes(turned.shape, c.shape))
+    first, second = (
+        (slice(width // 2), slice(width // 2, None)) if pairing == "half" else (slice(0, None, 2), slice(1, None, 2))
+    )
+    low, high = turned[..., first], turned[..., second]
+    torch.mul(low, c[..., first], out=out[..., first]).addcmul_(high, s[..., first], value=-1)
+    torch.mul(high, c[..., second], out=out[..., second]).addcmul_(low, s[..., second])
+    out = out.to(x.dtype)
+    return torch.cat((out, passed), -1) if passed.shape[-1] else out
 
 
 @register("nn.attention")
@@ -130,18 +133,20 @@ def visible(queries: Tensor, keys: Tensor, kind: str, window: int) -> Tensor:
 
 
 def _attend(
-    q: Tensor, k: Tensor, v: Tensor, seen: Tensor, scale: float, softcap: float, sinks: Tensor | None
+    q: Tensor, k: Tensor, v: Tensor, seen: Tensor | None, scale: float, softcap: float, sinks: Tensor | None
 ) -> Tensor:
-    """``q [..., L, H, D]`` over ``k, v [..., N, KV, D]`` with ``seen [..., L, N]``; grouped-query heads share keys."""
+    """``q [L, H, D]`` over ``k, v [N, KV, D]`` with ``seen [L, N]``; grouped-query heads share keys.
+
+    ``seen=None`` is causal attention with ``L == N``, without softcap and sinks.
+    """
     heads, kv_heads = q.shape[-2], k.shape[-2]
     q, k, v = (item.transpose(-3, -2) for item in (q, k, v))
-    seen = seen.unsqueeze(-3)
-    if not softcap and sinks is None:
-        batched = [item if item.dim() == 4 else item.unsqueeze(0) for item in (q, k, v)]
+    if seen is None or (not softcap and sinks is None):
+        batched = (item.unsqueeze(0) for item in (q, k, v))
         out = F.scaled_dot_product_attention(
-            *batched, attn_mask=seen if seen.dim() == 4 else seen.unsqueeze(0), scale=scale, enable_gqa=heads != kv_heads
+            *batched, attn_mask=seen, is_causal=seen is None, scale=scale, enable_gqa=heads != kv_heads
         )
-        return (out if q.dim() == 4 else out.squeeze(0)).transpose(-3, -2)
+        return out.squeeze(0).transpose(-3, -2)
     k, v = (item.repeat_interleave(heads // kv_heads, -3) for item in (k, v))
     scores = (q @ k.transpose(-1, -2)).float() * scale
     if softcap:
@@ -194,30 +199,56 @@ def paged_attention(
     out = q.new_empty((*q.shape[:-1], v_cache.shape[-1]))
     if q.device.type == "meta":
         return out
-    lengths = context_lens.tolist()
-    starts = query_starts.tolist()
-    within = torch.arange(block_size, device=q.device)
-    if q.shape[0] == len(lengths) and starts[-1] == len(lengths):  # decode: one row a sequence, one batched call
-        longest = max(lengths)
-        blocks = block_tables[:, : -(-longest // block_size)].long()
-        slots = (blocks.unsqueeze(-1) * block_size + within).flatten(1)[:, :longest]
-        places = torch.arange(longest, device=q.device)
-        seen = visible((context_lens.long() - 1).unsqueeze(1), places.unsqueeze(0), kind, window)
-        # Slots past a sequence's end may hold anything, NaN included: read a valid slot instead.
-        slots = torch.where(places.unsqueeze(0) < context_lens.unsqueeze(1), slots, slots[:, :1])
-        k, v = (item[slots].to(q.dtype) for item in (k_cache, v_cache))
-        return _attend(q.unsqueeze(1), k, v, seen, scale, softcap, sinks).squeeze(1)
+    lengths, starts, tables = context_lens.tolist(), query_starts.tolist(), block_tables.tolist()
+    heads, kv_heads = q.shape[-2], k_cache.shape[-2]
+    plain = not softcap and sinks is None
     for index, length in enumerate(lengths):
         first, last = starts[index], starts[index + 1]
         if first == last:
             continue
-        blocks = block_tables[index, : -(-length // block_size)].long()
-        slots = (blocks.unsqueeze(-1) * block_size + within).flatten()[:length]
-        places = torch.arange(length, device=q.device)
-        seen = visible(places[length - (last - first) :], places, kind, window)
-        k, v = (item[slots].to(q.dtype) for item in (k_cache, v_cache))
+        # No query of this step sees a key before this one.
+        begin = _first_seen(length - (last - first), kind, window)
+        spans = _spans(tables[index], block_size, begin, length)
+        k, v = (_rows(item, spans).to(q.dtype) for item in (k_cache, v_cache))
+        if plain and last - first == 1:
+            # Decode: the query heads of a group become the rows of one query, so its keys are read once.
+            row = q[first].view(1, kv_heads, heads // kv_heads, -1)
+            k, v = (item.transpose(0, 1).unsqueeze(0) for item in (k, v))
+            out[first] = F.scaled_dot_product_attention(row, k, v, scale=scale).view(heads, -1)
+            continue
+        places = torch.arange(begin, length, device=q.device)
+        seen = None if plain and kind == "causal" and last - first == length else visible(
+            places[length - begin - (last - first) :], places, kind, window
+        )
         out[first:last] = _attend(q[first:last], k, v, seen, scale, softcap, sinks)
     return out
+
+
+def _first_seen(query: int, kind: str, window: int) -> int:
+    """The first key position that a query at this position sees."""
+    if kind == "sliding":
+        return max(0, query - window + 1)
+    return query // window * window if kind == "chunked" else 0
+
+
+def _spans(table: list[int], block_size: int, begin: int, end: int) -> list[tuple[int, int]]:
+    """The slots of the positions ``begin`` to ``end`` of a sequence, as few ranges as possible."""
+    spans: list[tuple[int, int]] = []
+    while begin < end:
+        stop = min(end, (begin // block_size + 1) * block_size)
+        slot = table[begin // block_size] * block_size + begin % block_size
+        if spans and spans[-1][1] == slot:
+            spans[-1] = (spans[-1][0], slot + stop - begin)
+        else:
+            spans.append((slot, slot + stop - begin))
+        begin = stop
+    return spans
+
+
+def _rows(cache: Tensor, spans: list[tuple[int, int]]) -> Tensor:
+    """The slots of ``spans``; a view if they are one range."""
+    parts = [cache[first:last] for first, last in spans]
+    return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 
 @register("nn.grouped_linear")

@@ -1,0 +1,63 @@
+"""On a GPU the same models run on the Triton kernels: the same tokens in fp32, rounding errors no worse in bf16 and fp16."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from families import REQUIRED, make
+
+import fuseline
+
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
+
+LENGTHS = (1, 7, 16, 33, 48)
+NEW = 12
+
+
+def prompts(vocab: int) -> list[list[int]]:
+    generator = torch.Generator().manual_seed(5)
+    return [torch.randint(0, vocab, (length,), generator=generator).tolist() for length in LENGTHS]
+
+
+def greedy(model: torch.nn.Module, prompt: list[int], count: int) -> list[int]:
+    ids = list(prompt)
+    with torch.no_grad():
+        for _ in range(count):
+            ids.append(int(model(torch.tensor([ids], device="cuda")).logits[0, -1].argmax()))
+    return ids[len(prompt) :]
+
+
+def relative(found: torch.Tensor, wanted: torch.Tensor) -> float:
+    return float((found.double() - wanted.double()).norm() / wanted.double().norm())
+
+
+@pytest.mark.parametrize("name", REQUIRED)
+def test_fp32_tokens_are_those_of_the_model(name: str) -> None:
+    model = make(name).cuda()
+    compiled = fuseline.compile(model, device="cuda", dtype=torch.float32, max_seq_len=64)
+    given = prompts(model.config.get_text_config().vocab_size)
+    answers = compiled.generate(given, max_new_tokens=NEW, stop_token_ids=[])
+    assert answers == [greedy(model, prompt, NEW) for prompt in given]
+    ids = torch.tensor([given[-1]], device="cuda")
+    with torch.no_grad():
+        expected = model(ids).logits
+    assert relative(compiled(ids).logits, expected) <= 1e-5
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bf16", "fp16"])
+@pytest.mark.parametrize("name", REQUIRED)
+def test_rounding_is_no_worse_than_eager(name: str, dtype: torch.dtype) -> None:
+    """Against fp32 on the same rounded weights, the error is at most twice that of eager in the narrow type."""
+    narrow = make(name).to(dtype).cuda()
+    wide = make(name).to(dtype).float().cuda()
+    compiled = fuseline.compile(narrow, device="cuda", dtype=dtype, max_seq_len=64)
+    ids = torch.tensor([prompts(wide.config.get_text_config().vocab_size)[-1]], device="cuda")
+    with torch.no_grad():
+        exact, eager = wide(ids).logits, narrow(ids).logits
+    assert relative(compiled(ids).logits, exact) <= 2 * relative(eager, exact)
+
+
+@pytest.mark.parametrize("name", ["llama", "qwen2", "qwen3", "mistral", "phi3", "gpt2"])
+def test_every_operator_of_a_step_is_in_a_kernel(name: str) -> None:
+    compiled = fuseline.compile(make(name).cuda(), device="cuda", max_seq_len=64)
+    assert compiled.report.other_operators == {}
