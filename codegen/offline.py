@@ -86,7 +86,9 @@ def compile_variant(variant: dict[str, Any], capability: int) -> Resources:
         if kind.startswith("*") or name in aligned
     }
     source = ASTSource(fn=kernel, signature=signature, constexprs=constexprs, attrs=attributes)
-    options = {name: variant[name] for name in ("num_warps", "num_stages", "maxnreg") if name in variant}
+    options: dict[str, Any] = {
+        name: variant[name] for name in ("num_warps", "num_stages", "maxnreg") if name in variant
+    }
     options["enable_fp_fusion"] = True
     compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
     usage = _resource_usage(Path(triton.__file__).parent, compiled.asm["cubin"])

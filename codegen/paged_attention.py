@@ -90,7 +90,7 @@ def paged_attention_source(spec: AttentionSpec) -> str:
         "SINKS_DOC": ", sinks [NUM_HEADS]" if spec.sinks else "",
         "TYPE": f"*{_TYPES[spec.dtype]}",
         "DECODE_BLOCK_N": str(decode.block_n),
-        "SPAN": "table_width * SHAPE[\"CACHE_BLOCK\"]"
+        "SPAN": 'table_width * SHAPE["CACHE_BLOCK"]'
         if spec.window is None
         else f'min(table_width * SHAPE["CACHE_BLOCK"], {spec.window})',
     }
@@ -112,7 +112,7 @@ def _pad(dim: int) -> int:
 def _decode_tile(spec: AttentionSpec) -> _Tile:
     group = spec.num_heads // spec.num_kv_heads
     width = max(_pad(spec.head_dim), _pad(spec.v_head_dim))
-    most = 16 if spec.dtype == torch.float32 or width > 128 else 64
+    most = 16 if spec.dtype == torch.float32 or width > 128 else 32 if width > 64 else 64
     block_m = min(most, _pad(group))
     heads = _even_share(group, block_m)
     if spec.dtype == torch.float32:
@@ -120,7 +120,7 @@ def _decode_tile(spec: AttentionSpec) -> _Tile:
         return _Tile(block_m, block_n, heads, num_warps, num_stages=3, maxnreg=168)
     if width == 128:
         # The fourth resident program that the assembler makes room for is worth a quarter of the bandwidth on an H200.
-        return _Tile(block_m, 64, heads, num_warps=4, num_stages=3)
+        return _Tile(block_m, 64, heads, num_warps=4, num_stages=3, maxnreg=None if block_m == 16 else 255)
     return _Tile(block_m, 64 if width < 128 else 32, heads, num_warps=4, num_stages=3, maxnreg=168)
 
 
@@ -133,7 +133,7 @@ def _prefill_tile(spec: AttentionSpec) -> _Tile:
     if width <= 64:
         return _Tile(128, 64, _even_share(group, 128), num_warps=8, num_stages=3)
     if width <= 128:
-        return _Tile(64, 32, _even_share(group, 64), num_warps=4, num_stages=3)
+        return _Tile(64, 32, _even_share(group, 64), num_warps=4, num_stages=3, maxnreg=255)
     return _Tile(64, 32, _even_share(group, 64), num_warps=8, num_stages=2)
 
 

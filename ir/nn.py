@@ -214,7 +214,7 @@ def paged_attention(
             # Decode: the query heads of a group become the rows of one query, so its keys are read once.
             row = q[first].view(1, kv_heads, heads // kv_heads, -1)
             k, v = (item.transpose(0, 1).unsqueeze(0) for item in (k, v))
-            out[first] = F.scaled_dot_product_attention(row, k, v, scale=scale).view(heads, -1)
+            out[first] = F.scaled_dot_product_attention(row, k, v, scale=scale).reshape(heads, -1)
             continue
         places = torch.arange(begin, length, device=q.device)
         seen = None if plain and kind == "causal" and last - first == length else visible(

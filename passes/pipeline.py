@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from ..ir.errors import FuselineError
 from ..ir.graph import Graph
 from ..ir.verify import verify
-from . import activations, norms, rotary
+from . import activations, norms, outer, rotary
 from .batch_dim import drop_batch_dim
 from .duplicates import merge_duplicates
 from .grouping import group_kernels
@@ -23,6 +23,9 @@ from .transposes import sink_transposes
 GraphPass = Callable[[Graph], tuple[Graph, PassReport]]
 
 RULES: tuple[Rule, ...] = (
+    outer.OuterFromMatmul,
+    outer.OuterByRows,
+    outer.ColumnFromRow,
     activations.LinearFromAddmm,
     norms.FuseRMSNorm,
     norms.FuseNormScale,
@@ -54,11 +57,12 @@ PASSES: dict[str, GraphPass] = {
 
 # Hugging Face spellings become our operators.
 CANONICAL: tuple[str, ...] = (
+    "OuterFromMatmul",
     "DropBatchDim",
     "MergeDuplicates",
     "SinkTransposes",
     "MergeDuplicates",
-    *(rule.name for rule in RULES),
+    *(rule.name for rule in RULES[1:]),
     "MergeDuplicates",
 )
 # Our operators become kernels over a paged cache.

@@ -174,7 +174,8 @@ class Executor:
             for slot, source in kept:
                 values[slot] = values[source]
             made = [torch.empty(kind.concrete(dims), dtype=kind.torch_dtype, device=device) for _, kind in fresh]
-            launch(*[values[slot] for slot in inputs], *made)
+            # Kernels read plain rows; a strided view that reaches one is copied (the report names such views).
+            launch(*[values[slot].contiguous() for slot in inputs], *made)
             for (slot, _), value in zip(fresh, made):
                 values[slot] = value
 

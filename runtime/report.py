@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 
 from rich.console import Console
 from rich.table import Table
+from torch.fx import Node
 
 from ..codegen.kernels import Kernel
 from ..codegen.region import loose_nodes
@@ -23,6 +24,13 @@ from ..passes import PassReport
 _VIEWS = frozenset(
     {"aten.reshape", "aten.unsqueeze", "aten.squeeze.dim", "getitem", "aten.expand", "aten.slice.Tensor"}
 )
+
+
+def _is_copied(node: Node) -> bool:
+    """Whether a view is strided and read by a kernel, for which it is copied first."""
+    if op_name(node.target) in ("getitem", "aten.reshape", "aten.unsqueeze", "aten.squeeze.dim"):
+        return False
+    return any(user.meta.get("region") is not None for user in node.users)
 
 
 @dataclass
@@ -70,8 +78,8 @@ class Report:
         self.distinct_kernels = len(kernels)
         self.kernel_calls = sum(len(kernel.regions) for kernel in kernels)
         self.kernel_counts = {kernel.name: len(kernel.regions) for kernel in kernels}
-        loose = Counter(op_name(node.target) for node in loose_nodes(graph))
-        self.other_operators = {name: count for name, count in loose.items() if name not in _VIEWS}
+        loose = [node for node in loose_nodes(graph) if op_name(node.target) not in _VIEWS or _is_copied(node)]
+        self.other_operators = dict(Counter(op_name(node.target) for node in loose))
 
     def memory(self, weight_bytes: int, blocks: int, block_size: int, bytes_per_token: int) -> None:
         """Note what is held in memory."""

@@ -109,9 +109,7 @@ def test_pairs_are_sorted_stably(tokens: int, pool: ProcessPoolExecutor, tmp_pat
 
 def test_cases_reach_every_tile(pool: ProcessPoolExecutor, tmp_path: Path) -> None:
     """If this fails, a tile is emitted that no case above runs."""
-    reached = {
-        pool.submit(variant_names, spec, [tokens], str(tmp_path)).result()[0] for spec, tokens in CASES.values()
-    }
+    reached = {pool.submit(variant_names, spec, [tokens], str(tmp_path)).result()[0] for spec, tokens in CASES.values()}
     assert reached == {2, 3, 4}
 
 
@@ -125,10 +123,8 @@ GPU_SPECS = [
     GroupedLinearSpec(8, 2, 4096, 28672, torch.bfloat16),
     GroupedLinearSpec(128, 8, 768, 2048, torch.bfloat16, per_pair=True),
     GroupedLinearSpec(32, 4, 2880, 5760, torch.bfloat16, transposed=True, bias=True),
-    GroupedLinearSpec(60, 4, 1408, 2048, torch.float16),
     GroupedLinearSpec(6, 2, 1000, 1407, torch.float16, bias=True),
     GroupedLinearSpec(6, 2, 1001, 1407, torch.bfloat16, transposed=True),
-    GroupedLinearSpec(6, 2, 1001, 1408, torch.bfloat16),
     GroupedLinearSpec(8, 2, 1024, 3584, torch.float32),
     GroupedLinearSpec(8, 2, 1001, 1407, torch.float32, per_pair=True, transposed=True, bias=True),
 ]

@@ -176,7 +176,6 @@ GPU_SPECS = [
     AttentionSpec(8, 8, 80, 80, torch.float16, 16, 80**-0.5, "chunked", 64),
     AttentionSpec(9, 3, 72, 72, torch.float16, 8, 72**-0.5),
     AttentionSpec(9, 3, 64, 64, torch.float32, 16, 0.125),
-    AttentionSpec(8, 2, 128, 128, torch.float32, 16, 128**-0.5),
     AttentionSpec(4, 1, 256, 256, torch.float32, 16, 0.0625, "sliding", 100, softcap=50.0, sinks=True),
 ]
 
