@@ -133,7 +133,11 @@ def main() -> None:
     parser.add_argument("--new", type=int, default=64)
     options = parser.parse_args()
     logging.set_verbosity_error()
-    print(json.dumps({"gpu": torch.cuda.get_device_name(), "torch": torch.__version__, "copy_GB_s": round(copy_bandwidth())}))
+    print(
+        json.dumps(
+            {"gpu": torch.cuda.get_device_name(), "torch": torch.__version__, "copy_GB_s": round(copy_bandwidth())}
+        )
+    )
     for source in options.models:
         wide = model_of(source)
         for kind in options.dtypes.split(","):

@@ -13,7 +13,8 @@ from ..ir.types import Size
 
 def strides_of(shape: Sequence[Size]) -> list[int]:
     """Element strides of a contiguous tensor; only the outermost size may be dynamic."""
-    strides, step = [], 1
+    strides: list[int] = []
+    step = 1
     for size in reversed(shape):
         strides.insert(0, step)
         step = step * size if isinstance(size, int) else 0

@@ -15,11 +15,18 @@ from ..ir.ops import op_name
 
 Print = Callable[[Sequence[str], Node], str]
 
-_INTEGERS = {"i64": "tl.int64", "i32": "tl.int32", "i16": "tl.int16", "i8": "tl.int8", "u8": "tl.uint8", "bool": "tl.int1"}
+_INTEGERS = {
+    "i64": "tl.int64",
+    "i32": "tl.int32",
+    "i16": "tl.int16",
+    "i8": "tl.int8",
+    "u8": "tl.uint8",
+    "bool": "tl.int1",
+}
 
 # Functions that an expression may call; a kernel file holds those that it uses.
 HELPERS = {
-    "tanh": '''@triton.jit
+    "tanh": """@triton.jit
 def tanh(x):
     # exp(-2|x|) loses the small values to cancellation, so they take the first terms of the series.
     e = tl.exp(-2.0 * tl.abs(x))
@@ -27,52 +34,52 @@ def tanh(x):
     x2 = x * x
     near = x * (1.0 + x2 * (-1.0 / 3.0 + x2 * (2.0 / 15.0 + x2 * (-17.0 / 315.0 + x2 * (62.0 / 2835.0)))))
     return tl.where(tl.abs(x) < 0.25, near, tl.where(x < 0, -far, far))
-''',
-    "quarter_turns": '''@triton.jit
+""",
+    "quarter_turns": """@triton.jit
 def quarter_turns(x):
     # Positions make large angles: whole quarter turns are taken off in fp64, the rest is within 45 degrees.
     turns = x.to(tl.float64) * 0.6366197723675814
     whole = tl.floor(turns + 0.5)
     return whole.to(tl.int64) & 3, ((turns - whole) * 1.5707963267948966).to(tl.float32)
-''',
-    "sine_series": '''@triton.jit
+""",
+    "sine_series": """@triton.jit
 def sine_series(r):
     r2 = r * r
     return r * (1.0 + r2 * (-1.0 / 6 + r2 * (1.0 / 120 + r2 * (-1.0 / 5040 + r2 * (1.0 / 362880)))))
-''',
-    "cosine_series": '''@triton.jit
+""",
+    "cosine_series": """@triton.jit
 def cosine_series(r):
     r2 = r * r
     return 1.0 + r2 * (-0.5 + r2 * (1.0 / 24 + r2 * (-1.0 / 720 + r2 * (1.0 / 40320 + r2 * (-1.0 / 3628800)))))
-''',
-    "cosine": '''@triton.jit
+""",
+    "cosine": """@triton.jit
 def cosine(x):
     quarter, r = quarter_turns(x)
     value = tl.where((quarter & 1) == 0, cosine_series(r), sine_series(r))
     return tl.where((quarter == 1) | (quarter == 2), -value, value)
-''',
-    "sine": '''@triton.jit
+""",
+    "sine": """@triton.jit
 def sine(x):
     quarter, r = quarter_turns(x)
     value = tl.where((quarter & 1) == 0, sine_series(r), cosine_series(r))
     return tl.where(quarter >= 2, -value, value)
-''',
-    "gelu": '''@triton.jit
+""",
+    "gelu": """@triton.jit
 def gelu(x):
     return 0.5 * x * (1.0 + tl.erf(x * 0.7071067811865476))
-''',
-    "gelu_tanh": '''@triton.jit
+""",
+    "gelu_tanh": """@triton.jit
 def gelu_tanh(x):
     return 0.5 * x * (1.0 + tanh(0.7978845608028654 * (x + 0.044715 * x * x * x)))
-''',
-    "silu": '''@triton.jit
+""",
+    "silu": """@triton.jit
 def silu(x):
     return x / (1.0 + tl.exp(-x))
-''',
-    "softplus": '''@triton.jit
+""",
+    "softplus": """@triton.jit
 def softplus(x):
     return tl.where(x > 20.0, x, tl.log(1.0 + tl.exp(tl.minimum(x, 20.0))))
-''',
+""",
 }
 
 

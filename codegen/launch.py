@@ -46,7 +46,7 @@ def load_launch(kernel: Kernel) -> Launch:
     def in_order(*values: Any) -> None:
         launch(*[values[place] for place in order])
 
-    return launch if list(order) == sorted(order) else in_order  # type: ignore[no-any-return]
+    return launch if list(order) == sorted(order) else in_order
 
 
 def load_launches(kernels: Sequence[Kernel]) -> dict[Region, Launch]:

@@ -15,6 +15,9 @@ from .tile import Position, Tile
 from .writer import Writer
 
 
+_BLOCKS = ("BLOCK_M", "BLOCK_N", "BLOCK_K")
+
+
 @dataclass(frozen=True)
 class Section:
     """Columns of the result with an epilogue of their own.
@@ -42,7 +45,9 @@ def plan(graph: Graph) -> Plan:
     """Find the anchor and the sections of a region."""
     anchor = next(node for node in graph.calls() if op_name(node.target) == "aten.linear")
     results: list[Node] = list(graph.output_node().args[0])  # type: ignore[arg-type]
-    slices = [node for node in anchor.users if op_name(node.target) == "aten.slice.Tensor" and node.op == "call_function"]
+    slices = [
+        node for node in anchor.users if op_name(node.target) == "aten.slice.Tensor" and node.op == "call_function"
+    ]
     if not slices or anchor in results:
         slices = []
     roots = slices or [anchor]
@@ -108,7 +113,9 @@ class MatmulTile(Tile):
             mean = self.writer.assign("mean", f"{total}[:, None] / {self._depth}")
             centre = mean
         squares = self._sum(source, lambda x: f"{x} * {x}", centre)
-        inverse = self.writer.assign("inverse", f"1.0 / tl.sqrt({squares}[:, None] / {self._depth} + {norm_epsilon(node)})")
+        inverse = self.writer.assign(
+            "inverse", f"1.0 / tl.sqrt({squares}[:, None] / {self._depth} + {norm_epsilon(node)})"
+        )
         self._found[node] = (mean, inverse)
 
     def _sum(self, source: Node, function: Callable[[str], str], centre: str) -> str:
@@ -147,7 +154,9 @@ def matmul_source(graph: Graph) -> str:
     assert isinstance(depth, int) and isinstance(columns, int)
     lanes = len(layout.sections[0].lanes)
     names = parameters(graph)
-    writer = Writer({node.name for node in graph.nodes} | set(names) | {"num_rows", "row_ok", "n_ok", "k", "k0", "n", "w", "x"})
+    writer = Writer(
+        {node.name for node in graph.nodes} | set(names) | {"num_rows", "row_ok", "n_ok", "k", "k0", "n", "w", "x"}
+    )
     loop = f"for k0 in range(0, {depth}, BLOCK_K):"
     tile = MatmulTile(graph, writer, loop, depth)
     tile.scalars |= {"tile", "BLOCK_N"}
@@ -190,7 +199,7 @@ def matmul_source(graph: Graph) -> str:
     _epilogues(tile, layout, accumulators, tiles)
     return file_text(
         graph,
-        f"{', '.join(f'{name}_ptr' for name in names)}, num_rows, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr",
+        ", ".join([*(f"{name}_ptr" for name in names), "num_rows", *(f"{name}: tl.constexpr" for name in _BLOCKS)]),
         writer.text(),
         *_launcher(graph, layout, names, lanes),
     )
@@ -251,11 +260,23 @@ def _epilogues(tile: MatmulTile, layout: Plan, accumulators: list[str], tiles: l
         else:
             last = index == len(layout.sections) - 1
             until = tiles[index + 1] if not last else ""
-            condition = f"tile >= {first}" if last else f"tile < {until}" if first == "0" else f"(tile >= {first}) & (tile < {until})"
+            condition = (
+                f"tile >= {first}"
+                if last
+                else f"tile < {until}"
+                if first == "0"
+                else f"(tile >= {first}) & (tile < {until})"
+            )
             writer.line(f"# {', '.join(lane.name for lane in section.lanes)}")
             with writer.block(f"if {condition}:"):
                 tile.enter()
-                _epilogue(tile, layout, section, accumulators, f"(tile - {first if first.isdigit() else f'({first})'})" if first != "0" else "tile")
+                _epilogue(
+                    tile,
+                    layout,
+                    section,
+                    accumulators,
+                    f"(tile - {first if first.isdigit() else f'({first})'})" if first != "0" else "tile",
+                )
                 tile.leave()
 
 
@@ -299,7 +320,7 @@ def _launcher(graph: Graph, layout: Plan, names: list[str], lanes: int) -> tuple
     total = (
         str(sum(section.width for section in layout.sections) // layout.head_dim)
         if layout.head_dim
-        else " + ".join(f"triton.cdiv({section.width}, block_n)" for section in layout.sections)
+        else " + ".join(f"triton.cdiv({section.width}, blocks['BLOCK_N'])" for section in layout.sections)
     )
     arguments = ", ".join(names)
     launch = [
@@ -309,11 +330,13 @@ def _launcher(graph: Graph, layout: Plan, names: list[str], lanes: int) -> tuple
         "        return",
         "    # Decode has few rows: narrow tiles spread the weights over all processors.",
         f"    if num_rows <= {small['BLOCK_M']}:",
-        f"        block_m, block_n, block_k, warps, stages = {small['BLOCK_M']}, {small['BLOCK_N']}, {small['BLOCK_K']}, {warps['small']}, 3",
+        f"        blocks, warps, stages = {small}, {warps['small']}, 3",
         "    else:",
-        f"        block_m, block_n, block_k, warps, stages = {large['BLOCK_M']}, {large['BLOCK_N']}, {large['BLOCK_K']}, {warps['large']}, 2",
-        f"    grid = ({total}, triton.cdiv(num_rows, block_m))",
-        f"    {graph.name}_kernel[grid]({arguments}, num_rows, BLOCK_M=block_m, BLOCK_N=block_n, BLOCK_K=block_k, num_warps=warps, num_stages=stages)",
+        f"        blocks, warps, stages = {large}, {warps['large']}, 2",
+        f"    grid = ({total}, triton.cdiv(num_rows, blocks['BLOCK_M']))",
+        f"    {graph.name}_kernel[grid](",
+        f"        {arguments}, num_rows, **blocks, num_warps=warps, num_stages=stages",
+        "    )",
     ]
     signature = {**pointer_types(graph), "num_rows": "i32"}
     return launch, [(signature, small, warps["small"], 3), (signature, large, warps["large"], 2)]

@@ -43,9 +43,7 @@ class RowTile(Tile):
         column = self.columns(width)
         return at.at((*at.coords[: len(source_shape) - 1], column), _below(column, width))
 
-    def _row_statistics(
-        self, node: Node, read: Callable[[Position], str], at: Position
-    ) -> tuple[str, str]:
+    def _row_statistics(self, node: Node, read: Callable[[Position], str], at: Position) -> tuple[str, str]:
         source = node.args[0]
         assert isinstance(source, Node)
         place = self._row(type_of(source).shape, at)
@@ -63,9 +61,7 @@ class RowTile(Tile):
         if name == "aten.sum.dim_IntList" and list(node.args[1]) == [-2]:  # type: ignore[arg-type]
             count = shape[-2]
             assert isinstance(count, int)
-            parts = [
-                self.value(source, at.at((*at.coords[:-1], str(index), at.coords[-1]))) for index in range(count)
-            ]
+            parts = [self.value(source, at.at((*at.coords[:-1], str(index), at.coords[-1]))) for index in range(count)]
             return " + ".join(parts)
         place = self._row(shape, at)
         x = self.value(source, place)
@@ -105,7 +101,7 @@ def rows_source(graph: Graph) -> str:
     writer.line("row = (tl.program_id(0) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS))[:, None].to(tl.int64)")
     writer.line("row_ok = row < num_rows")
     tile = RowTile(graph, writer)
-    inner = [size for size in lead[1:]]
+    inner = list(lead[1:])
     coords = _split_row(writer, inner)
     tile.row_names |= set(coords)
     for output, result in zip(outputs, results):
@@ -118,18 +114,29 @@ def rows_source(graph: Graph) -> str:
         store(tile, output, result, place)
     block = max(1, min(32, _TILE // tile.widest))
     warps = 4 if block * tile.widest <= _TILE else 8
-    rows = f"{results[0].name}.numel() // {_width(type_of(results[0]).shape)}" if outputs[0] is results[0] else _rows_of(results[0], graph)
+    rows = (
+        f"{results[0].name}.numel() // {_width(type_of(results[0]).shape)}"
+        if outputs[0] is results[0]
+        else _rows_of(results[0], graph)
+    )
     kernel = f"{graph.name}_kernel"
     launch = [
         f"def launch({', '.join(names)}):",
         f"    num_rows = {rows}",
         "    if num_rows == 0:",
         "        return",
-        f"    {kernel}[(triton.cdiv(num_rows, {block}),)]({', '.join(names)}, num_rows, BLOCK_ROWS={block}, num_warps={warps})",
+        f"    grid = (triton.cdiv(num_rows, {block}),)",
+        f"    {kernel}[grid]({', '.join(names)}, num_rows, BLOCK_ROWS={block}, num_warps={warps})",
     ]
     signature = {**pointer_types(graph), "num_rows": "i32"}
     variants = [(signature, {"BLOCK_ROWS": block}, warps, 1)]
-    return file_text(graph, f"{', '.join(f'{n}_ptr' for n in names)}, num_rows, BLOCK_ROWS: tl.constexpr", writer.text(), launch, variants)
+    return file_text(
+        graph,
+        f"{', '.join(f'{n}_ptr' for n in names)}, num_rows, BLOCK_ROWS: tl.constexpr",
+        writer.text(),
+        launch,
+        variants,
+    )
 
 
 def leading(shape: tuple[Size, ...]) -> tuple[Size, ...]:
@@ -177,7 +184,9 @@ def store(tile: Tile, output: Node, result: Node, at: Position) -> None:
     """Write a result to memory: to its own tensor, or to the slots of a cache."""
     value = tile.value(result, at)
     if output is result:
-        tile.writer.line(f"tl.store({output.name}_ptr + {flat_index(at.coords, type_of(output).shape)}, {value}, mask={at.mask})")
+        tile.writer.line(
+            f"tl.store({output.name}_ptr + {flat_index(at.coords, type_of(output).shape)}, {value}, mask={at.mask})"
+        )
         return
     cache, _, slots = output.args
     assert isinstance(cache, Node) and isinstance(slots, Node)

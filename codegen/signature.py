@@ -32,7 +32,9 @@ def pointer_types(graph: Graph) -> dict[str, str]:
     return {f"{node.name}_ptr": POINTERS[type_of(node).dtype] for node in [*graph.inputs(), *fresh_outputs(graph)]}
 
 
-def file_text(graph: Graph, kernel_parameters: str, body: str, launch: Sequence[str], variants: Sequence[Variant]) -> str:
+def file_text(
+    graph: Graph, kernel_parameters: str, body: str, launch: Sequence[str], variants: Sequence[Variant]
+) -> str:
     """Imports, helper functions, the kernel, its launcher, and the variants that the launcher may use."""
     parts = ["import torch\nimport triton\nimport triton.language as tl\n"]
     parts += helpers_used(body)

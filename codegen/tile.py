@@ -21,7 +21,6 @@ from .coordinates import flat_index, through_view
 from .expressions import literal, print_pointwise
 from .writer import Writer
 
-
 _IDENTIFIER = re.compile(r"[A-Za-z_]\w*")
 _FUNCTIONS = frozenset({"tl", "where", "None"})
 
@@ -104,7 +103,11 @@ class Tile:
     def _load(self, node: Node, at: Position) -> str:
         kind = type_of(node)
         if not kind.shape:
-            return f"tl.load({node.name}_ptr).to(tl.float32)" if kind.torch_dtype.is_floating_point else f"tl.load({node.name}_ptr)"
+            return (
+                f"tl.load({node.name}_ptr).to(tl.float32)"
+                if kind.torch_dtype.is_floating_point
+                else f"tl.load({node.name}_ptr)"
+            )
         mask = self._needed_mask(at)
         guard = f", mask={mask}, other=0" if mask else ""
         loaded = f"tl.load({node.name}_ptr + {flat_index(at.coords, kind.shape)}{guard})"
@@ -170,6 +173,7 @@ class Tile:
         assert isinstance(parts, (list, tuple))
         column, start, text = at.coords[-1], 0, ""
         for part in parts:
+            assert isinstance(part, Node)
             width = type_of(part).shape[-1]
             assert isinstance(width, int)
             place = column if start == 0 else f"({column} - {start})"
@@ -187,7 +191,12 @@ class Tile:
         assert isinstance(width, int)
         if pairing == "half":
             half = width // 2
-            partner = f"tl.where({column} < {half}, {column} + {half}, tl.where({column} < {width}, {column} - {half}, {column}))"
+            high = (
+                f"{column} - {half}"
+                if width == type_of(x).shape[-1]
+                else (f"tl.where({column} < {width}, {column} - {half}, {column})")
+            )
+            partner = f"tl.where({column} < {half}, {column} + {half}, {high})"
             sign = f"tl.where({column} < {half}, -1.0, 1.0)"
         else:
             partner = f"tl.where({column} < {width}, {column} ^ 1, {column})"
@@ -227,7 +236,9 @@ class Tile:
         def total(place: Position) -> str:
             key = (node, place)
             if key not in self._known[-1]:
-                self._known[-1][key] = self.writer.assign("total", f"{self.value(x, place)} + {self.value(residual, place)}")
+                self._known[-1][key] = self.writer.assign(
+                    "total", f"{self.value(x, place)} + {self.value(residual, place)}"
+                )
             return self._known[-1][key]
 
         return total(at) if which == 0 else self._norm(node, x, total, at)
@@ -237,4 +248,3 @@ class Tile:
 
     def _no_statistics(self, node: Node, read: Any, at: Position) -> tuple[str, str]:
         raise AssertionError("this tile holds no whole rows")
-

@@ -6,7 +6,7 @@ import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-_RESERVED = frozenset("tl triton torch def for if in is row col and or not lambda from import as pass".split())
+_RESERVED = frozenset(("tl triton torch def for if in is row col and or not lambda from import as pass").split())
 
 
 class Writer:

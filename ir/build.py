@@ -13,7 +13,14 @@ from .ops import op_name
 
 
 def insert_before(
-    graph: Graph, place: Node, infer: Inference, target: Any, args: Any, kwargs: Any = None, name: str = "", source: str = ""
+    graph: Graph,
+    place: Node,
+    infer: Inference,
+    target: Any,
+    args: Any,
+    kwargs: Any = None,
+    name: str = "",
+    source: str = "",
 ) -> Node:
     """A new value in front of ``place``, with its type inferred. Without a name it is called after its operator.
 

@@ -7,18 +7,17 @@ happens to a token outside attention may depend on that token alone; what mixes 
 from __future__ import annotations
 
 import inspect
-import logging
-from typing import Any
 
 import torch
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensorMode
 
-from . import hooks
 from .convert import convert
+from .eager_check import check_against_eager
 from .errors import UnsupportedModelError
+from .export import export
 from .graph import Graph
 from .mixing import refuse_mixing
+from .rope import fix_frequencies
 from .skeleton import Skeleton
 
 MAX_STEP_TOKENS = 8192
@@ -42,10 +41,11 @@ class _FlatTokens(torch.nn.Module):
         return out.logits[0]  # type: ignore[no-any-return]
 
 
-def capture(source: Skeleton, options: dict[str, int] | None = None) -> Graph:
+def capture(source: Skeleton, options: dict[str, int] | None = None, max_seq_len: int | None = None) -> Graph:
     """The graph of a model: ``decoder(tokens i64[T], positions i64[T]) -> logits [T, vocab]``.
 
     ``options`` become part of the graph: choices that passes read (``kv_block``, the tokens in a block of the KV cache).
+    ``max_seq_len`` is the longest sequence that the graph will be used for: some rotary embeddings need to know.
 
     Raises:
         UnsupportedModelError: the model cannot be traced, holds attention outside ``AttentionInterface``, or mixes
@@ -53,86 +53,18 @@ def capture(source: Skeleton, options: dict[str, int] | None = None) -> Graph:
     """
     model = source.model
     name = type(model).__name__
+    if getattr(model.config.get_text_config(), "is_encoder_decoder", False):
+        raise UnsupportedModelError(f"{name} is an encoder-decoder; only decoder-only models compile")
     if "position_ids" not in inspect.signature(model.forward).parameters:
         raise UnsupportedModelError(
             f"{name}.forward takes no position_ids, so it cannot be run over concatenated sequences"
         )
-    _refuse_config(model)
-    with hooks.recording() as calls:
-        exported = _export(_FlatTokens(model), source.mode, name)
+    fix_frequencies(model, max_seq_len)
+    exported, calls = export(_FlatTokens(model), source.mode, name, MAX_STEP_TOKENS)
     graph, masks_of = convert(exported, prefix="model.")
-    layers = getattr(model.config.get_text_config(), "num_hidden_layers", len(calls))
-    if len(masks_of) != layers or len(calls) < layers:
-        raise UnsupportedModelError(
-            f"{name} has {layers} layers but {len(masks_of)} attention operators were captured: its other layers "
-            "do not go through transformers' AttentionInterface (state-space, convolution or alibi layers), which is not supported"
-        )
-    hooks.check_against_eager(calls, masks_of)
     refuse_mixing(graph)
+    if not masks_of:
+        raise UnsupportedModelError(f"{name} has no attention through transformers' AttentionInterface")
+    check_against_eager(calls, masks_of)
     graph.options.update(options or {})
     return graph
-
-
-def _refuse_config(model: Any) -> None:
-    config = model.config.get_text_config()
-    if getattr(config, "is_encoder_decoder", False):
-        raise UnsupportedModelError(f"{type(model).__name__} is an encoder-decoder; only decoder-only models compile")
-    for where, module in model.named_modules():
-        kinds = getattr(module, "rope_type", None)
-        for kind in kinds.values() if isinstance(kinds, dict) else [kinds]:
-            if kind in ("dynamic", "longrope"):
-                raise UnsupportedModelError(
-                    f"{where}: rope_type {kind!r} changes its frequencies with the length seen so far, so tokens "
-                    "already in the KV cache would need other keys; set rope_parameters to 'default', 'linear', 'yarn' or 'llama3'"
-                )
-
-
-def _export(module: torch.nn.Module, mode: FakeTensorMode, name: str) -> torch.export.ExportedProgram:
-    with mode:
-        tokens = torch.zeros(7, dtype=torch.long)
-        positions = torch.zeros(7, dtype=torch.long)
-    length = torch.export.Dim("T", min=2, max=MAX_STEP_TOKENS)
-    quiet = logging.getLogger("torch.export")
-    level = quiet.level
-    quiet.setLevel(logging.CRITICAL)
-    try:
-        with torch.no_grad():
-            exported = torch.export.export(
-                module, (tokens, positions), dynamic_shapes=({0: length}, {0: length}), strict=False
-            )
-            if _writes_in_place(exported):
-                exported = exported.run_decompositions({})
-            return exported
-    except UnsupportedModelError:
-        raise
-    except Exception as error:  # torch.export fails in many ways; all mean the same here
-        cause: BaseException = error
-        while cause.__cause__ is not None:
-            cause = cause.__cause__
-        reason = next((line.strip() for line in str(cause).splitlines() if line.strip()), type(cause).__name__)
-        raise UnsupportedModelError(
-            f"{name} cannot be traced over a flat row of tokens: {type(cause).__name__}: {reason[:400]}{_frame(cause)}"
-        ) from error
-    finally:
-        quiet.setLevel(level)
-
-
-def _frame(error: BaseException) -> str:
-    """Where in the model's code the trace broke."""
-    found = ""
-    trace = error.__traceback__
-    while trace is not None:
-        file = trace.tb_frame.f_code.co_filename
-        if "modeling_" in file or "masking_utils" in file:
-            found = f" (at {file.rpartition('/')[2]}:{trace.tb_lineno})"
-        trace = trace.tb_next
-    return found
-
-
-def _writes_in_place(exported: torch.export.ExportedProgram) -> bool:
-    for module in exported.graph_module.modules():
-        if isinstance(module, torch.fx.GraphModule):
-            for node in module.graph.nodes:
-                if isinstance(node.target, torch._ops.OpOverload) and node.target._schema.is_mutable:
-                    return True
-    return False

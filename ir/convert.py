@@ -14,9 +14,12 @@ from torch.fx import Node
 from . import nn
 from .errors import UnsupportedModelError
 from .graph import Graph
+from .infer import Inference
+from .names import short_name, source_line, value_name
 from .ops import aten
 from .spelling import IDENTITIES, RESHAPES, SPLITS, normalize
 from .types import DTYPE_NAMES, Dim, Size, TensorType, Type
+from .writes import WRITES, written
 
 _DROPPED = re.compile(r"_assert|sym_constrain|_set_grad_enabled|assert_async|_check")
 _LARGEST_CONSTANT = 4096
@@ -33,6 +36,10 @@ def convert(exported: torch.export.ExportedProgram, prefix: str) -> tuple[Graph,
     return work.graph, work.masks
 
 
+class _SizeError(Exception):
+    """A size that the graph cannot state."""
+
+
 class _Conversion:
     def __init__(self, exported: torch.export.ExportedProgram, prefix: str) -> None:
         self.exported = exported
@@ -42,6 +49,7 @@ class _Conversion:
         self.leaves: dict[Node, Any] = {}
         self.masks: dict[int, tuple[str, int]] = {}
         self.symbol = ""
+        self.infer = Inference()
 
     def run(self) -> None:
         signature = {spec.arg.name: spec for spec in self.exported.graph_signature.input_specs}
@@ -66,6 +74,13 @@ class _Conversion:
                 self.graph.output(self.resolve(node.args[0][0]))
             else:
                 self.node(node, self.exported.graph_module)
+
+    def node(self, node: Node, owner: torch.nn.Module) -> None:
+        try:
+            self.visit(node, owner)
+        except _SizeError as why:
+            line = source_line(node)
+            raise UnsupportedModelError(f"{value_name(node)}: {node.target}: {why}{f' (at {line})' if line else ''}") from None
 
     def leaf(self, node: Node) -> Node:
         """A weight or constant, made where it is first used."""
@@ -106,7 +121,7 @@ class _Conversion:
             elif str(term) == self.symbol:
                 terms["T"] = int(factor)
             else:
-                raise UnsupportedModelError(f"a size {expression} is not an affine function of the number of tokens")
+                raise _SizeError(f"a size {expression} depends on the data, or not linearly on the number of tokens")
         return Dim.build(terms, offset)
 
     def type_of(self, node: Node) -> Type:
@@ -136,7 +151,7 @@ class _Conversion:
             return {name: self.resolve(item) for name, item in value.items()}
         return value
 
-    def node(self, node: Node, owner: torch.nn.Module) -> None:
+    def visit(self, node: Node, owner: torch.nn.Module) -> None:
         if node.op == "get_attr":
             self.known[node] = getattr(owner, str(node.target), None)
             return
@@ -187,6 +202,8 @@ class _Conversion:
         packet = short.partition(".")[0]
         if packet in IDENTITIES or (packet == "dropout" and not args[2]):
             return args[0]
+        if packet in WRITES:
+            return written(packet, args, lambda target, inputs: self.derived(node, target, inputs))
         if packet in SPLITS:
             return list(self.pieces(node, packet, args))
         result = self.type_of(node)
@@ -228,7 +245,7 @@ class _Conversion:
                     raise UnsupportedModelError(f"{node.name}: {packet} cuts the row of tokens")
                 made = self.graph.call_function(aten("slice.Tensor"), (args[0], axis, start, start + width))
                 start += width
-            made.name = self.graph._graph_namespace.create_name(f"{self.name_of(node)}_{index}", None)
+            made.name = self.graph._graph_namespace.create_name(f"{value_name(node)}_{index}", None)
             made.meta["type"] = kind
             made.meta["source"] = source_line(node)
             yield made
@@ -243,32 +260,28 @@ class _Conversion:
         q, k, v, mask, sinks, layer, scale, softcap = args
         if not (isinstance(mask, tuple) and mask[0] == "mask"):
             raise UnsupportedModelError(
-                f"{node.name}: layer {layer} changes its attention mask or builds its own; only the causal, sliding and "
+                f"{node.name}: it changes its attention mask or builds its own; only the causal, sliding and "
                 "chunked masks of transformers.masking_utils are known"
             )
-        if layer in self.masks:
-            raise UnsupportedModelError(f"{node.name}: two attention layers have the index {layer}")
         self.masks[layer] = (mask[1], mask[2])
-        full = [q, k, v, layer, scale, mask[1], mask[2], softcap, sinks]
+        full = [q, k, v, len(self.masks) - 1, scale, mask[1], mask[2], softcap, sinks]
         defaults = ["causal", 0, 0.0, None]
         while defaults and full[-1] == defaults[-1]:
             full.pop()
             defaults.pop()
         return self.make(node, nn.attention, tuple(full), {}, "attention")
 
+    def derived(self, node: Node, target: Callable[..., Any], args: tuple[Any, ...]) -> Node:
+        """A call that stands for a part of ``node``; its type is inferred."""
+        made = self.graph.call_function(target, args)
+        made.name = self.graph._graph_namespace.create_name(value_name(node), None)
+        made.meta["type"] = self.infer(target, args, {})
+        made.meta["source"] = source_line(node)
+        return made
+
     def make(self, node: Node, target: Callable[..., Any], args: Any, kwargs: Any, name: str = "") -> Node:
         made = self.graph.call_function(target, tuple(args), kwargs)
-        return self.finish(made, node, self.name_of(node, name), source_line(node))
-
-    def name_of(self, node: Node, name: str = "") -> str:
-        """A name that tells the layer and the module: ``l0_q_proj``."""
-        stack = node.meta.get("nn_module_stack") or {}
-        path = next(reversed(stack.values()))[0] if stack else ""
-        layer = re.search(r"\.(\d+)(?:\.|$)", path)
-        leaf = path.rpartition(".")[2]
-        packet = str(node.target).removeprefix("aten.").partition(".")[0]
-        base = name or (leaf if packet in ("linear", "embedding", "addmm") and leaf and not leaf.isdigit() else packet)
-        return f"l{layer[1]}_{base}" if layer else base
+        return self.finish(made, node, value_name(node, name), source_line(node))
 
 
 def _flat(values: Any) -> Iterator[Any]:
@@ -277,20 +290,3 @@ def _flat(values: Any) -> Iterator[Any]:
             yield from _flat(value)
         else:
             yield value
-
-
-def short_name(name: str) -> str:
-    """A value name for a weight: ``model.layers.0.mlp.up_proj.weight`` becomes ``l0_mlp_up_proj_weight``."""
-    layer = re.search(r"(?:^|\.)(\d+)\.", name)
-    rest = name[layer.end() :] if layer else name
-    rest = rest.removeprefix("model.")
-    return re.sub(r"\W", "_", f"l{layer[1]}_{rest}" if layer else rest)
-
-
-def source_line(node: Node) -> str:
-    """The innermost line of the model's own code: ``modeling_llama.py:182``."""
-    frames = re.findall(r'File "([^"]+)", line (\d+)', node.meta.get("stack_trace") or "")
-    own = [frame for frame in frames if "modeling_" in frame[0]]
-    return f"{own[-1][0].rpartition('/')[2]}:{own[-1][1]}" if own else ""
-
-

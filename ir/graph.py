@@ -77,7 +77,8 @@ class Graph(torch.fx.Graph):
         raise KeyError(name)
 
     def output_node(self) -> Node:
-        return next(node for node in reversed(self.nodes) if node.op == "output")
+        found: Node = next(node for node in reversed(self.nodes) if node.op == "output")
+        return found
 
     def calls(self) -> Iterator[Node]:
         return (node for node in self.nodes if node.op == "call_function")

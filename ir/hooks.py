@@ -7,7 +7,6 @@ projection, with everything that shapes the result as an argument.
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -25,9 +24,12 @@ NAME = "fuseline"
 
 # Arguments that say how to compute or what to return, not what to compute.
 _IGNORED = frozenset(
-    "dropout sliding_window is_causal position_ids cache_position use_cache output_attentions output_hidden_states "
-    "return_dict logits_to_keep labels num_items_in_batch output_router_logits training deterministic "
-    "past_key_values past_key_value position_embeddings token_type_ids num_logits_to_keep max_seqlen layer_idx".split()
+    (
+    "dropout sliding_window is_causal position_ids cache_position use_cache output_attentions "
+    "output_hidden_states return_dict logits_to_keep labels num_items_in_batch output_router_logits "
+    "training deterministic past_key_values past_key_value position_embeddings token_type_ids "
+    "num_logits_to_keep max_seqlen layer_idx"
+).split()
 )
 
 
@@ -71,6 +73,7 @@ class AttentionCall:
     """What one attention layer asked for, kept to compare it with the layer's own eager attention."""
 
     module: torch.nn.Module
+    where: str  # for messages: the layer and the class
     shapes: tuple[tuple[int, int], tuple[int, int], tuple[int, int]]  # (heads, head_dim) of q, k and v
     layer: int
     scale: float
@@ -106,9 +109,10 @@ def attention(
 ) -> tuple[Tensor, None]:
     """The attention function given to transformers. Shapes as there: ``[1, heads, T, head_dim]``."""
     calls = _calls.get()
-    where = type(module).__name__
     if calls is None:
         raise UnsupportedModelError("the attention named 'fuseline' works only while fuseline captures a model")
+    index = getattr(module, "layer_idx", None)
+    where = type(module).__name__ if index is None else f"layer {index}: {type(module).__name__}"
     unknown = [name for name, item in options.items() if name not in _IGNORED and item is not None and item is not False]
     if unknown:
         raise UnsupportedModelError(f"{where}: attention takes {', '.join(unknown)}, which Fuseline does not know")
@@ -117,12 +121,12 @@ def attention(
     if getattr(module, "is_causal", True) is False and options.get("is_causal") is False:
         raise UnsupportedModelError(f"{where}: attention is not causal")
     scale = float(query.shape[-1] ** -0.5 if scaling is None else scaling)
-    layer = getattr(module, "layer_idx", None)
-    layer = len(calls) if layer is None else int(layer)
+    # Calls are counted: a layer that attends twice, or runs twice, needs a cache for each.
+    layer = len(calls)
     shapes = tuple((int(item.shape[1]), int(item.shape[3])) for item in (query, key, value))
     kept = {name: item for name, item in options.items() if name == "sliding_window"}
     calls.append(
-        AttentionCall(module, shapes, layer, scale, float(softcap or 0.0), kept, s_aux is not None)  # type: ignore[arg-type]
+        AttentionCall(module, where, shapes, layer, scale, float(softcap or 0.0), kept, s_aux is not None)  # type: ignore[arg-type]
     )
     q, k, v = (item.transpose(1, 2) for item in (query, key, value))
     out = torch.ops.fuseline.attention(q, k, v, attention_mask, s_aux, layer, scale, float(softcap or 0.0))
@@ -206,70 +210,3 @@ def install() -> None:
     except ImportError:
         return
     ExpertsInterface.register(NAME, experts)
-
-
-def check_against_eager(calls: list[AttentionCall], masks_of: dict[int, tuple[str, int]]) -> None:
-    """Compare each attention layer with the model's own eager attention on random values.
-
-    A layer may scale, cap or bias its scores in ways that its call does not show; then the two differ.
-
-    Raises:
-        UnsupportedModelError: they differ, or the model has no eager attention to compare with.
-    """
-    from .nn import attention as reference
-    from .nn import visible
-
-    generator = torch.Generator().manual_seed(0)
-    for call in calls:
-        kind, window = masks_of[call.layer]
-        length = 7
-        q, k, v = (torch.randn(1, heads, length, width, generator=generator) for heads, width in call.shapes)
-        eager = _eager_of(call.module)
-        if eager is None:
-            raise UnsupportedModelError(
-                f"{type(call.module).__name__} has no eager_attention_forward to check the captured attention against"
-            )
-        twin, sinks = _with_own_parameters(call.module, generator)
-        options = dict(call.options)
-        if call.softcap:
-            options["softcap"] = call.softcap
-        if call.has_sinks:
-            if sinks is None:
-                raise UnsupportedModelError(f"{type(call.module).__name__}: attention sinks are not a parameter of the layer")
-            options["s_aux"] = sinks
-        places = torch.arange(length)
-        seen = visible(places, places, kind, window)
-        additive = torch.zeros(1, 1, length, length).masked_fill(~seen, torch.finfo(torch.float32).min)
-        with torch.no_grad():
-            theirs, _ = eager(twin, q, k, v, additive, scaling=call.scale, dropout=0.0, **options)
-            rows = [item.transpose(1, 2) for item in (q, k, v)]
-            ours = reference(*rows, call.layer, call.scale, kind, window, call.softcap, sinks if call.has_sinks else None)
-        error = float((theirs.float() - ours).norm() / ours.norm())
-        if not error < 1e-4:
-            raise UnsupportedModelError(
-                f"layer {call.layer}: {type(call.module).__name__} computes more than softmax(q k^T) v with a causal mask: "
-                f"its eager attention differs from the captured one by {error:.1e}"
-            )
-
-
-def _eager_of(module: torch.nn.Module) -> Callable[..., Any] | None:
-    for base in type(module).__mro__:
-        found = getattr(sys.modules.get(base.__module__), "eager_attention_forward", None)
-        if found is not None:
-            return found  # type: ignore[no-any-return]
-    return None
-
-
-def _with_own_parameters(
-    module: torch.nn.Module, generator: torch.Generator
-) -> tuple[torch.nn.Module, torch.Tensor | None]:
-    """A shallow copy of an attention layer whose own small parameters (such as sinks) are real random tensors."""
-    twin = object.__new__(type(module))
-    twin.__dict__ = dict(module.__dict__)
-    twin._parameters = {
-        name: None if item is None else torch.nn.Parameter(torch.randn(item.shape, generator=generator))
-        for name, item in module._parameters.items()
-    }
-    twin.training = False
-    sinks = twin._parameters.get("sinks")
-    return twin, None if sinks is None else sinks.detach()

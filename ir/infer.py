@@ -9,7 +9,7 @@ import torch
 from torch.fx import Node
 
 from .graph import dims_of
-from .types import DTYPE_NAMES, Dim, Size, TensorType, Type, concrete_args
+from .types import DTYPE_NAMES, Dim, TensorType, Type, concrete_args
 
 # Large enough that no branch for tiny sizes is taken, and odd, so that nothing divides it by accident.
 _PROBE = 97
@@ -125,5 +125,3 @@ def _map(value: Any, tensor: Callable[[TensorType], torch.Tensor], dims: dict[st
     if isinstance(value, dict):
         return {name: _map(item, tensor, dims) for name, item in value.items()}
     return concrete_args(value, dims)
-
-

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import operator
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -109,5 +108,3 @@ def random_inputs(graph: Graph, dims: Mapping[str, int], seed: int) -> tuple[dic
     inputs = {node.name: draw(type_of(node)) for node in graph.inputs()}
     weights = {str(node.args[0]): draw(type_of(node)) for node in graph.calls() if str(node.target) == "weight"}
     return inputs, weights
-
-

@@ -8,10 +8,10 @@ from __future__ import annotations
 
 from torch.fx import Node
 
+from . import row_shapes  # noqa: F401  (adds its rules)
 from .dump import line_of
 from .errors import UnsupportedModelError
 from .graph import Graph, flat_types, node_inputs
-from . import row_shapes  # noqa: F401  (adds its rules)
 from .row_rules import Mixes, Rows, rows_of_call
 from .types import Dim
 

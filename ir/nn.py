@@ -83,7 +83,7 @@ def rope(x: Tensor, cos: Tensor, sin: Tensor, pairing: str = "half") -> Tensor:
     turned, passed = x[..., :width].float(), x[..., width:]
     c, s = cos.float().unsqueeze(-2), sin.float().unsqueeze(-2)
     # Each half is written in place: a rotated copy of x would cost two more passes over memory.
-    out = turned.new_empty(torch.broadcast_shapes(turned.shape, c.shape))
+    out = torch.empty_like(turned)
     first, second = (
         (slice(width // 2), slice(width // 2, None)) if pairing == "half" else (slice(0, None, 2), slice(1, None, 2))
     )
@@ -142,9 +142,9 @@ def _attend(
     heads, kv_heads = q.shape[-2], k.shape[-2]
     q, k, v = (item.transpose(-3, -2) for item in (q, k, v))
     if seen is None or (not softcap and sinks is None):
-        batched = (item.unsqueeze(0) for item in (q, k, v))
+        q, k, v = (item.unsqueeze(0) for item in (q, k, v))
         out = F.scaled_dot_product_attention(
-            *batched, attn_mask=seen, is_causal=seen is None, scale=scale, enable_gqa=heads != kv_heads
+            q, k, v, attn_mask=seen, is_causal=seen is None, scale=scale, enable_gqa=heads != kv_heads
         )
         return out.squeeze(0).transpose(-3, -2)
     k, v = (item.repeat_interleave(heads // kv_heads, -3) for item in (k, v))
@@ -217,8 +217,10 @@ def paged_attention(
             out[first] = F.scaled_dot_product_attention(row, k, v, scale=scale).reshape(heads, -1)
             continue
         places = torch.arange(begin, length, device=q.device)
-        seen = None if plain and kind == "causal" and last - first == length else visible(
-            places[length - begin - (last - first) :], places, kind, window
+        seen = (
+            None
+            if plain and kind == "causal" and last - first == length
+            else visible(places[length - begin - (last - first) :], places, kind, window)
         )
         out[first:last] = _attend(q[first:last], k, v, seen, scale, softcap, sinks)
     return out

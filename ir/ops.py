@@ -107,12 +107,15 @@ COMMUTATIVE = frozenset({"aten.add.Tensor", "aten.mul.Tensor"})
 POINTWISE = frozenset(
     f"aten.{name}"
     for name in (
-        "add.Tensor sub.Tensor mul.Tensor div.Tensor neg abs exp exp2 log log2 log1p rsqrt sqrt reciprocal cos sin tanh sigmoid relu "
+        "add.Tensor sub.Tensor mul.Tensor div.Tensor neg abs exp exp2 log log2 log1p rsqrt sqrt reciprocal "
+        "cos sin tanh sigmoid relu "
         "silu softplus erf pow.Tensor_Scalar pow.Scalar square clamp clamp_min clamp_max maximum minimum to.dtype gelu "
         "rsub.Scalar where.self where.ScalarSelf where.ScalarOther where.Scalar "
-        "eq.Scalar ne.Scalar lt.Scalar le.Scalar gt.Scalar ge.Scalar eq.Tensor ne.Tensor lt.Tensor le.Tensor gt.Tensor ge.Tensor "
+        "eq.Scalar ne.Scalar lt.Scalar le.Scalar gt.Scalar ge.Scalar "
+        "eq.Tensor ne.Tensor lt.Tensor le.Tensor gt.Tensor ge.Tensor "
         "logical_and logical_or logical_not bitwise_and.Tensor bitwise_or.Tensor bitwise_not masked_fill.Scalar "
         "leaky_relu hardtanh elu hardsigmoid hardswish mish relu6 log_sigmoid logit floor ceil round sign "
-        "zeros_like ones_like full_like expm1 floor_divide remainder.Scalar remainder.Tensor celu selu atan tan sinh cosh"
+        "zeros_like ones_like full_like expm1 floor_divide remainder.Scalar remainder.Tensor "
+        "celu selu atan tan sinh cosh"
     ).split()
 )

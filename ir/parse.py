@@ -66,7 +66,9 @@ class _Parser:
             raise self._fail(function, "inputs are plain names with types")
         for item in arguments.kwonlyargs:
             match item.annotation:
-                case ast.Call(func=ast.Name(id="dim"), args=[ast.Constant(value=int(low)), ast.Constant(value=int(high))]):
+                case ast.Call(
+                    func=ast.Name(id="dim"), args=[ast.Constant(value=int(low)), ast.Constant(value=int(high))]
+                ):
                     self.graph.dims[item.arg] = (low, high)
                 case ast.Call(func=ast.Name(id="option"), args=[ast.Constant(value=int(value))]):
                     self.graph.options[item.arg] = value
@@ -94,7 +96,8 @@ class _Parser:
             return tuple(part for part in parts if isinstance(part, TensorType))
         placement = ""
         if isinstance(tree, ast.BinOp) and isinstance(tree.op, ast.MatMult):
-            tree, placement = tree.left, ast.unparse(tree.right)
+            placement = ast.unparse(tree.right)
+            tree = tree.left
         if not isinstance(tree, ast.Subscript) or not isinstance(tree.value, ast.Name):
             raise self._fail(tree, f"not a type: {ast.unparse(tree)}")
         sizes = tree.slice.elts if isinstance(tree.slice, ast.Tuple) else [tree.slice]
@@ -111,7 +114,11 @@ class _Parser:
         for statement in function.body:
             match statement:
                 case ast.With(
-                    items=[ast.withitem(context_expr=ast.Call(func=ast.Name(id="kernel"), args=[ast.Constant(value=str(name))]))]
+                    items=[
+                        ast.withitem(
+                            context_expr=ast.Call(func=ast.Name(id="kernel"), args=[ast.Constant(value=str(name))])
+                        )
+                    ]
                 ):
                     region = Region(name, regions)
                     regions += 1
@@ -128,7 +135,9 @@ class _Parser:
 
     def _assignment(self, statement: ast.stmt) -> Node:
         if not (
-            isinstance(statement, ast.AnnAssign) and isinstance(statement.target, ast.Name) and statement.value is not None
+            isinstance(statement, ast.AnnAssign)
+            and isinstance(statement.target, ast.Name)
+            and statement.value is not None
         ):
             raise self._fail(statement, "expected `name: type = op(...)`")
         call, name = statement.value, statement.target.id

@@ -35,8 +35,8 @@ Rule = Callable[[Node, Known], Rows | None]
 
 _RULES: dict[str, Rule] = {}
 # Operators with a size among their arguments: the number of tokens may stand there.
-_TAKES_SIZES = frozenset("reshape expand repeat zeros ones full new_zeros new_ones new_full".split())
-_POINTWISE_TOO = frozenset("gelu mish silu hardswish bucketize fake_quantize softsign logaddexp".split())
+_TAKES_SIZES = frozenset(["reshape", "expand", "repeat", "zeros", "ones", "full", "new_zeros", "new_ones", "new_full"])
+_POINTWISE_TOO = frozenset("gelu mish silu hardswish bucketize softsign polar complex real imag".split())
 
 
 def rows_of_call(node: Node, known: Known) -> Rows | None:
@@ -48,12 +48,14 @@ def rows_of_call(node: Node, known: Known) -> Rows | None:
     packet = packet_of(node)
     if "rand" in packet or packet in ("bernoulli", "dropout", "multinomial", "normal", "exponential"):
         raise Mixes("it draws random numbers")
+    if packet in ("empty", "new_empty", "empty_like", "empty_strided"):
+        raise Mixes("it reads memory that was never written")
+    if packet in ("arange", "linspace") and _has_dim(node.args):
+        raise Mixes("it counts along the row of tokens instead of using position_ids")
     if packet not in _TAKES_SIZES and _has_dim([node.args, node.kwargs]):
         raise Mixes("its result depends on how many tokens there are")
     if packet in _FILLS:
         return _filled(node, known)
-    if packet in ("arange", "linspace", "eye", "tril_indices", "triu_indices"):
-        return None
     with_rows = [item for item in node_inputs([node.args, node.kwargs]) if known[item] is not None]
     if not with_rows and packet not in ("expand", "repeat"):
         return None
@@ -136,7 +138,7 @@ def _same(node: Node, known: Known) -> Rows | None:
     return one(node, known)
 
 
-_FILLS = frozenset("zeros ones full new_zeros new_ones new_full zeros_like ones_like full_like".split())
+_FILLS = frozenset(["zeros", "ones", "full", "new_zeros", "new_ones", "new_full", "zeros_like", "ones_like", "full_like"])
 
 
 def _filled(node: Node, known: Known) -> Rows | None:

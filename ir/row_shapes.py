@@ -96,6 +96,18 @@ def _repeat_interleave(node: Node, known: Known) -> Rows:
     return one(node, known)
 
 
+@row_rule("view_as_complex")
+def _view_as_complex(node: Node, known: Known) -> Rows:
+    rows = one(node, known)
+    return Rows(rows.axis + 1, rows.outer)
+
+
+@row_rule("view_as_real")
+def _view_as_real(node: Node, known: Known) -> Rows:
+    rows = one(node, known)
+    return Rows(rows.axis - 1, rows.outer)
+
+
 @row_rule("pad", "constant_pad_nd")
 def _pad(node: Node, known: Known) -> Rows:
     rows, widths = one(node, known), list(node.args[1])  # type: ignore[arg-type]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch.fx import Node
 
 from .ops import aten
@@ -22,6 +23,24 @@ RESHAPES = {
 }
 SPLITS = frozenset({"split", "split_with_sizes", "chunk", "unbind"})
 
+# Other names of the same operators.
+_ALIASES = {
+    "multiply": "mul",
+    "divide": "div",
+    "true_divide": "div",
+    "subtract": "sub",
+    "negative": "neg",
+    "absolute": "abs",
+    "clip": "clamp",
+    "concat": "cat",
+    "concatenate": "cat",
+    "greater": "gt",
+    "greater_equal": "ge",
+    "less": "lt",
+    "less_equal": "le",
+    "not_equal": "ne",
+}
+
 # Where and how a result is stored or computed, not what it is.
 _PLACEMENT = frozenset({"device", "layout", "pin_memory", "memory_format", "non_blocking", "cudnn_enable"})
 _DIM_NAMES = frozenset({"dim", "dims", "dim0", "dim1"})
@@ -36,6 +55,11 @@ def normalize(
     ``rank`` is the rank of the first tensor argument.
     """
     packet = target._schema.name.rpartition("::")[2]
+    if packet in _ALIASES:
+        target = getattr(getattr(torch.ops.aten, _ALIASES[packet]), target._overloadname)
+        packet = _ALIASES[packet]
+    if target._overloadname == "other" and packet in ("min", "max"):  # two tensors: another function of the same name
+        return aten(f"{packet}imum"), args, kwargs
     if packet in ("t", "numpy_T"):
         return aten("transpose.int"), [args[0], -2, -1], {}
     schema = target._schema.arguments

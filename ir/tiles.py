@@ -1,4 +1,4 @@
-"""Which operators a generated kernel can compute on a tile: what grouping may put into a kernel and codegen can print."""
+"""Which operators a kernel can compute on a tile: what grouping may put into a kernel, and codegen can print."""
 
 from __future__ import annotations
 
@@ -12,20 +12,37 @@ from .types import Dim
 TILE_POINTWISE = frozenset(
     f"aten.{name}"
     for name in (
-        "add.Tensor sub.Tensor mul.Tensor div.Tensor neg abs exp exp2 log log2 rsqrt sqrt reciprocal cos sin tanh sigmoid relu silu "
-        "softplus erf pow.Tensor_Scalar square clamp clamp_min clamp_max maximum minimum to.dtype gelu rsub.Scalar where.self "
-        "eq.Scalar ne.Scalar lt.Scalar le.Scalar gt.Scalar ge.Scalar lt.Tensor le.Tensor gt.Tensor ge.Tensor eq.Tensor "
-        "logical_and logical_or logical_not masked_fill.Scalar floor"
+        "add.Tensor sub.Tensor mul.Tensor div.Tensor neg abs exp exp2 log log2 rsqrt sqrt reciprocal cos sin "
+        "tanh sigmoid relu silu softplus erf pow.Tensor_Scalar square clamp clamp_min clamp_max maximum "
+        "minimum to.dtype gelu rsub.Scalar where.self eq.Scalar ne.Scalar lt.Scalar le.Scalar gt.Scalar "
+        "ge.Scalar lt.Tensor le.Tensor gt.Tensor ge.Tensor eq.Tensor logical_and logical_or logical_not "
+        "masked_fill.Scalar floor"
     ).split()
 ) | {"nn.silu_mul", "nn.gelu_mul"}
 
 # The same values at other coordinates: no work, only index arithmetic.
 TILE_VIEWS = frozenset(
-    "aten.reshape aten.unsqueeze aten.expand aten.slice.Tensor aten.transpose.int aten.select.int aten.cat".split()
+    [
+        "aten.reshape",
+        "aten.unsqueeze",
+        "aten.expand",
+        "aten.slice.Tensor",
+        "aten.transpose.int",
+        "aten.select.int",
+        "aten.cat",
+    ]
 )
 TILE_LOOKUPS = frozenset({"aten.embedding", "aten.index_select"})
 TILE_REDUCTIONS = frozenset(
-    "nn.rms_norm nn.layer_norm nn.add_rms_norm aten.mean.dim aten.sum.dim_IntList aten.amax aten.softmax.int".split()
+    [
+        "nn.rms_norm",
+        "nn.layer_norm",
+        "nn.add_rms_norm",
+        "aten.mean.dim",
+        "aten.sum.dim_IntList",
+        "aten.amax",
+        "aten.softmax.int",
+    ]
 )
 # A row has to fit into the registers of one program.
 WIDEST_ROW = 16384
@@ -40,11 +57,11 @@ def is_pointwise(node: Node) -> bool:
     if name not in TILE_POINTWISE or not _plain(node):
         return False
     if name == "aten.pow.Tensor_Scalar":
-        return node.args[1] in _POWERS
+        return bool(node.args[1] in _POWERS)
     if name == "aten.div.Tensor":
         return not node.kwargs and type_of(node).dtype in ("f32", "f16", "bf16")
     if name in ("aten.add.Tensor", "aten.sub.Tensor", "aten.rsub.Scalar"):
-        return node.kwargs.get("alpha", 1) == 1 and len(node.args) == 2
+        return bool(node.kwargs.get("alpha", 1) == 1 and len(node.args) == 2)
     if name == "aten.to.dtype":
         return type_of(node).dtype in ("f32", "f16", "bf16", "i64", "i32")
     if name == "aten.softplus":
@@ -62,7 +79,7 @@ def is_row_op(node: Node) -> bool:
     if name in TILE_VIEWS:
         return _is_view(node, name)
     if name in TILE_LOOKUPS:
-        return name == "aten.embedding" or node.args[1] == 0
+        return bool(name == "aten.embedding" or node.args[1] == 0)
     if name in TILE_REDUCTIONS:
         return _reduces_rows(node, name)
     if name in ("nn.rope", "nn.cache_write"):
@@ -88,9 +105,9 @@ def _plain(node: Node) -> bool:
 def _is_view(node: Node, name: str) -> bool:
     if name in ("aten.cat", "aten.slice.Tensor"):
         dim = node.args[1] if len(node.args) > 1 else 0
-        return dim == -1 and type_of(node).rank > 1
+        return bool(dim == -1 and type_of(node).rank > 1)
     if name == "aten.transpose.int":
-        return not isinstance(type_of(node).shape[-1], Dim) and node.args[1] != -1 and node.args[2] != -1
+        return not isinstance(type_of(node).shape[-1], Dim) and -1 not in node.args[1:3]
     return True
 
 
@@ -105,7 +122,7 @@ def _reduces_rows(node: Node, name: str) -> bool:
     if name in ("nn.rms_norm", "nn.layer_norm", "nn.add_rms_norm"):
         return True
     if name == "aten.softmax.int":
-        return node.args[1] == -1
+        return bool(node.args[1] == -1)
     dims = node.args[1] if len(node.args) > 1 else None
     dims = [dims] if isinstance(dims, int) else dims
     keep = bool(node.args[2]) if len(node.args) > 2 else False

@@ -49,8 +49,8 @@ class Dim:
         return sum(values[name] * factor for name, factor in self.terms) + self.offset
 
     def __str__(self) -> str:
-        parts = [name if factor == 1 else f"{factor}*{name}" for name, factor in self.terms]
-        text = "+".join(parts)
+        parts = [f"{factor:+d}*{name}" for name, factor in self.terms]
+        text = re.sub(r"([+-])1\*", r"\1", "".join(parts)).removeprefix("+")
         return text if not self.offset else f"{text}{self.offset:+d}"
 
     __repr__ = __str__

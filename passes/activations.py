@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from ..ir.graph import is_constant, type_of
 from .matcher import Match
 from .names import aten, nn
@@ -21,13 +19,13 @@ def f(x: f32[T, 6]{more}, *, T: dim(1, 64)):
 class LinearFromAddmm:
     """``bias + x @ w`` with ``w`` stored ``[in, out]`` is a linear layer on the transposed weight."""
 
-    def before(bias, x, w) -> Any:  # type: ignore[no-untyped-def]
+    def before(bias, x, w):
         return aten.addmm(bias, x, w)
 
-    def after(bias, x, w) -> Any:  # type: ignore[no-untyped-def]
+    def after(bias, x, w):
         return aten.linear(x, aten.transpose.int(w, -2, -1), bias)
 
-    def when(m: Match) -> None:
+    def when(m):
         if not is_constant(m["w"]):
             raise Reject(f"{m['w'].name} is no weight")
         if type_of(m["bias"]).rank != 1:
@@ -67,12 +65,12 @@ def f(x: f32[T, 8], *, T: dim(1, 64)):
 class FuseTanhGelu:
     """GELU by its tanh approximation, written out (Hendrycks & Gimpel 2016)."""
 
-    def before(x) -> Any:  # type: ignore[no-untyped-def]
+    def before(x):
         cubic = aten.add.Tensor(x, aten.mul.Tensor(aten.pow.Tensor_Scalar(x, 3.0), 0.044715))
         bell = aten.add.Tensor(aten.tanh(aten.mul.Tensor(cubic, 0.7978845608028654)), 1.0)
         return aten.mul.Tensor(aten.mul.Tensor(x, 0.5), bell)
 
-    def after(x) -> Any:  # type: ignore[no-untyped-def]
+    def after(x):
         return aten.gelu(x, approximate="tanh")
 
     examples = [
@@ -115,10 +113,10 @@ def f(g: f32[T, 8], u: f32[T, 8], *, T: dim(1, 64)):
 class FuseSiluMul:
     """``silu(gate) * up`` reads each input once."""
 
-    def before(gate, up) -> Any:  # type: ignore[no-untyped-def]
+    def before(gate, up):
         return aten.mul.Tensor(aten.silu.default(gate), up)
 
-    def after(gate, up) -> Any:  # type: ignore[no-untyped-def]
+    def after(gate, up):
         return nn.silu_mul.default(gate, up)
 
     when = _same_type
@@ -134,10 +132,10 @@ class FuseSiluMul:
 class FuseGeluMul:
     """``gelu(gate) * up`` reads each input once."""
 
-    def before(gate, up) -> Any:  # type: ignore[no-untyped-def]
+    def before(gate, up):
         return aten.mul.Tensor(aten.gelu(gate), up)
 
-    def after(gate, up) -> Any:  # type: ignore[no-untyped-def]
+    def after(gate, up):
         return nn.gelu_mul(gate, up)
 
     when = _same_type
@@ -152,10 +150,10 @@ class FuseGeluMul:
 class FuseTanhGeluMul:
     """``gelu(gate) * up`` by the tanh approximation reads each input once."""
 
-    def before(gate, up) -> Any:  # type: ignore[no-untyped-def]
+    def before(gate, up):
         return aten.mul.Tensor(aten.gelu(gate, approximate="tanh"), up)
 
-    def after(gate, up) -> Any:  # type: ignore[no-untyped-def]
+    def after(gate, up):
         return nn.gelu_mul(gate, up, "tanh")
 
     when = _same_type

@@ -16,9 +16,9 @@ from .ledger import PassReport, Refusal
 _FROM_THE_RIGHT = frozenset(
     f"aten.{name}"
     for name in (
-        "linear embedding mean.dim sum.dim_IntList amax softmax.int _softmax topk slice.Tensor cat stack transpose.int unsqueeze "
-        "squeeze.dim select.int layer_norm rms_norm repeat_interleave.self_int max.dim sort argsort cumsum gather var.dim "
-        "norm.ScalarOpt_dim linalg_vector_norm log_softmax.int"
+        "linear embedding mean.dim sum.dim_IntList amax softmax.int _softmax topk slice.Tensor cat stack "
+        "transpose.int unsqueeze squeeze.dim select.int layer_norm rms_norm repeat_interleave.self_int "
+        "max.dim sort argsort cumsum gather var.dim norm.ScalarOpt_dim linalg_vector_norm log_softmax.int"
     ).split()
 ) | {"nn.attention", "nn.rms_norm", "nn.layer_norm"}
 
@@ -104,9 +104,9 @@ def drop_batch_dim(graph: Graph) -> tuple[Graph, PassReport]:
                     known[node] = (made, leading)
                 else:
                     known[node] = (emit(node.target, (made, target_shape), {}, node.name, source), leading)
-            elif touched and name == "aten.select.int" and _axis(node) == -type_of(node.args[0]).rank:  # type: ignore[arg-type]
-                known[node] = (known[node.args[0]][0], False)  # type: ignore[index]
-            elif touched and name == "aten.squeeze.dim" and _axis(node) == -type_of(node.args[0]).rank:  # type: ignore[arg-type]
+            elif (touched and name == "aten.select.int" and _axis(node) == -type_of(node.args[0]).rank) or (
+                touched and name == "aten.squeeze.dim" and _axis(node) == -type_of(node.args[0]).rank
+            ):  # type: ignore[arg-type]
                 known[node] = (known[node.args[0]][0], False)  # type: ignore[index]
             elif touched and name == "getitem":
                 base, dropped = known[node.args[0]]  # type: ignore[index]
@@ -119,7 +119,9 @@ def drop_batch_dim(graph: Graph) -> tuple[Graph, PassReport]:
             elif touched:
                 raise _Refused
             else:
-                made = new.call_function(node.target, tuple(mapped(node.args, lambda item: known[item][0])), dict(node.kwargs))
+                made = new.call_function(
+                    node.target, tuple(mapped(node.args, lambda item: known[item][0])), dict(node.kwargs)
+                )
                 made.name = new._graph_namespace.create_name(node.name, None)
                 made.meta = dict(node.meta)
                 known[node] = (made, False)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import pairwise
 
 from torch.fx import Node
 
@@ -69,7 +70,7 @@ def _sections(anchor: Node, taken: dict[Node, Region]) -> list[Node]:
             return []
         parts.append(user)
     parts.sort(key=lambda node: node.args[2])  # type: ignore[arg-type, return-value]
-    for left, right in zip(parts, parts[1:]):
+    for left, right in pairwise(parts):
         if left.args[3] > right.args[2]:  # type: ignore[operator]
             return []
     return parts
@@ -135,7 +136,7 @@ def _consistent(members: list[Node], frames: dict[Node, Frame], sections: list[N
 
 
 def prologue_of(anchor: Node, members: list[Node], taken: dict[Node, Region]) -> list[Node]:
-    """The norm that makes the anchor's rows, and the selection of rows or columns before it, if nothing else reads them."""
+    """The norm that makes the anchor's rows, and the selection of rows or columns before it, where no one else reads."""
     found: list[Node] = []
     node = anchor.args[0]
     while isinstance(node, Node) and node.op == "call_function" and node not in taken and not is_constant(node):

@@ -18,7 +18,7 @@ _FLOAT_WIDTH = {"f16": 1, "bf16": 1, "f32": 2, "f64": 3}
 
 @dataclass
 class Match:
-    """A place where the pattern fits. ``m["gate"]`` is what a variable stands for; ``roots`` are the values replaced."""
+    """A place where the pattern fits: ``m["gate"]`` is what a variable stands for, ``roots`` are to be replaced."""
 
     bound: dict[str, Any] = field(default_factory=dict)
     calls: dict[Call, Node] = field(default_factory=dict)
@@ -88,7 +88,11 @@ def _match(pattern: Any, value: Any, so_far: Match) -> Iterator[Match]:
     elif isinstance(value, Node):
         return
     elif type(pattern) is type(value) or (isinstance(pattern, (int, float)) and isinstance(value, (int, float))):
-        close = isinstance(pattern, float) and isinstance(value, (int, float)) and abs(pattern - value) <= 1e-6 * abs(pattern)
+        close = (
+            isinstance(pattern, float)
+            and isinstance(value, (int, float))
+            and abs(pattern - value) <= 1e-6 * abs(pattern)
+        )
         if close or pattern == value:
             yield so_far
     elif pattern == value:
@@ -107,7 +111,9 @@ def _bind(variable: Var, value: Any, so_far: Match) -> Iterator[Match]:
         return
     value = before_widening(value)
     if variable.name in so_far.bound:
-        if so_far.bound[variable.name] is value or (not isinstance(value, Node) and so_far.bound[variable.name] == value):
+        if so_far.bound[variable.name] is value or (
+            not isinstance(value, Node) and so_far.bound[variable.name] == value
+        ):
             yield so_far
         return
     yield Match({**so_far.bound, variable.name: value}, so_far.calls, so_far.casts)

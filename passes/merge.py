@@ -74,7 +74,9 @@ def _rows_of(value: Node) -> Iterator[Node]:
         yield inputs[0]
         return
     rank = max(type_of(item).rank for item in inputs)
-    yield from (item for item in inputs if type_of(item).rank == rank) if op_name(value.target) != "nn.rope" else inputs[:1]
+    yield from (
+        (item for item in inputs if type_of(item).rank == rank) if op_name(value.target) != "nn.rope" else inputs[:1]
+    )
 
 
 def _through_pointwise(value: Node) -> Node | None:

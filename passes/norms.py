@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from torch.fx import Node
 
 from ..ir.graph import is_constant, type_of
 from ..ir.ops import op_name
-from .matcher import Match
 from .names import aten, nn
 from .rule import Reject, rule
 
@@ -27,10 +24,12 @@ def f(x: f32[T, 8], *, T: dim(1, 64)):
 class FuseRMSNorm:
     """``x * rsqrt(mean(x**2) + eps)`` is an RMS norm without a scale."""
 
-    def before(x, eps: float) -> Any:  # type: ignore[no-untyped-def]
-        return aten.mul.Tensor(x, aten.rsqrt(aten.add.Tensor(aten.mean.dim(aten.pow.Tensor_Scalar(x, 2), [-1], True), eps)))
+    def before(x, eps: float):
+        return aten.mul.Tensor(
+            x, aten.rsqrt(aten.add.Tensor(aten.mean.dim(aten.pow.Tensor_Scalar(x, 2), [-1], True), eps))
+        )
 
-    def after(x, eps) -> Any:  # type: ignore[no-untyped-def]
+    def after(x, eps):
         return nn.rms_norm(x, None, eps)
 
     examples = [
@@ -62,13 +61,13 @@ def f(x: f32[T, 8], *, T: dim(1, 64)):
 class FuseNormScale:
     """A norm without a scale takes the weight vector that its result is multiplied by."""
 
-    def before(x, scale, eps: float) -> Any:  # type: ignore[no-untyped-def]
+    def before(x, scale, eps: float):
         return aten.mul.Tensor(nn.rms_norm(x, None, eps), scale)
 
-    def after(x, scale, eps) -> Any:  # type: ignore[no-untyped-def]
+    def after(x, scale, eps):
         return nn.rms_norm(x, scale, eps)
 
-    def when(m: Match) -> None:
+    def when(m):
         if not is_constant(m["scale"]):
             raise Reject(f"{m['scale'].name} is no weight")
         if type_of(m["scale"]).shape != type_of(m["x"]).shape[-1:]:
@@ -106,13 +105,13 @@ def f(x: f32[T, 8], g: f32[T, 8], *, T: dim(1, 64)):
 class FuseTorchRMSNorm:
     """``torch.nn.RMSNorm`` under our name."""
 
-    def before(x, shape: list, scale: object, eps: float) -> Any:  # type: ignore[no-untyped-def, type-arg]
+    def before(x, shape: list, scale: object, eps: float):
         return aten.rms_norm(x, shape, scale, eps)
 
-    def after(x, shape, scale, eps) -> Any:  # type: ignore[no-untyped-def]
+    def after(x, shape, scale, eps):
         return nn.rms_norm(x, scale, eps)
 
-    def when(m: Match) -> None:
+    def when(m):
         if list(m["shape"]) != [type_of(m["x"]).shape[-1]]:
             raise Reject("it normalizes over more than the last dim")
 
@@ -144,13 +143,13 @@ def f(x: f32[T, 4, 8], *, T: dim(1, 64)):
 class FuseLayerNorm:
     """``torch.nn.LayerNorm`` under our name."""
 
-    def before(x, shape: list, scale: object, bias: object, eps: float) -> Any:  # type: ignore[no-untyped-def, type-arg]
+    def before(x, shape: list, scale: object, bias: object, eps: float):
         return aten.layer_norm(x, shape, scale, bias, eps)
 
-    def after(x, shape, scale, bias, eps) -> Any:  # type: ignore[no-untyped-def]
+    def after(x, shape, scale, bias, eps):
         return nn.layer_norm(x, scale, bias, eps)
 
-    def when(m: Match) -> None:
+    def when(m):
         if list(m["shape"]) != [type_of(m["x"]).shape[-1]]:
             raise Reject("it normalizes over more than the last dim")
 
@@ -186,21 +185,23 @@ def f(x: f32[T, 4, 8], *, T: dim(1, 64)):
 class FuseWrittenLayerNorm:
     """A layer norm written out: subtract the mean, divide by the standard deviation, multiply by a weight vector."""
 
-    def before(x, scale, eps: float) -> Any:  # type: ignore[no-untyped-def]
+    def before(x, scale, eps: float):
         centred = aten.sub.Tensor(x, aten.mean.dim(x, [-1], True))
-        variance = aten.mean.dim(aten.pow.Tensor_Scalar(aten.sub.Tensor(x, aten.mean.dim(x, [-1], True)), 2), [-1], True)
+        variance = aten.mean.dim(
+            aten.pow.Tensor_Scalar(aten.sub.Tensor(x, aten.mean.dim(x, [-1], True)), 2), [-1], True
+        )
         return aten.mul.Tensor(scale, aten.mul.Tensor(centred, aten.rsqrt(aten.add.Tensor(variance, eps))))
 
-    def after(x, scale, eps) -> Any:  # type: ignore[no-untyped-def]
+    def after(x, scale, eps):
         return nn.layer_norm(x, scale, None, eps)
 
-    def when(m: Match) -> None:
+    def when(m):
         if type_of(m["scale"]).shape != type_of(m["x"]).shape[-1:]:
             raise Reject(f"{m['scale'].name} is no vector over the last dim")
 
     examples = [
         (
-            """\
+            f"""\
 def f(x: f32[T, 8], w: f32[{scale}], *, T: dim(1, 64)):
     m: f32[T, 1] = aten.mean.dim(x, [-1], True)
     c: f32[T, 8] = aten.sub.Tensor(x, m)
@@ -211,7 +212,7 @@ def f(x: f32[T, 8], w: f32[{scale}], *, T: dim(1, 64)):
     n: f32[T, 8] = aten.mul.Tensor(c, r)
     y: f32[T, 8] = aten.mul.Tensor(w, n)
     return y
-""".format(scale=scale),
+""",
             outcome,
         )
         for scale, outcome in [
@@ -244,17 +245,17 @@ def made_by_linear(value: Node) -> bool:
 
 @rule
 class FuseAddRMSNorm:
-    """Residual + norm: the sum is written and normalized in one go, where no projection's kernel can do the addition."""
+    """Residual + norm in one go, where the addition is not done by a projection's kernel anyway."""
 
-    def before(x, residual, scale: object, eps: float) -> Any:  # type: ignore[no-untyped-def]
+    def before(x, residual, scale: object, eps: float):
         total = aten.add.Tensor(x, residual)
         return total, nn.rms_norm(total, scale, eps)
 
-    def after(x, residual, scale, eps) -> Any:  # type: ignore[no-untyped-def]
+    def after(x, residual, scale, eps):
         both = nn.add_rms_norm(x, residual, scale, eps)
         return both[0], both[1]
 
-    def when(m: Match) -> None:
+    def when(m):
         if type_of(m["x"]) != type_of(m["residual"]):
             raise Reject("x and residual differ in type")
         for name in ("x", "residual"):

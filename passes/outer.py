@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from ..ir.graph import type_of
-from .matcher import Match
 from .names import aten
 from .rule import Reject, rule
 
@@ -20,13 +17,13 @@ def f(a: f32[1, 4, {depth}], b: f32[1, {depth}, T], *, T: dim(1, 64)):
 class OuterFromMatmul:
     """A matrix product over a single column is an outer product: one multiplication for each element."""
 
-    def before(a, b) -> Any:  # type: ignore[no-untyped-def]
+    def before(a, b):
         return aten.matmul(a, b)
 
-    def after(a, b) -> Any:  # type: ignore[no-untyped-def]
+    def after(a, b):
         return aten.mul.Tensor(a, b)
 
-    def when(m: Match) -> None:
+    def when(m):
         if type_of(m["a"]).rank < 2 or type_of(m["b"]).rank < 2 or type_of(m["a"]).shape[-1] != 1:
             raise Reject("it sums over more than one column")
 
@@ -55,13 +52,13 @@ def f(a: f32[{shape}], b: f32[1, T], *, T: dim(1, 64)):
 class OuterByRows:
     """An outer product that is transposed afterwards is made in rows of tokens from the start."""
 
-    def before(column, row) -> Any:  # type: ignore[no-untyped-def]
+    def before(column, row):
         return aten.transpose.int(aten.mul.Tensor(column, row), -2, -1)
 
-    def after(column, row) -> Any:  # type: ignore[no-untyped-def]
+    def after(column, row):
         return aten.mul.Tensor(aten.transpose.int(row, -2, -1), aten.transpose.int(column, -2, -1))
 
-    def when(m: Match) -> None:
+    def when(m):
         column, row = type_of(m["column"]), type_of(m["row"])
         if (column.rank, row.rank) != (2, 2) or column.shape[1] != 1 or row.shape[0] != 1:
             raise Reject("the factors are not a column and a row")
@@ -85,13 +82,13 @@ def f(a: f32[4, 1], b: f32[1, T], *, T: dim(1, 64)):
 class ColumnFromRow:
     """A vector made a row and then transposed is a column."""
 
-    def before(x) -> Any:  # type: ignore[no-untyped-def]
+    def before(x):
         return aten.transpose.int(aten.unsqueeze(x, -2), -2, -1)
 
-    def after(x) -> Any:  # type: ignore[no-untyped-def]
+    def after(x):
         return aten.unsqueeze(x, -1)
 
-    def when(m: Match) -> None:
+    def when(m):
         if type_of(m["x"]).rank != 1:
             raise Reject("it is a matrix")
 

@@ -42,7 +42,9 @@ def page_attention(graph: Graph) -> tuple[Graph, PassReport]:
             store.meta["type"] = TensorType(type_of(rows).dtype, (c, heads, width))
             name = f"l{layer}_{role}_written"
             written.append(
-                insert_before(graph, node, infer, nn.cache_write, (store, rows, slots), name=name, source="PageAttention")
+                insert_before(
+                    graph, node, infer, nn.cache_write, (store, rows, slots), name=name, source="PageAttention"
+                )
             )
         args = (q, *written, tables, starts, lengths, block_size, *rest)
         paged = insert_before(graph, node, infer, nn.paged_attention, args)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from ..ir.graph import type_of
 from .matcher import Match
 from .names import aten, nn
@@ -36,16 +34,16 @@ def _check(m: Match) -> None:
 class FuseRope:
     """``x * cos + rotate_half(x) * sin``: feature ``i`` is turned with feature ``i + D/2``."""
 
-    def before(x, cos, sin, half: int, width: int) -> Any:  # type: ignore[no-untyped-def]
+    def before(x, cos, sin, half: int, width: int):
         turned = aten.cat([aten.neg(aten.slice.Tensor(x, -1, half, width)), aten.slice.Tensor(x, -1, 0, half)], -1)
         return aten.add.Tensor(
             aten.mul.Tensor(x, aten.unsqueeze(cos, -2)), aten.mul.Tensor(turned, aten.unsqueeze(sin, -2))
         )
 
-    def after(x, cos, sin, half, width) -> Any:  # type: ignore[no-untyped-def]
+    def after(x, cos, sin, half, width):
         return nn.rope(x, cos, sin, "half")
 
-    def when(m: Match) -> None:
+    def when(m):
         _check(m)
         if 2 * m["half"] != m["width"]:
             raise Reject("the halves differ in width")
@@ -68,7 +66,7 @@ def f(x: f32[T, 3, 8], c: f32[T, 8], s: f32[T, 8], *, T: dim(1, 64)):
 class FuseInterleavedRope:
     """``x * cos + rotate_pairs(x) * sin``: feature ``2i`` is turned with feature ``2i + 1``."""
 
-    def before(x, cos, sin, width: int, shape: list) -> Any:  # type: ignore[no-untyped-def, type-arg]
+    def before(x, cos, sin, width: int, shape: list):
         odd = aten.slice.Tensor(x, -1, 1, width, 2)
         even = aten.slice.Tensor(x, -1, 0, width, 2)
         turned = aten.reshape(aten.stack([aten.neg(odd), even], -1), shape)
@@ -76,17 +74,17 @@ class FuseInterleavedRope:
             aten.mul.Tensor(x, aten.unsqueeze(cos, -2)), aten.mul.Tensor(turned, aten.unsqueeze(sin, -2))
         )
 
-    def after(x, cos, sin, width, shape) -> Any:  # type: ignore[no-untyped-def]
+    def after(x, cos, sin, width, shape):
         return nn.rope(x, cos, sin, "interleaved")
 
-    def when(m: Match) -> None:
+    def when(m):
         _check(m)
         if tuple(m["shape"]) != type_of(m["x"]).shape:
             raise Reject("the pairs are not folded back into the last dim")
 
     examples = [
         (
-            """\
+            f"""\
 def f(x: f32[T, 3, 8], c: f32[T, {width}], s: f32[T, {width}], *, T: dim(1, 64)):
     cu: f32[T, 1, {width}] = aten.unsqueeze(c, -2)
     a: f32[T, 3, 8] = aten.mul.Tensor(x, cu)
@@ -99,7 +97,7 @@ def f(x: f32[T, 3, 8], c: f32[T, {width}], s: f32[T, {width}], *, T: dim(1, 64))
     b: f32[T, 3, 8] = aten.mul.Tensor(turned, su)
     y: f32[T, 3, 8] = aten.add.Tensor(a, b)
     return y
-""".format(width=width),
+""",
             outcome,
         )
         for width, outcome in [
@@ -137,7 +135,7 @@ def f(x: f32[T, 3, 8], c: f32[T, 4], s: f32[T, 4], *, T: dim(1, 64)):
 class FuseSplitRope:
     """Rotary embedding written on the two halves, with ``cos`` and ``sin`` of half the width."""
 
-    def before(x, cos, sin, half: int, width: int) -> Any:  # type: ignore[no-untyped-def]
+    def before(x, cos, sin, half: int, width: int):
         low = aten.slice.Tensor(x, -1, 0, half)
         high = aten.slice.Tensor(x, -1, half, width)
         c = aten.unsqueeze(cos, -2)
@@ -146,10 +144,10 @@ class FuseSplitRope:
         second = aten.add.Tensor(aten.mul.Tensor(high, c), aten.mul.Tensor(low, s))
         return aten.cat([first, second], -1)
 
-    def after(x, cos, sin, half, width) -> Any:  # type: ignore[no-untyped-def]
+    def after(x, cos, sin, half, width):
         return nn.rope(x, aten.cat([cos, cos], -1), aten.cat([sin, sin], -1), "half")
 
-    def when(m: Match) -> None:
+    def when(m):
         if type_of(m["x"]).rank != 3 or type_of(m["x"]).shape[-1] != m["width"]:
             raise Reject("x is wider than the part that is turned")
         if 2 * m["half"] != m["width"] or type_of(m["cos"]).shape[-1] != m["half"]:
@@ -188,14 +186,14 @@ def f(x: f32[T, 3, 12], c: f32[T, 8], s: f32[T, 8], *, T: dim(1, 64)):
 class FusePartialRope:
     """Rotating the first features and passing the others on is one rotary embedding of the whole head."""
 
-    def before(x, cos, sin, width: int, start: int, end: int, pairing: str) -> Any:  # type: ignore[no-untyped-def]
+    def before(x, cos, sin, width: int, start: int, end: int, pairing: str):
         turned = nn.rope(aten.slice.Tensor(x, -1, 0, width), cos, sin, pairing)
         return aten.cat([turned, aten.slice.Tensor(x, -1, start, end)], -1)
 
-    def after(x, cos, sin, width, start, end, pairing) -> Any:  # type: ignore[no-untyped-def]
+    def after(x, cos, sin, width, start, end, pairing):
         return nn.rope(x, cos, sin, pairing)
 
-    def when(m: Match) -> None:
+    def when(m):
         if m["width"] != m["start"] or m["end"] != type_of(m["x"]).shape[-1]:
             raise Reject("the parts do not make up the whole head")
 

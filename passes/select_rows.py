@@ -20,7 +20,7 @@ _ROWWISE = POINTWISE | {"aten.linear", "nn.rms_norm", "nn.layer_norm"}
 def select_rows(graph: Graph) -> tuple[Graph, PassReport]:
     """Add an input ``rows i64[R]``; the graph returns the logits of those rows.
 
-    The selection moves up through everything that works row by row, so the final norm and the lm_head run on ``R`` rows.
+    The selection moves up through all that works row by row, so that the final norm and the lm_head run on ``R`` rows.
     """
     graph, report = graph.copy(), PassReport("SelectRows")
     result = graph.output_node().args[0]
@@ -55,7 +55,9 @@ def _row_operand(node: Node) -> Node | None:
         return None
     shape = type_of(node).shape
     with_rows: list[Any] = [
-        item for item in node.all_input_nodes if any(isinstance(size, Dim) for size in flat_types(item.meta["type"])[0].shape)
+        item
+        for item in node.all_input_nodes
+        if any(isinstance(size, Dim) for size in flat_types(item.meta["type"])[0].shape)
     ]
     if len(with_rows) != 1 or not shape or shape[0] != Dim.named("T") or len(shape) != 2:
         return None

@@ -1,4 +1,4 @@
-"""SinkTransposes: models work on ``[heads, T, d]``; moving the transposes down leaves rows of tokens ``[T, heads, d]``."""
+"""SinkTransposes: models work on ``[heads, T, d]``; with the transposes moved down, rows of tokens are left."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _NORMS = frozenset({"aten.layer_norm", "aten.rms_norm", "nn.rms_norm", "nn.layer
 
 
 def sink_transposes(graph: Graph) -> tuple[Graph, PassReport]:
-    """Rewrite ``op(transpose(x))`` as ``transpose(op(x))`` where ``op`` works on the last dim alone, and cancel pairs."""
+    """Rewrite ``op(transpose(x))`` as ``transpose(op(x))`` where ``op`` works on the last dim, and cancel pairs."""
     graph, report = graph.copy(), PassReport("SinkTransposes")
     infer = Inference()
     for node in list(graph.calls()):

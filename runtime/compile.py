@@ -18,7 +18,7 @@ from .. import passes
 from ..codegen.kernels import emit_kernels
 from ..codegen.launch import load_launches
 from ..ir.capture import MAX_STEP_TOKENS, capture
-from ..ir.errors import ExpectationError, UnsupportedModelError
+from ..ir.errors import ExpectationError
 from ..ir.graph import Graph, type_of
 from ..ir.infer import Inference
 from ..ir.skeleton import skeleton

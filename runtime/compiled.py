@@ -6,7 +6,7 @@ import sys
 from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, overload
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -61,14 +61,6 @@ class CompiledModel:
         """What the engine has done so far."""
         return self.engine.stats
 
-    @overload
-    def generate(self, prompts: Tensor, attention_mask: Tensor | None = ..., **options: Any) -> Tensor: ...
-
-    @overload
-    def generate(
-        self, prompts: SequenceOf[SequenceOf[int]], attention_mask: None = ..., **options: Any
-    ) -> list[list[int]]: ...
-
     def generate(
         self,
         prompts: Tensor | SequenceOf[SequenceOf[int]],
@@ -81,7 +73,7 @@ class CompiledModel:
         seed: int | None = None,
         stop_token_ids: SequenceOf[int] | None = None,
         progress: bool = False,
-    ) -> Tensor | list[list[int]]:
+    ) -> Any:
         """Generate after each prompt.
 
         Args:

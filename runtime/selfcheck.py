@@ -71,7 +71,7 @@ def check_concatenation(
     lengths = [min(length, max_length) for length in _LENGTHS]
     prompts = [torch.randint(0, vocab_size, (length,), generator=generator).tolist() for length in lengths]
     step, slots = step_of(prompts, block_size, device)
-    together = make(slots)(step).float().split(lengths)
+    together = torch.split(make(slots)(step).float(), lengths)
     worst = 0.0
     for index, prompt in enumerate(prompts):
         single, slots = step_of([prompt], block_size, device)

@@ -34,7 +34,9 @@ SIZES: dict[str, Any] = {
 
 # The families that must compile.
 REQUIRED = (
-    "llama qwen2 qwen3 mistral gemma2 gemma3_text phi3 gpt2 opt mixtral qwen3_moe gpt_oss".split()
+    (
+    "llama qwen2 qwen3 mistral gemma2 gemma3_text phi3 gpt2 opt mixtral qwen3_moe gpt_oss"
+).split()
 )
 
 
@@ -62,7 +64,7 @@ _LONG = _rope("longrope", **_FACTORS)
 # What a family needs so that its tiny config is valid and its interesting parts are switched on.
 _NEEDS: dict[str, dict[str, Any]] = {
     **dict.fromkeys(
-        "axk1 axk2 deepseek_v2 deepseek_v3 deepseek_v32 glm4_moe_lite glm_moe_dsa longcat_flash youtu".split(), _LATENT
+        ["axk1", "axk2", "deepseek_v2", "deepseek_v3", "deepseek_v32", "glm4_moe_lite", "glm_moe_dsa", "longcat_flash", "youtu"], _LATENT
     ),
     "minicpm3": {"num_key_value_heads": 6},
     "gemma2": {"query_pre_attn_scalar": 16},
@@ -97,7 +99,7 @@ _NEEDS: dict[str, dict[str, Any]] = {
     "zaya": {"num_experts_per_tok": 1},
     "cohere_compass_text": _SLIDING_FULL,
     **dict.fromkeys(
-        "qwen3_next qwen3_5_text qwen3_5_moe_text qwen4_exp_text kimi_linear bailing_hybrid".split(),
+        ["qwen3_next", "qwen3_5_text", "qwen3_5_moe_text", "qwen4_exp_text", "kimi_linear", "bailing_hybrid"],
         {"layer_types": ["linear_attention", "full_attention"]},
     ),
     "lfm3": {"layer_types": ["conv", "full_attention"]},
@@ -106,9 +108,11 @@ _NEEDS: dict[str, dict[str, Any]] = {
 
 # Families that cannot be made small from their config, or need packages beside transformers.
 _LEFT_OUT = frozenset(
-    "blt dots3_note emu3 fuyu gemma3 gemma3n gemma4 gemma4_assistant gemma4_unified gemma4_unified_assistant git got_ocr2 "
-    "llama4 mllama moshi musicgen musicgen_melody phi4_multimodal qwen3_5 qwen3_5_moe qwen4_exp whisper "
-    "moss_transcribe_diarize cpmant".split()
+    (
+    "blt dots3_note emu3 fuyu gemma3 gemma3n gemma4 gemma4_assistant gemma4_unified "
+    "gemma4_unified_assistant git got_ocr2 llama4 mllama moshi musicgen musicgen_melody phi4_multimodal "
+    "qwen3_5 qwen3_5_moe qwen4_exp whisper moss_transcribe_diarize cpmant"
+).split()
 )
 
 # Configurations of common families: one thing changed in each.
@@ -131,7 +135,10 @@ _VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "llama-dynamic": ("llama", _rope("dynamic", factor=4.0)),
     "llama-longrope": ("llama", {**_LONG, "original_max_position_embeddings": 32}),
     "llama-pretraining-tp": ("llama", {"pretraining_tp": 2}),
-    **{f"llama-{act}": ("llama", {"hidden_act": act}) for act in "gelu gelu_new gelu_pytorch_tanh gelu_10 quick_gelu relu relu2 mish sigmoid tanh leaky_relu laplace relu6 swish prelu xielu".split()},
+    **{f"llama-{act}": ("llama", {"hidden_act": act}) for act in (
+    "gelu gelu_new gelu_pytorch_tanh gelu_10 quick_gelu relu relu2 mish sigmoid tanh leaky_relu laplace "
+    "relu6 swish prelu xielu"
+).split()},
     "qwen2-window": ("qwen2", {"use_sliding_window": True, "max_window_layers": 1, "sliding_window": 5}),
     "qwen2-layer-types": ("qwen2", {"use_sliding_window": True, "sliding_window": 3, **_SLIDING_FULL}),
     "qwen3-attention-bias": ("qwen3", {"attention_bias": True}),

@@ -1,4 +1,4 @@
-"""On a GPU the same models run on the Triton kernels: the same tokens in fp32, rounding errors no worse in bf16 and fp16."""
+"""On a GPU the same models run on the Triton kernels: the same tokens in fp32, no worse rounding in bf16 and fp16."""
 
 from __future__ import annotations
 

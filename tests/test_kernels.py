@@ -111,7 +111,9 @@ CALLS = {
 }
 _BINARY = ["add.Tensor", "sub.Tensor", "mul.Tensor", "div.Tensor", "maximum", "minimum"]
 # Their operands or results are truth values; they are tried by the families that use them.
-_BOOLEAN = tuple(f"aten.{name}" for name in ("eq.", "ne.", "lt.", "le.", "gt.", "ge.", "logical_", "where.", "masked_fill."))
+_BOOLEAN = tuple(
+    f"aten.{name}" for name in ("eq.", "ne.", "lt.", "le.", "gt.", "ge.", "logical_", "where.", "masked_fill.")
+)
 _POSITIVE = ("log", "sqrt", "rsqrt")
 
 

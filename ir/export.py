@@ -1,0 +1,152 @@
+"""Tracing: ``torch.export`` over a row of T tokens, T dynamic, with reasons where a model cannot be traced."""
+
+from __future__ import annotations
+
+import logging
+import re
+from collections.abc import Iterator
+from typing import Any
+
+import sympy
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from . import hooks
+from .errors import UnsupportedModelError
+from .names import source_line
+
+# Composite operators that hide which dims they sum over.
+_TAKEN_APART = frozenset({"einsum", "tensordot", "inner", "outer", "bilinear", "cosine_similarity", "moveaxis", "tile"})
+
+Exported = tuple[torch.export.ExportedProgram, list[hooks.AttentionCall]]
+
+
+def export(module: Any, mode: FakeTensorMode, name: str, most_tokens: int) -> Exported:
+    """Trace ``module(tokens i64[T], positions i64[T])`` for every ``T`` up to ``most_tokens``.
+
+    Returns the exported program and the attention calls that its layers made.
+
+    Raises:
+        UnsupportedModelError: the model's code depends on the data or on the number of tokens; says where.
+    """
+    quiet = logging.getLogger("torch.export")
+    level = quiet.level
+    quiet.setLevel(logging.CRITICAL)
+    calls: list[hooks.AttentionCall] = []
+    try:
+        try:
+            with hooks.recording() as calls:
+                exported = _trace(module, mode, most_tokens, deferred=False)
+        except UnsupportedModelError:
+            raise
+        except Exception as error:
+            if "onstraints violated" not in str(error):
+                raise
+            # Some conditions on T hold for every T, and only the solver cannot see it: keep them, and try them all.
+            with hooks.recording() as calls:
+                exported = _trace(module, mode, most_tokens, deferred=True)
+            _check_conditions(exported, name, most_tokens)
+        table = {op: how for op, how in _decompositions().items() if _packet(op) in _TAKEN_APART}
+        packets = {_packet(node.target) for node in _nodes(exported)}
+        if _writes_in_place(exported) or packets & _TAKEN_APART:
+            exported = exported.run_decompositions(table)
+        return exported, calls
+    except UnsupportedModelError:
+        raise
+    except Exception as error:  # torch.export fails in many ways; all mean the same here
+        raise UnsupportedModelError(
+            f"{name} cannot be traced over a flat row of tokens: {_reason(error)}{_without_attention(module.model, calls)}"
+        ) from error
+    finally:
+        quiet.setLevel(level)
+
+
+def _trace(module: Any, mode: FakeTensorMode, most_tokens: int, deferred: bool) -> torch.export.ExportedProgram:
+    with mode:
+        tokens = torch.zeros(7, dtype=torch.long)
+        positions = torch.zeros(7, dtype=torch.long)
+    length = torch.export.Dim("T", min=2, max=most_tokens)
+    with torch.no_grad():
+        return torch.export.export(
+            module,
+            (tokens, positions),
+            dynamic_shapes=({0: length}, {0: length}),
+            strict=False,
+            prefer_deferred_runtime_asserts_over_guards=deferred,
+        )
+
+
+def _check_conditions(exported: torch.export.ExportedProgram, name: str, most_tokens: int) -> None:
+    """The trace holds only where the conditions it kept hold: evaluate each for every number of tokens."""
+    for node in _nodes(exported):
+        if _packet(node.target) != "_assert_scalar" or not isinstance(node.args[0], torch.fx.Node):
+            continue
+        condition = getattr(getattr(node.args[0].meta.get("val"), "node", None), "expr", None)
+        if not isinstance(condition, sympy.Basic) or len(condition.free_symbols) != 1:
+            continue  # constant, or about values that convert refuses
+        (symbol,) = condition.free_symbols
+        for length in range(1, most_tokens + 1):
+            if not bool(condition.subs(symbol, length)):
+                text = str(condition).replace(str(symbol), "T")
+                line = source_line(node) or source_line(node.args[0])
+                raise UnsupportedModelError(
+                    f"{name} computes something else for another number of tokens: its trace holds only where {text}"
+                    + (f" (at {line})" if line else "")
+                )
+
+
+def _reason(error: BaseException) -> str:
+    cause = error
+    while cause.__cause__ is not None:
+        cause = cause.__cause__
+    lines = [line.strip() for line in str(cause).splitlines() if line.strip()]
+    if "onstraints violated" in str(cause) or "Specializations" in str(cause):
+        plain = re.sub(r"L\['tokens'\]\.size\(\)\[0\]", "T", str(cause))
+        holds = re.findall(r"generated guard (.*?)\.?$", plain, re.M) + re.findall(r"(?m)^\s*(T = \d+)$", plain)
+        return f"its code depends on the number of tokens T; the trace holds only where {' and '.join(holds)[:300]}"
+    return f"{type(cause).__name__}: {(lines or [''])[0][:400]}{_frame(cause)}"
+
+
+def _frame(error: BaseException) -> str:
+    """Where in the model's code the trace broke."""
+    found = ""
+    trace = error.__traceback__
+    while trace is not None:
+        file = trace.tb_frame.f_code.co_filename
+        if "modeling_" in file or "masking_utils" in file:
+            found = f" (at {file.rpartition('/')[2]}:{trace.tb_lineno})"
+        trace = trace.tb_next
+    return found
+
+
+def _without_attention(model: Any, calls: list[hooks.AttentionCall]) -> str:
+    """The first layer that did not ask for attention through ``AttentionInterface``, which is often why."""
+    count = getattr(model.config.get_text_config(), "num_hidden_layers", 0)
+    own = {id(call.module) for call in calls}
+    for where, module in model.named_modules():
+        if isinstance(module, torch.nn.ModuleList) and len(module) == count and count:
+            for index, layer in enumerate(module):
+                if not any(id(item) in own for item in layer.modules()):
+                    kinds = sorted({type(item).__name__ for item in layer.children()})
+                    return f"; {where}.{index} has no attention through AttentionInterface ({', '.join(kinds)})"
+    return ""
+
+
+def _decompositions() -> dict[Any, Any]:
+    return torch.export.default_decompositions()
+
+
+def _packet(target: Any) -> str:
+    return target._schema.name.rpartition("::")[2] if isinstance(target, torch._ops.OpOverload) else ""
+
+
+def _nodes(exported: torch.export.ExportedProgram) -> Iterator[torch.fx.Node]:
+    for module in exported.graph_module.modules():
+        if isinstance(module, torch.fx.GraphModule):
+            yield from module.graph.nodes
+
+
+def _writes_in_place(exported: torch.export.ExportedProgram) -> bool:
+    return any(
+        isinstance(node.target, torch._ops.OpOverload) and node.target._schema.is_mutable for node in _nodes(exported)
+    )

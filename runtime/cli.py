@@ -1,0 +1,168 @@
+"""The command line: ``fuseline run``, ``fuseline dump`` and ``fuseline opt``."""
+
+from __future__ import annotations
+
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+from typing import Annotated, Any
+
+import transformers
+import typer
+from rich.console import Console
+
+from .. import ir, passes
+from ..ir.errors import FuselineError, InvalidRequestError, UnsupportedModelError
+from .compile import compile
+from .compiled import CompiledModel
+from .engine import TokenEvent
+from .models import resolve
+from .report import two_columns
+from .sequence import SamplingParams
+from .streaming import TextStream
+
+app = typer.Typer(
+    add_completion=False,
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    help="Compile a Hugging Face causal LM into fused kernels, run it, and look at what it was compiled to.",
+)
+
+Model = Annotated[
+    str,
+    typer.Argument(
+        metavar="MODEL", help="A directory, a hub id, a .gguf file, or package:NAME for the one in a Python package."
+    ),
+]
+Device = Annotated[str | None, typer.Option(help="cpu or cuda; by default the GPU if there is one.")]
+Dtype = Annotated[str | None, typer.Option(help="float32, bfloat16 or float16; by default bfloat16 on a GPU.")]
+MaxSeqLen = Annotated[int | None, typer.Option(help="Most tokens of prompt and answer; by default the model's own.")]
+
+
+@app.command()
+def run(
+    model: Model,
+    prompt: Annotated[str, typer.Argument(metavar="PROMPT", help="What to answer or to continue.")],
+    max_new_tokens: Annotated[int, typer.Option(help="Most tokens to generate.")] = 64,
+    temperature: Annotated[float, typer.Option(help="0 always takes the likeliest token.")] = 0.0,
+    top_k: Annotated[int | None, typer.Option(help="Draw among so many of the likeliest tokens.")] = None,
+    top_p: Annotated[float | None, typer.Option(help="Draw among the likeliest tokens of this probability.")] = None,
+    seed: Annotated[int | None, typer.Option(help="Makes the draws repeatable.")] = None,
+    device: Device = None,
+    dtype: Dtype = None,
+    no_chat: Annotated[bool, typer.Option("--no-chat", help="Continue the text, with no chat template.")] = False,
+    max_seq_len: MaxSeqLen = None,
+) -> None:
+    """Generate text. The text goes to stdout as it is made, progress and a short table to stderr."""
+    params = SamplingParams(max_new_tokens, temperature, top_k, top_p, seed)
+    params.validate()
+    _quiet()
+    path = resolve(model)
+    tokenizer = _tokenizer(path)
+    tokens = _encode(tokenizer, prompt, chat=not no_chat)
+    compiled = compile(path, device=device, dtype=dtype, max_batch_size=1, max_seq_len=max_seq_len, progress=True)
+    speed = _stream(compiled, tokenizer, tokens, params)
+    Console(stderr=True).print(two_columns([*compiled.report.rows(), *speed]))
+
+
+@app.command()
+def dump(
+    model: Model,
+    out: Annotated[
+        Path | None, typer.Option("-o", "--out", help="Write the graph after each pass, the kernels, the report here.")
+    ] = None,
+    device: Device = None,
+    dtype: Dtype = None,
+    max_seq_len: MaxSeqLen = None,
+) -> None:
+    """Show what a model is compiled to: its lowered graph on stdout, or numbered files in a directory."""
+    _quiet()
+    compiled = compile(
+        resolve(model), device=device, dtype=dtype, max_batch_size=1, max_seq_len=max_seq_len, dump=out, progress=True
+    )
+    if out is None:
+        print(compiled.graph, end="")
+    else:
+        last = max(out.glob("[0-9][0-9][0-9]_*.txt"))
+        print(f"lowered graph: {last}\nkernels:       {out / 'kernels'}\nreport:        {out / 'report.txt'}")
+
+
+@app.command()
+def opt(
+    file: Annotated[typer.FileText, typer.Argument(metavar="FILE", help="The text of a graph; - reads stdin.")],
+    names: Annotated[str, typer.Option("-p", "--passes", help="Passes to run, in order: FuseSiluMul,MergeQKV")],
+) -> None:
+    """Run passes on the text of a graph and print the text after them; what each did goes to stderr."""
+    graph = ir.parse(file.read())
+    ir.verify(graph)
+    for step in passes.steps(graph, [name.strip() for name in names.split(",")], check=True):
+        graph, done = step.graph, step.report
+        print(f"{step.name}: {len(done.fused)} fused, {len(done.refused)} refused", file=sys.stderr)
+        for item in done.refused:
+            print(f"  {item.site}: {item.why}", file=sys.stderr)
+    print(graph, end="")
+
+
+def _quiet() -> None:
+    """Keep the chatter of transformers off the terminal; errors stay."""
+    transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+
+
+def _tokenizer(path: str) -> Any:
+    try:
+        return transformers.AutoTokenizer.from_pretrained(path)
+    except (OSError, ValueError, KeyError, ImportError) as error:
+        reason = str(error).strip().partition("\n")[0]
+        raise UnsupportedModelError(
+            f"{path}: transformers finds no model with a tokenizer there: {reason or type(error).__name__}; "
+            "check the name, and the connection if it is a hub id"
+        ) from error
+
+
+def _encode(tokenizer: Any, prompt: str, chat: bool) -> list[int]:
+    if chat and tokenizer.chat_template:
+        turn = [{"role": "user", "content": prompt}]
+        text = tokenizer.apply_chat_template(turn, add_generation_prompt=True, tokenize=False)
+        # The template spells the special tokens out.
+        tokens = tokenizer(text, add_special_tokens=False)["input_ids"]
+    else:
+        tokens = tokenizer(prompt)["input_ids"]
+    if not tokens:
+        raise InvalidRequestError("the prompt is empty: give at least one word, or drop --no-chat")
+    return list(tokens)
+
+
+def _stream(
+    compiled: CompiledModel, tokenizer: Any, tokens: list[int], params: SamplingParams
+) -> list[tuple[str, str]]:
+    """Generate and print; returns the rows about speed."""
+    text = TextStream(tokenizer, tokens)
+    times = [time.perf_counter()]
+
+    def show(event: TokenEvent) -> None:
+        times.append(time.perf_counter())
+        print(text.add(event.token), end="", flush=True)
+
+    compiled.engine.add(tokens, replace(params, stop_token_ids=tuple(compiled.eos_token_ids)))
+    compiled.engine.run(show)
+    print(flush=True)
+    rows = [("prefill", f"{len(tokens)} tokens, {len(tokens) / (times[1] - times[0]):.1f} tokens/s")]
+    if len(times) > 2:
+        rows.append(("decode", f"{len(times) - 2} tokens, {(len(times) - 2) / (times[-1] - times[1]):.1f} tokens/s"))
+    return rows
+
+
+def main() -> None:
+    """The console entry: 0 is success, 1 an error of Fuseline's, which is printed in a line, 2 wrong usage."""
+    try:
+        app()
+    except FuselineError as error:
+        # A KeyError would print its message in quotes.
+        print(f"fuseline: {error.args[0] if error.args else error}", file=sys.stderr)
+        sys.exit(1)
+
+
+if __name__ == "__main__":
+    main()
