@@ -1,6 +1,7 @@
 """Compile emitted kernel files for GPUs that are not here, and refuse those that spill or do not fit."""
 
 import hashlib
+import importlib.util
 import json
 import linecache
 import os
@@ -10,8 +11,9 @@ import sys
 import tempfile
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
+from importlib.machinery import SourceFileLoader
 from pathlib import Path
-from types import ModuleType
+from types import CodeType, ModuleType
 from typing import Any
 
 from ..ir.errors import FuselineError
@@ -39,22 +41,27 @@ class Resources:
     ptx: str
 
 
-def load_kernel_file(path: str | Path) -> ModuleType:
-    """Execute an emitted file as a module of its own; the name depends on the path and on the text.
+class _FreshLoader(SourceFileLoader):
+    """Compiles the source at every load: a file rewritten within a second must not meet stale bytecode."""
 
-    The text is compiled here, not by the import system: a file rewritten within a second must not meet stale bytecode.
-    """
+    def get_code(self, fullname: str) -> CodeType:
+        return self.source_to_code(self.get_data(self.path), self.path)
+
+
+def load_kernel_file(path: str | Path) -> ModuleType:
+    """Import an emitted file as a module of its own; the name depends on the path and on the text."""
     path = Path(path).resolve()
     text = path.read_text()
     name = "fuseline_kernel_" + hashlib.sha256(f"{path}\0{text}".encode()).hexdigest()[:16]
     if name in sys.modules:
         return sys.modules[name]
     linecache.checkcache(str(path))
-    module = ModuleType(name)
-    module.__file__ = str(path)
+    spec = importlib.util.spec_from_file_location(name, path, loader=_FreshLoader(name, str(path)))
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
     sys.modules[name] = module
     try:
-        exec(compile(text, str(path), "exec"), module.__dict__)
+        spec.loader.exec_module(module)
     except BaseException:
         del sys.modules[name]
         raise

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Mapping
+import re
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,17 +18,27 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from . import hooks
 from .errors import UnsupportedModelError
 
+# Attention that computes what eager attention computes; another name is a function of the user's own.
+_STANDARD_ATTENTION = re.compile(r"eager|sdpa|flex_attention|.*flash.*|fuseline")
+
 Weights = Mapping[str, torch.Tensor]
 
 
 @dataclass
 class Skeleton:
-    """``model`` has fake parameters and real buffers; ``load`` brings the real values by checkpoint name."""
+    """``model`` has fake parameters and real buffers; ``load`` brings the real values by checkpoint name.
+
+    ``score(prompt)`` gives the logits ``[len(prompt), vocab]`` of the model itself with eager attention, the yardstick
+    of what was compiled; it may be called after ``load`` and until ``forget``.
+    """
 
     model: PreTrainedModel
     mode: FakeTensorMode
     dtype: torch.dtype
+    source_dtype: torch.dtype  # of the model that ``score`` runs
     load: Callable[[], dict[str, torch.Tensor]]
+    score: Callable[[Sequence[int]], torch.Tensor]
+    forget: Callable[[], None]
 
 
 def skeleton(source: PreTrainedModel | str | Path, dtype: torch.dtype, trust_remote_code: bool = False) -> Skeleton:
@@ -53,56 +64,105 @@ def _fake_mode() -> FakeTensorMode:
     return FakeTensorMode(shape_env=ShapeEnv(), allow_non_fake_inputs=True)
 
 
-def _fake_parameters(model: torch.nn.Module, mode: FakeTensorMode, dtypes: Callable[[torch.dtype], torch.dtype]) -> None:
-    """Replace every parameter by a fake one on the CPU; parameters that are tied stay tied."""
+def _fake_parameters(model: PreTrainedModel, mode: FakeTensorMode, main: torch.dtype, dtype: torch.dtype) -> None:
+    """Replace every parameter by a fake one on the CPU, those of type ``main`` in ``dtype``; tied ones stay tied."""
     made: dict[int, torch.nn.Parameter] = {}
-    for module in model.modules():
+    wide = _kept_wide(model, dtype)
+    for where, module in model.named_modules():
         for name, item in module._parameters.items():
             if item is None:
                 continue
+            full = f"{where}.{name}" if where else name
+            if type(item.data) is not torch.Tensor:
+                raise UnsupportedModelError(f"{full} is a {type(item.data).__name__}, no plain tensor; dequantize the model first")
             if id(item) not in made:
+                kind = item.dtype if item.dtype != main else torch.float32 if wide and wide.search(full) else dtype
                 with mode:
-                    empty = torch.empty(item.shape, dtype=dtypes(item.dtype), device="cpu")
+                    empty = torch.empty(item.shape, dtype=kind, device="cpu")
                     made[id(item)] = torch.nn.Parameter(empty, requires_grad=False)
             module._parameters[name] = made[id(item)]
 
 
-def _prepare(model: PreTrainedModel) -> None:
+def _kept_wide(model: PreTrainedModel, dtype: torch.dtype) -> re.Pattern[str] | None:
+    """The parameters that transformers keeps in fp32 when it loads the model in ``dtype``."""
+    kept = set(getattr(model, "_keep_in_fp32_modules_strict", None) or ()) if dtype != torch.float32 else set()
+    if dtype == torch.float16:
+        kept |= set(getattr(model, "_keep_in_fp32_modules", None) or ())
+    return re.compile("|".join(rf"(?:^|\.){re.escape(name)}(?:\.|$)" for name in sorted(kept))) if kept else None
+
+
+def _prepare(model: PreTrainedModel, attention: str, experts: str) -> None:
     model.eval()
-    model.requires_grad_(False)
     try:
-        model.set_attn_implementation(hooks.NAME)
+        model.set_attn_implementation(attention)
     except (ValueError, ImportError, AttributeError) as error:
         raise UnsupportedModelError(
             f"{type(model).__name__} does not take its attention from transformers' AttentionInterface: {error}"
         ) from error
     if hasattr(model, "set_experts_implementation"):
-        model.set_experts_implementation(hooks.NAME)
+        model.set_experts_implementation(experts)
+
+
+def _score(model: PreTrainedModel, prompt: Sequence[int]) -> torch.Tensor:
+    with torch.no_grad():
+        tokens = torch.tensor([list(prompt)], device=model.device)
+        try:
+            return model(input_ids=tokens, use_cache=False).logits[0].float().cpu()  # type: ignore[no-any-return]
+        except Exception as error:  # the model's own code
+            raise UnsupportedModelError(
+                f"{type(model).__name__} itself fails on a prompt of {len(prompt)} tokens: {error}"
+            ) from error
+
+
+def _sharing(model: PreTrainedModel) -> PreTrainedModel:
+    """A copy of a model that shares its parameters and nothing else, so that no weight is copied."""
+    try:
+        return copy.deepcopy(model, {id(item): item for item in model.parameters()})
+    except Exception as error:  # anything may hang on a module
+        raise UnsupportedModelError(f"{type(model).__name__} holds something that cannot be copied: {error}") from error
+
+
+def _refuse_live(model: PreTrainedModel) -> None:
+    name = type(model).__name__
+    if getattr(model, "hf_quantizer", None) is not None or getattr(model, "peft_config", None):
+        raise UnsupportedModelError(f"{name} is quantized or carries adapters; merge or dequantize it first")
+    attention = getattr(model.config.get_text_config(), "_attn_implementation", None)
+    if isinstance(attention, str) and not _STANDARD_ATTENTION.fullmatch(attention.rpartition("|")[2]):
+        raise UnsupportedModelError(
+            f"{name} runs with the attention {attention!r}, whose meaning is not known; set attn_implementation='eager' "
+            "if that is what the model means"
+        )
+    for where, module in model.named_modules():
+        if module._forward_hooks or module._forward_pre_hooks:
+            raise UnsupportedModelError(f"{where or name} carries forward hooks, which a graph cannot hold")
+        for item, value in module.named_parameters(recurse=False):
+            if value.is_meta:
+                raise UnsupportedModelError(f"{where}.{item} is on the meta device: load the weights first")
 
 
 def _from_live(model: PreTrainedModel, dtype: torch.dtype) -> Skeleton:
-    if getattr(model, "hf_quantizer", None) is not None or getattr(model, "peft_config", None):
-        raise UnsupportedModelError(f"{type(model).__name__} is quantized or carries adapters; merge or dequantize it first")
-    mode = _fake_mode()
-    main = model.dtype
-    # Parameters are shared with the copy while it is made, so no weight is copied.
-    memo: dict[int, Any] = {id(item): item for item in model.parameters()}
-    twin = copy.deepcopy(model, memo)
+    _refuse_live(model)
+    mode, twin = _fake_mode(), _sharing(model)
     for module in twin.modules():
-        for hook_table in (module._forward_hooks, module._forward_pre_hooks):
-            if hook_table:
-                raise UnsupportedModelError(f"{type(module).__name__} carries forward hooks, which a graph cannot hold")
         for name, item in module._buffers.items():
             if item is not None:
                 module._buffers[name] = item.cpu()
-    _fake_parameters(twin, mode, lambda old: dtype if old == main else old)
-    _prepare(twin)
+    _fake_parameters(twin, mode, model.dtype, dtype)
+    _prepare(twin, hooks.NAME, hooks.NAME)
+    kept: list[PreTrainedModel] = []
 
     def load() -> dict[str, torch.Tensor]:
-        named = [*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)]
+        # Buffers as they were traced: a rotary embedding may have had those of a longer sequence.
+        named = [*model.named_parameters(remove_duplicate=False), *twin.named_buffers(remove_duplicate=False)]
         return {name: item.detach() for name, item in named}
 
-    return Skeleton(twin, mode, dtype, load)
+    def score(prompt: Sequence[int]) -> torch.Tensor:
+        if not kept:
+            kept.append(_sharing(model))
+            _prepare(kept[0], "eager", "eager")
+        return _score(kept[0], prompt)
+
+    return Skeleton(twin, mode, dtype, model.dtype, load, score, kept.clear)
 
 
 def _from_path(path: str | Path, dtype: torch.dtype, trust_remote_code: bool) -> Skeleton:
@@ -120,13 +180,19 @@ def _from_path(path: str | Path, dtype: torch.dtype, trust_remote_code: bool) ->
     if getattr(config, "quantization_config", None) is not None:
         raise UnsupportedModelError(f"{path}: quantized checkpoints are not supported; give an unquantized one")
     mode = _fake_mode()
-    _fake_parameters(model, mode, lambda old: old)
-    buffers = {name: item for name, item in model.named_buffers(remove_duplicate=False)}
-    _prepare(model)
+    _fake_parameters(model, mode, dtype, dtype)
+    _prepare(model, hooks.NAME, hooks.NAME)
+    kept: list[PreTrainedModel] = []
+
+    def full() -> PreTrainedModel:
+        if not kept:
+            kept.append(AutoModelForCausalLM.from_pretrained(where, dtype=dtype, **options))
+            _prepare(kept[0], "eager", "eager")
+        return kept[0]
 
     def load() -> dict[str, torch.Tensor]:
-        full = AutoModelForCausalLM.from_pretrained(where, dtype=dtype, **options)
-        named = [*full.named_parameters(remove_duplicate=False), *full.named_buffers(remove_duplicate=False)]
-        return {**buffers, **{name: item.detach() for name, item in named}}
+        named = [*full().named_parameters(remove_duplicate=False), *full().named_buffers(remove_duplicate=False)]
+        traced = model.named_buffers(remove_duplicate=False)
+        return {**dict(traced), **{name: item.detach() for name, item in named}}
 
-    return Skeleton(model, mode, dtype, load)
+    return Skeleton(model, mode, dtype, dtype, load, lambda prompt: _score(full(), prompt), kept.clear)

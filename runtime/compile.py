@@ -29,7 +29,7 @@ from .engine import Engine
 from .executor import Executor, cache_bytes_per_token, fold_constants, new_caches
 from .options import KVCacheConfig, OptionError, Options, positive, refuse_later, resolve_device, resolve_dtype
 from .report import Report
-from .selfcheck import check_concatenation
+from .selfcheck import check_concatenation, check_source, source_prompts
 
 Item = TypeVar("Item")
 
@@ -95,7 +95,7 @@ def compile(
         graph = model
     else:
         with report.timed("capture"), _spinner(progress, "capture"):
-            graph = capture(bones, {"kv_block": kv_cache.block_size})
+            graph = capture(bones, {"kv_block": kv_cache.block_size}, options.max_seq_len)
     report.capture(graph)
     if record:
         record.graph("capture", graph)
@@ -115,12 +115,17 @@ def compile(
     launches = load_launches(kernels) if place.type == "cuda" else None
     with report.timed("load weights"), _spinner(progress, "load weights"):
         values = bones.load()
+    vocab = type_of(_result(graph)).shape[-1]
+    assert isinstance(vocab, int)
+    expected: list[tuple[list[int], torch.Tensor]] = []
+    if not isinstance(model, Graph):  # a graph may have been changed on purpose
+        with report.timed("run the model itself"), _spinner(progress, "run the model itself"):
+            expected = [(prompt, bones.score(prompt)) for prompt in source_prompts(vocab, options.max_seq_len)]
+    bones.forget()
     with report.timed("place weights"):
         constants = fold_constants(graph, values, place, lambda items: show(items, "weights", None))
         del values
 
-    vocab = type_of(_result(graph)).shape[-1]
-    assert isinstance(vocab, int)
     block = graph.options.get("kv_block", 16)
 
     def on_cache(num_slots: int, fill: float | None = None) -> Executor:
@@ -134,6 +139,14 @@ def compile(
             place,
             _CHECK_TOLERANCE[kind],
             options.max_seq_len,
+        )
+        own = torch.float32 if kind == bones.source_dtype else bones.source_dtype
+        check_source(
+            lambda slots: on_cache(slots, float("nan")),
+            expected,
+            block,
+            place,
+            max(_CHECK_TOLERANCE[kind], _CHECK_TOLERANCE[own]),
         )
     blocks = _pool_blocks(graph, options, block)
     report.memory(
@@ -180,9 +193,9 @@ def _resolve(
 ) -> Options:
     limit = getattr(config, "max_position_embeddings", None) or getattr(config, "n_positions", None)
     if max_seq_len is None:
-        max_seq_len = int(limit or 4096)
+        max_seq_len = int(limit) if limit and limit > 0 else 4096
     positive("max_seq_len", max_seq_len)
-    if limit is not None and max_seq_len > limit:
+    if limit is not None and 0 < limit < max_seq_len:
         raise OptionError(f"max_seq_len={max_seq_len} is more than the model's max_position_embeddings={limit}")
     if max_step_tokens is None:
         max_step_tokens = 2048 if device.type == "cuda" else 512

@@ -13,6 +13,7 @@ from ..codegen.region import RegionView, regions_of
 from ..ir.graph import Graph, Region, flat_types, is_constant, node_inputs, type_of
 from ..ir.infer import target_makes_tensor
 from ..ir.interpret import bind_dims, call, read
+from ..ir.ops import op_name
 from ..ir.types import Dim, TensorType
 from .step import StepInput
 
@@ -135,7 +136,7 @@ class Executor:
         if (
             node.kwargs
             or target_makes_tensor(node.target)
-            or _has_dims(node.args)
+            or _has_dims(node.args, lone=op_name(node.target) == "aten.reshape")
             or any(isinstance(item, (list, tuple)) and any(node_inputs(item)) for item in node.args)
         ):
             device, slots = self._device, self._slots
@@ -189,14 +190,14 @@ def _row_count(value: Any) -> Any:
     return -1 if isinstance(value, Dim) else value
 
 
-def _has_dims(args: Any) -> bool:
-    """Whether a dim occurs other than as the one row count in a shape."""
+def _has_dims(args: Any, lone: bool) -> bool:
+    """Whether a dim occurs, other than (if ``lone``) as the one row count in a shape."""
     for item in args:
         if isinstance(item, Dim):
             return True
         if isinstance(item, (list, tuple)) and sum(isinstance(size, Dim) for size in item) > 0:
             sizes = [size for size in item if isinstance(size, Dim)]
-            if len(sizes) > 1 or sizes[0] != Dim.named("T"):
+            if not lone or len(sizes) > 1 or sizes[0] != Dim.named("T"):
                 return True
     return False
 

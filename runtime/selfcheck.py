@@ -1,4 +1,4 @@
-"""The check that every compile makes: two sequences side by side give the same logits as each alone."""
+"""The checks that every compile makes: two sequences side by side give the logits of each alone, and of the model itself."""
 
 from __future__ import annotations
 
@@ -83,4 +83,44 @@ def check_concatenation(
             f"two concatenated sequences give other logits than each alone (relative RMSE {worst:.1e}, allowed {tolerance:.0e}): "
             "some operator mixes tokens of different sequences, so batching would give wrong answers"
         )
+    return worst
+
+
+def source_prompts(vocab_size: int, max_length: int) -> list[list[int]]:
+    """Random prompts to compare with the model itself: of one token, where models like to branch, and of several."""
+    generator = torch.Generator().manual_seed(1)
+    lengths = sorted({1, min(3, max_length), min(19, max_length)})
+    return [torch.randint(0, vocab_size, (length,), generator=generator).tolist() for length in lengths]
+
+
+def check_source(
+    make: Callable[[int], Callable[[StepInput], Tensor]],
+    expected: Sequence[tuple[Sequence[int], Tensor]],
+    block_size: int,
+    device: torch.device,
+    tolerance: float,
+) -> float:
+    """Compare with the logits ``[T, vocab]`` of the model itself, prompt by prompt; returns the largest relative RMSE.
+
+    In fp32 whole prompts are compared. In narrower types rounding may send a token to another expert, so there the
+    middle one of a prompt's rows counts.
+
+    Raises:
+        UnsupportedModelError: they differ by more than ``tolerance``: the model does something that its graph does not.
+    """
+    worst = 0.0
+    for prompt, theirs in expected:
+        step, slots = step_of([prompt], block_size, device)
+        ours = make(slots)(step)
+        exact = tolerance < 1e-3
+        difference = (ours.float().cpu() - theirs).reshape(1 if exact else len(prompt), -1)
+        sizes = theirs.reshape(difference.shape).norm(dim=-1).clamp_min(1e-30)
+        error = float((difference.norm(dim=-1) / sizes).median())
+        if not error <= tolerance:
+            raise UnsupportedModelError(
+                f"the compiled model and the model itself give other logits for a prompt of {len(prompt)} tokens (relative "
+                f"RMSE {error:.1e}, allowed {tolerance:.0e}): the model's forward does something that its trace does not "
+                "show, such as another branch for one token, positions of its own or attention of its own"
+            )
+        worst = max(worst, error)
     return worst

@@ -1,0 +1,199 @@
+"""Passes that are no rules: text in, text out, refusals included."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from fuseline import ir, passes
+from fuseline.ir.interpret import interpret, random_inputs
+
+
+def same_numbers(before: str, after: ir.Graph, tokens: int = 5) -> None:
+    graph = ir.parse(before)
+    inputs, weights = random_inputs(graph, {"T": tokens}, seed=3)
+    more = {node.name: torch.tensor([tokens - 1, 0]) for node in after.inputs() if node.name == "rows"}
+    expected = interpret(graph, inputs, weights)
+    found = interpret(after, {**inputs, **more}, weights)
+    for left, right in zip(expected, found, strict=True):
+        torch.testing.assert_close(left[[tokens - 1, 0]] if more else left, right, rtol=1e-5, atol=1e-6)
+
+
+def run(name: str, text: str) -> tuple[ir.Graph, passes.PassReport]:
+    graph = ir.parse(text)
+    ir.verify(graph)
+    (step,) = passes.steps(graph, [name], check=True)
+    assert ir.dump(graph) == text, "a pass leaves its input as it was"
+    return step.graph, step.report
+
+
+GATE_UP = """\
+def f(x: f32[T, 4], y: f32[T, 4], *, T: dim(1, 64)):
+    wg: f32[6, 4] = weight("gate")
+    g: f32[T, 6] = aten.linear(x, wg)
+    a: f32[T, 6] = aten.silu(g)
+    wu: f32[6, 4] = weight("up")
+    u: f32[T, 6] = aten.linear({up}, wu{bias})
+    h: f32[T, 6] = aten.mul.Tensor(a, u)
+    return h
+"""
+
+
+def test_merge_gate_up() -> None:
+    text = GATE_UP.format(up="x", bias="")
+    after, report = run("MergeGateUp", text)
+    assert report.fused == ["gate_up"]
+    assert "gate_up: f32[T, 12] = aten.linear(x, gate_up_weight)" in str(after)
+    assert "g: f32[T, 6] = aten.slice.Tensor(gate_up, -1, 0, 6)" in str(after)
+    same_numbers(text, after)
+
+
+def test_merge_gate_up_leaves_projections_of_other_rows() -> None:
+    text = GATE_UP.format(up="y", bias="")
+    after, report = run("MergeGateUp", text)
+    assert (str(after), report.found) == (text, 0)
+
+
+def test_merge_gate_up_refuses_half_a_bias() -> None:
+    text = GATE_UP.format(up="x", bias=", b").replace("    wu:", '    b: f32[6] = weight("bias")\n    wu:')
+    after, report = run("MergeGateUp", text)
+    assert str(after) == text
+    assert [item.why for item in report.refused] == ["only some of the projections have a bias"]
+
+
+QKV = """\
+def f(x: f32[T, 8], *, T: dim(1, 64)):
+    wq: f32[16, 8] = weight("q")
+    q: f32[T, 16] = aten.linear(x, wq)
+    qh: f32[T, 4, 4] = aten.reshape(q, [T, 4, 4])
+    wk: f32[8, 8] = weight("k")
+    k: f32[T, 8] = aten.linear(x, wk)
+    kh: f32[T, 2, 4] = aten.reshape(k, [T, 2, 4])
+    wv: f32[8, 8] = weight("v")
+    v: f32[T, 8] = aten.linear(x, wv)
+    vh: f32[T, 2, 4] = aten.reshape(v, [T, 2, 4])
+    o: f32[T, 4, 4] = nn.attention(qh, kh, vh, 0, 0.5)
+    return o
+"""
+
+
+def test_merge_qkv() -> None:
+    after, report = run("MergeQKV", QKV)
+    assert report.fused == ["qkv"]
+    assert "qkv: f32[T, 32] = aten.linear(x, qkv_weight)" in str(after)
+    assert "k: f32[T, 8] = aten.slice.Tensor(qkv, -1, 16, 24)" in str(after)
+    same_numbers(QKV, after)
+
+
+def test_page_attention_writes_before_it_reads() -> None:
+    after, report = run("PageAttention", QKV)
+    assert report.fused == ["o"]
+    text = str(after)
+    assert 'k_cache_0: f32[C, 2, 4] = cache("k", 0)' in text
+    assert "l0_k_written: f32[C, 2, 4] = nn.cache_write(k_cache_0, kh, slots)" in text
+    call = "nn.paged_attention(qh, l0_k_written, l0_v_written, block_tables, query_starts, context_lens, 16, 0.5)"
+    assert call in text
+
+
+def test_page_attention_takes_the_block_size_from_the_graph() -> None:
+    after, _ = run("PageAttention", QKV.replace("T: dim(1, 64)", "T: dim(1, 64), kv_block: option(32)"))
+    assert "context_lens, 32, 0.5)" in str(after)
+
+
+HEAD = """\
+def f(x: f32[T, 8], *, T: dim(1, 64)):
+    n: f32[T, 8] = nn.rms_norm(x, None, 1e-05)
+    w: f32[9, 8] = weight("head")
+    y: f32[T, 9] = aten.linear(n, w)
+    z: f32[T, 9] = aten.tanh(y)
+    return z
+"""
+
+
+def test_select_rows_moves_up_to_the_norm() -> None:
+    after, _ = run("SelectRows", HEAD)
+    assert "sampled: f32[R, 8] = aten.index_select(x, 0, rows)" in str(after)
+    assert "n: f32[R, 8] = nn.rms_norm(sampled, None, 1e-05)" in str(after)
+    same_numbers(HEAD, after)
+
+
+def test_select_rows_stops_at_work_across_rows() -> None:
+    text = HEAD.replace("aten.tanh(y)", "aten.softmax.int(y, -2)")
+    after, _ = run("SelectRows", text)
+    assert "sampled: f32[R, 9] = aten.index_select(z, 0, rows)" in str(after)
+    same_numbers(text, after)
+
+
+def test_drop_batch_dim_keeps_it_for_what_it_does_not_know() -> None:
+    text = """\
+def f(tokens: i64[T], *, T: dim(1, 64)):
+    w: f32[9, 4] = weight("embed")
+    t: i64[1, T] = aten.unsqueeze(tokens, -2)
+    e: f32[1, T, 4] = aten.embedding(w, t)
+    r: f32[1, T, 4] = aten.roll(e, [1], [2])
+    s: f32[T, 4] = aten.select.int(r, -3, 0)
+    return s
+"""
+    after, report = run("DropBatchDim", text)
+    assert [item.site for item in report.refused] == ["r"]
+    assert "e: f32[T, 4] = aten.embedding(w, tokens)" in str(after)
+    same_numbers(text, after)
+
+
+def test_sink_transposes_cancels_what_meets() -> None:
+    text = """\
+def f(x: f32[T, 3, 4], c: f32[T, 4], *, T: dim(1, 64)):
+    h: f32[3, T, 4] = aten.transpose.int(x, -3, -2)
+    u: f32[1, T, 4] = aten.unsqueeze(c, -3)
+    m: f32[3, T, 4] = aten.mul.Tensor(h, u)
+    y: f32[T, 3, 4] = aten.transpose.int(m, -3, -2)
+    return y
+"""
+    after, _ = run("SinkTransposes", text)
+    assert "transpose" not in str(after)
+    same_numbers(text, after)
+
+
+def test_unknown_pass_is_named() -> None:
+    with pytest.raises(passes.UnknownPassError, match="FuseNothing"):
+        passes.run(ir.parse(HEAD), ["FuseNothing"])
+
+
+GROUPS = """\
+def f(x: f32[T, 8], r: f32[T, 6], *, T: dim(1, 64)):
+    n: f32[T, 8] = nn.rms_norm(x, None, 1e-05)
+    w: f32[6, 8] = weight("w")
+    y: f32[T, 6] = aten.linear(n, w)
+    a: f32[T, 6] = aten.relu(y)
+    s: f32[T, 6] = aten.add.Tensor(a, r)
+    m: f32[T, 6] = nn.rms_norm(s, None, 1e-05)
+    v: f32[5, 6] = weight("v")
+    z: f32[T, 5] = aten.linear(m, v)
+    return (z, s)
+"""
+
+
+def test_grouping_puts_the_work_around_a_matmul_into_its_kernel() -> None:
+    after, report = run("GroupKernels", GROUPS)
+    inside = {node.name: node.meta["region"].index for node in after.calls() if node.meta.get("region")}
+    assert inside["n"] == inside["y"] == inside["a"] == inside["s"] != inside["m"] == inside["z"]
+    assert [(item.site, item.why) for item in report.refused] == [("y", "m: nn.rms_norm does not fit on a tile of y")]
+    same_numbers(GROUPS, after)
+
+
+def test_grouping_never_makes_a_value_pass_a_kernel_twice() -> None:
+    """``b`` needs ``a`` through a softmax over everything outside: it cannot be in the kernel of ``y``."""
+    text = """\
+def f(x: f32[T, 8], *, T: dim(1, 64)):
+    w: f32[6, 8] = weight("w")
+    y: f32[T, 6] = aten.linear(x, w)
+    a: f32[T, 6] = aten.cumsum(y, -1)
+    b: f32[T, 6] = aten.add.Tensor(y, a)
+    return b
+"""
+    after, report = run("GroupKernels", text)
+    regions = {node.name: node.meta.get("region") for node in after.calls()}
+    assert regions["a"] is None
+    assert regions["b"] != regions["y"]
+    assert report.refused
+    same_numbers(text, after)
