@@ -138,6 +138,7 @@ def compile(
             block,
             place,
             _CHECK_TOLERANCE[kind],
+            kind == torch.float32,
             options.max_seq_len,
         )
         own = torch.float32 if kind == bones.source_dtype else bones.source_dtype
@@ -146,7 +147,7 @@ def compile(
             expected,
             block,
             place,
-            max(_CHECK_TOLERANCE[kind], _CHECK_TOLERANCE[own]),
+            max(_CHECK_TOLERANCE[kind], _CHECK_TOLERANCE.get(own, 0.0)),
         )
     blocks = _pool_blocks(graph, options, block)
     report.memory(

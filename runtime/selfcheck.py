@@ -58,9 +58,11 @@ def check_concatenation(
     block_size: int,
     device: torch.device,
     tolerance: float,
+    exact: bool,
     max_length: int,
 ) -> float:
-    """Run two random sequences concatenated and each alone; returns the largest relative RMSE.
+    """Run two random sequences concatenated and each alone; returns the largest relative RMSE of a row of logits
+    (with ``exact=False``, for rounded types, of the middle row of each sequence).
 
     ``make(num_slots)`` gives the model on a fresh cache.
 
@@ -76,7 +78,10 @@ def check_concatenation(
     for index, prompt in enumerate(prompts):
         single, slots = step_of([prompt], block_size, device)
         alone = make(slots)(single).float()
-        error = float((together[index] - alone).norm() / alone.norm().clamp_min(1e-30))
+        # Rounding may send a token to another expert and change its row whole, so rows are compared one by one and the
+        # middle one counts; what mixes sequences changes most rows of the second.
+        rows = (together[index] - alone).norm(dim=-1) / alone.norm(dim=-1).clamp_min(1e-30)
+        error = float(rows.max() if exact else rows.median())
         worst = max(worst, error if error == error else float("inf"))
     if not worst <= tolerance:
         raise UnsupportedModelError(

@@ -78,32 +78,36 @@ _NEEDS: dict[str, dict[str, Any]] = {
     "ministral": {"head_dim": 16, **_SLIDING_FULL},
     "helium": {"head_dim": 8},
     "falcon": {"head_dim": ...},
+    "gemma4_text": {"head_dim": ..., "num_key_value_heads": ..., "global_head_dim": 24, "hidden_size_per_layer_input": 8},
+    "bailing_hybrid": {**_LATENT, "layer_types": ["linear_attention", "full_attention"]},
+    "kimi_linear": {"num_key_value_heads": 6, "layer_types": ["linear_attention", "full_attention"]},
     "gpt_neo": {"attention_types": [[["global", "local"], 1]], "window_size": 5},
-    "codegen": {"n_head": 4, "n_embd": 64, "rotary_dim": 4},
-    "dbrx": {"attn_config": {"kv_n_heads": 2, "clip_qkv": 2.0}, "ffn_config": {"hidden_size": 48, "ffn_hidden_size": 64, "moe_num_experts": 4, "moe_top_k": 2, "ffn_act_fn": {"name": "silu"}}},
+    "codegen": {"num_attention_heads": 4, "hidden_size": 64, "rotary_dim": 4},
+    "dbrx": {"attn_config": {"kv_n_heads": 2, "clip_qkv": 2.0, "rope_theta": 10000.0}, "ffn_config": {"hidden_size": 48, "ffn_hidden_size": 64, "moe_num_experts": 4, "moe_top_k": 2, "ffn_act_fn": {"name": "silu"}}},
     "mamba2": {"num_heads": 6, "head_dim": 16, "n_groups": 2, "state_size": 8},
-    **dict.fromkeys(["bamba", "granitemoehybrid"], {"mamba_n_heads": 6, "mamba_d_state": 8, "layer_types": ["mamba", "attention"]}),
+    "granitemoehybrid": {"mamba_n_heads": 6, "mamba_d_state": 8, "layer_types": ["mamba", "attention"]},
+    "bamba": {"mamba_n_heads": 6, "mamba_d_state": 8, "attn_layer_indices": [1]},
     "jamba": {"attn_layer_period": 2, "attn_layer_offset": 1, "mamba_d_state": 8},
     "lfm2_moe": {"layer_types": ["conv", "full_attention"]},
-    "mimo_v2_flash": {"num_key_value_heads": 2},
+    "mimo_v2_flash": {"num_key_value_heads": 3, **_SLIDING_FULL},
     "gemma3n_text": {"num_kv_shared_layers": 0},
     "deepseek_v2": {**_LATENT, "num_experts_per_tok": 2},
     "axk1": {**_LATENT, "n_group": 2, "topk_group": 1},
     "nemotron": {"num_key_value_heads": 2},
     "prophetnet": {"num_hidden_layers": ..., "num_encoder_layers": 2, "num_decoder_layers": 2},
-    "reformer": {"is_decoder": True},
+    
     "xlnet": {"max_position_embeddings": ...},
-    "xlstm": {"v_head_dim": ...},
-    "zamba": {"layer_types": ["mamba", "hybrid"]},
-    "zamba2": {"layer_types": ["mamba", "hybrid"]},
+    
+    
+    
     "zaya": {"num_experts_per_tok": 1},
-    "cohere_compass_text": _SLIDING_FULL,
+    "cohere_compass_text": {**_SLIDING_FULL, "rope_parameters": {"sliding_attention": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [2, 1, 1]}, "full_attention": None}},
     **dict.fromkeys(
-        ["qwen3_next", "qwen3_5_text", "qwen3_5_moe_text", "qwen4_exp_text", "kimi_linear", "bailing_hybrid"],
+        ["qwen3_next", "qwen3_5_text", "qwen3_5_moe_text", "qwen4_exp_text"],
         {"layer_types": ["linear_attention", "full_attention"]},
     ),
     "lfm3": {"layer_types": ["conv", "full_attention"]},
-    "recurrent_gemma": {"layer_types": ["linear_attention", "sliding_attention"]},
+    "recurrent_gemma": {"block_types": ["recurrent", "attention"], "sliding_window": ...},
 }
 
 # Families that cannot be made small from their config, or need packages beside transformers.
@@ -111,7 +115,8 @@ _LEFT_OUT = frozenset(
     (
     "blt dots3_note emu3 fuyu gemma3 gemma3n gemma4 gemma4_assistant gemma4_unified "
     "gemma4_unified_assistant git got_ocr2 llama4 mllama moshi musicgen musicgen_melody phi4_multimodal "
-    "qwen3_5 qwen3_5_moe qwen4_exp whisper moss_transcribe_diarize cpmant"
+    "qwen3_5 qwen3_5_moe qwen4_exp qwen4_exp_text whisper moss_transcribe_diarize cpmant xlstm xmod reformer zamba "
+    "zamba2 dots3_note_text gemma4_unified_text"
 ).split()
 )
 
@@ -196,7 +201,15 @@ _VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "llama4_text-temperature": ("llama4_text", {"attn_temperature_tuning": True, "floor_scale": 4, "attn_scale": 0.5, "no_rope_layers": [0, 0]}),
     "granitemoehybrid-attention": ("granitemoehybrid", {"layer_types": ["attention", "attention"]}),
     "cohere2-all-sliding": ("cohere2", {"layer_types": ["sliding_attention", "sliding_attention"]}),
-    "bert-decoder": ("bert", {"is_decoder": True}),
+    **{
+        f"{kind}-decoder": (kind, {"is_decoder": True})
+        for kind in (
+            "bert bert-generation roberta camembert electra ernie data2vec-text roc_bert megatron-bert rembert "
+            "roberta-prelayernorm xlm-roberta xlm-roberta-xl big_bird"
+        ).split()
+    },
+    "minimax-full": ("minimax", {"layer_types": ["full_attention", "full_attention"]}),
+    "lfm2-conv": ("lfm2", {"layer_types": ["conv", "full_attention"]}),
     "exaone4-window": ("exaone4", {"sliding_window": 5, **_SLIDING_FULL}),
     "qwen2_moe-window": ("qwen2_moe", {"use_sliding_window": True, "sliding_window": 5, "max_window_layers": 1}),
 }
@@ -217,7 +230,7 @@ def config(family: Family) -> PreTrainedConfig:
 def _has(usual: PreTrainedConfig, name: str) -> bool:
     try:
         return getattr(usual, name, None) is not None
-    except ValueError:  # an attribute that each layer has for itself
+    except Exception:  # each layer has a value of its own
         return True
 
 
