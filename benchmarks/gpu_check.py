@@ -47,6 +47,7 @@ def model_of(source: str) -> PreTrainedModel:
         with torch.device("cuda"):
             made = AutoModelForCausalLM.from_config(AutoConfig.for_model("llama", **SHAPES[source]))
     made.set_attn_implementation("eager")
+    made.generation_config.eos_token_id = None
     return made.cuda().eval()
 
 
@@ -79,7 +80,10 @@ def copy_bandwidth() -> float:
 
 def hf_greedy(model: PreTrainedModel, prompt: list[int], count: int) -> list[int]:
     ids = torch.tensor([prompt], device="cuda")
-    out = model.generate(ids, max_new_tokens=count, min_new_tokens=count, do_sample=False, pad_token_id=0)
+    # No end token on either side (`min_new_tokens` would forbid it, which is something else), and no guess from the
+    # prompt what is padding.
+    mask = torch.ones_like(ids)
+    out = model.generate(ids, attention_mask=mask, max_new_tokens=count, do_sample=False, pad_token_id=0)
     return out[0, len(prompt) :].tolist()
 
 

@@ -24,20 +24,24 @@ MAX_STEP_TOKENS = 8192
 
 
 class _FlatTokens(torch.nn.Module):
-    """``(tokens [T], positions [T]) -> logits [T, vocab]``."""
+    """``(tokens [T], positions [T]) -> logits [T, vocab]``.
+
+    A model that takes no ``position_ids`` counts its tokens instead, which ``convert`` reads as ``positions``.
+    """
 
     def __init__(self, model: torch.nn.Module) -> None:
         super().__init__()
         self.model = model
+        self.takes = frozenset(inspect.signature(model.forward).parameters)
 
     def forward(self, tokens: Tensor, positions: Tensor) -> Tensor:
-        out = self.model(
-            input_ids=tokens[None],
-            position_ids=positions[None],
+        arguments = {
+            "position_ids": positions[None],
             # All ones: no padding, and no search for packed sequences, whose place the paged cache takes.
-            attention_mask=torch.ones_like(tokens)[None],
-            use_cache=False,
-        )
+            "attention_mask": torch.ones_like(tokens)[None],
+            "use_cache": False,
+        }
+        out = self.model(input_ids=tokens[None], **{name: arguments[name] for name in arguments if name in self.takes})
         return out.logits[0]  # type: ignore[no-any-return]
 
 
@@ -55,16 +59,13 @@ def capture(source: Skeleton, options: dict[str, int] | None = None, max_seq_len
     name = type(model).__name__
     if getattr(model.config.get_text_config(), "is_encoder_decoder", False):
         raise UnsupportedModelError(f"{name} is an encoder-decoder; only decoder-only models compile")
-    if "position_ids" not in inspect.signature(model.forward).parameters:
-        raise UnsupportedModelError(
-            f"{name}.forward takes no position_ids, so it cannot be run over concatenated sequences"
-        )
     fix_frequencies(model, max_seq_len)
-    exported, calls = export(_FlatTokens(model), source.mode, name, MAX_STEP_TOKENS)
-    graph, masks_of = convert(exported, prefix="model.")
+    trace = export(_FlatTokens(model), source.mode, name, MAX_STEP_TOKENS)
+    graph, masks_of = convert(trace.program, prefix="model.")
     refuse_mixing(graph)
+    trace.check_conditions(name)
     if not masks_of:
         raise UnsupportedModelError(f"{name} has no attention through transformers' AttentionInterface")
-    check_against_eager(calls, masks_of)
+    check_against_eager(trace.calls, masks_of)
     graph.options.update(options or {})
     return graph

@@ -202,6 +202,8 @@ class _Conversion:
         packet = short.partition(".")[0]
         if packet in IDENTITIES or (packet == "dropout" and not args[2]):
             return args[0]
+        if packet == "arange" and (counted := self.counted(node, args)) is not None:
+            return counted
         if packet in WRITES:
             return written(packet, args, lambda target, inputs: self.derived(node, target, inputs))
         if packet in SPLITS:
@@ -270,6 +272,18 @@ class _Conversion:
             full.pop()
             defaults.pop()
         return self.make(node, nn.attention, tuple(full), {}, "attention")
+
+    def counted(self, node: Node, args: list[Any]) -> Node | None:
+        """``arange(T)``: a token's place in the row of one sequence is its position."""
+        start, end = (0, args[0]) if len(args) == 1 else args[:2]
+        if not isinstance(start, int) or Dim.build({"T": 1}, start) != end or args[2:] not in ([], [1]):
+            return None
+        positions = self.graph.input("positions")
+        result = self.type_of(node)
+        assert isinstance(result, TensorType)
+        if start:
+            positions = self.derived(node, aten("add.Tensor"), (positions, start))
+        return positions if result.dtype == "i64" else self.derived(node, aten("to.dtype"), (positions, result.torch_dtype))
 
     def derived(self, node: Node, target: Callable[..., Any], args: tuple[Any, ...]) -> Node:
         """A call that stands for a part of ``node``; its type is inferred."""

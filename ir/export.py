@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import re
 from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import sympy
@@ -18,13 +19,36 @@ from .names import source_line
 # Composite operators that hide which dims they sum over.
 _TAKEN_APART = frozenset({"einsum", "tensordot", "inner", "outer", "bilinear", "cosine_similarity", "moveaxis", "tile"})
 
-Exported = tuple[torch.export.ExportedProgram, list[hooks.AttentionCall]]
 
 
-def export(module: Any, mode: FakeTensorMode, name: str, most_tokens: int) -> Exported:
+@dataclass(frozen=True)
+class Trace:
+    """An exported program, the attention calls that its layers made, and conditions on T under which it was traced."""
+
+    program: torch.export.ExportedProgram
+    calls: list[hooks.AttentionCall]
+    conditions: tuple[tuple[sympy.Basic, str], ...]  # each with the line of the model's code
+    most_tokens: int
+
+    def check_conditions(self, name: str) -> None:
+        """Evaluate each condition for every number of tokens.
+
+        Raises:
+            UnsupportedModelError: one of them does not hold everywhere, so the model computes something else there.
+        """
+        for condition, line in self.conditions:
+            (symbol,) = condition.free_symbols
+            for length in range(1, self.most_tokens + 1):
+                if not bool(condition.subs(symbol, length)):
+                    text = str(condition).replace(str(symbol), "T")
+                    raise UnsupportedModelError(
+                        f"{name}: its code depends on the number of tokens T; the trace holds only where {text}"
+                        + (f" (at {line})" if line else "")
+                    )
+
+
+def export(module: Any, mode: FakeTensorMode, name: str, most_tokens: int) -> Trace:
     """Trace ``module(tokens i64[T], positions i64[T])`` for every ``T`` up to ``most_tokens``.
-
-    Returns the exported program and the attention calls that its layers made.
 
     Raises:
         UnsupportedModelError: the model's code depends on the data or on the number of tokens; says where.
@@ -33,6 +57,7 @@ def export(module: Any, mode: FakeTensorMode, name: str, most_tokens: int) -> Ex
     level = quiet.level
     quiet.setLevel(logging.CRITICAL)
     calls: list[hooks.AttentionCall] = []
+    conditions: tuple[tuple[sympy.Basic, str], ...] = ()
     try:
         try:
             with hooks.recording() as calls:
@@ -45,12 +70,12 @@ def export(module: Any, mode: FakeTensorMode, name: str, most_tokens: int) -> Ex
             # Some conditions on T hold for every T, and only the solver cannot see it: keep them, and try them all.
             with hooks.recording() as calls:
                 exported = _trace(module, mode, most_tokens, deferred=True)
-            _check_conditions(exported, name, most_tokens)
+            conditions = tuple(_conditions(exported))
         table = {op: how for op, how in _decompositions().items() if _packet(op) in _TAKEN_APART}
         packets = {_packet(node.target) for node in _nodes(exported)}
         if _writes_in_place(exported) or packets & _TAKEN_APART:
             exported = exported.run_decompositions(table)
-        return exported, calls
+        return Trace(exported, calls, conditions, most_tokens)
     except UnsupportedModelError:
         raise
     except Exception as error:  # torch.export fails in many ways; all mean the same here
@@ -76,23 +101,14 @@ def _trace(module: Any, mode: FakeTensorMode, most_tokens: int, deferred: bool) 
         )
 
 
-def _check_conditions(exported: torch.export.ExportedProgram, name: str, most_tokens: int) -> None:
-    """The trace holds only where the conditions it kept hold: evaluate each for every number of tokens."""
+def _conditions(exported: torch.export.ExportedProgram) -> Iterator[tuple[sympy.Basic, str]]:
     for node in _nodes(exported):
         if _packet(node.target) != "_assert_scalar" or not isinstance(node.args[0], torch.fx.Node):
             continue
         condition = getattr(getattr(node.args[0].meta.get("val"), "node", None), "expr", None)
-        if not isinstance(condition, sympy.Basic) or len(condition.free_symbols) != 1:
-            continue  # constant, or about values that convert refuses
-        (symbol,) = condition.free_symbols
-        for length in range(1, most_tokens + 1):
-            if not bool(condition.subs(symbol, length)):
-                text = str(condition).replace(str(symbol), "T")
-                line = source_line(node) or source_line(node.args[0])
-                raise UnsupportedModelError(
-                    f"{name} computes something else for another number of tokens: its trace holds only where {text}"
-                    + (f" (at {line})" if line else "")
-                )
+        # Others are constant, or about values that depend on the data, which convert refuses.
+        if isinstance(condition, sympy.Basic) and len(condition.free_symbols) == 1:
+            yield condition, source_line(node) or source_line(node.args[0])
 
 
 def _reason(error: BaseException) -> str:

@@ -138,6 +138,7 @@ def is_constant(node: Node) -> bool:
         elif not node.all_input_nodes:
             known = str(node.target) in ("weight", "const")
         else:
-            known = is_pure(node.target) and all(map(is_constant, node.all_input_nodes))
+            sized = dims_of([node.meta["type"]]) if "type" in node.meta else ()  # rows for every token of a step
+            known = is_pure(node.target) and not sized and all(map(is_constant, node.all_input_nodes))
         node.meta["constant"] = known
     return bool(known)

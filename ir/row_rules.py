@@ -124,7 +124,7 @@ def one(node: Node, known: Known) -> Rows:
     """The rows of all operands that have rows, which must agree."""
     found = {known[item] for item in node_inputs([node.args, node.kwargs])} - {None}
     if len(found) != 1:
-        raise Mixes("it combines values whose rows are in different places")
+        raise Mixes("it pairs tokens with tokens")
     return next(item for item in found if item is not None)
 
 

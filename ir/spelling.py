@@ -39,6 +39,8 @@ _ALIASES = {
     "less": "lt",
     "less_equal": "le",
     "not_equal": "ne",
+    "__and__": "bitwise_and",
+    "__or__": "bitwise_or",
 }
 
 # Where and how a result is stored or computed, not what it is.

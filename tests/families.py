@@ -78,7 +78,7 @@ _NEEDS: dict[str, dict[str, Any]] = {
     "ministral": {"head_dim": 16, **_SLIDING_FULL},
     "helium": {"head_dim": 8},
     "falcon": {"head_dim": ...},
-    "gemma4_text": {"head_dim": ..., "num_key_value_heads": ..., "global_head_dim": 24, "hidden_size_per_layer_input": 8},
+    "gemma4_text": {"global_head_dim": 24},
     "bailing_hybrid": {**_LATENT, "layer_types": ["linear_attention", "full_attention"]},
     "kimi_linear": {"num_key_value_heads": 6, "layer_types": ["linear_attention", "full_attention"]},
     "gpt_neo": {"attention_types": [[["global", "local"], 1]], "window_size": 5},
@@ -205,7 +205,8 @@ _VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
         f"{kind}-decoder": (kind, {"is_decoder": True})
         for kind in (
             "bert bert-generation roberta camembert electra ernie data2vec-text roc_bert megatron-bert rembert "
-            "roberta-prelayernorm xlm-roberta xlm-roberta-xl big_bird"
+            "roberta-prelayernorm xlm-roberta xlm-roberta-xl big_bird bart mbart pegasus marian blenderbot "
+            "blenderbot-small plbart mvp trocr bigbird_pegasus"
         ).split()
     },
     "minimax-full": ("minimax", {"layer_types": ["full_attention", "full_attention"]}),

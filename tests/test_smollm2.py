@@ -22,7 +22,7 @@ pytestmark = pytest.mark.xdist_group("smollm2")
 
 LENGTHS = [1, 2, 3, 5, 7, 11, 16, 17, 31, 32, 33, 48, 64, 97, 100, 128, 150, 199, 256, 300]
 NEW_TOKENS = 64
-POOL_TOKENS = 512
+POOL_TOKENS = 1024
 
 
 @pytest.fixture(scope="session")
@@ -50,7 +50,7 @@ def compiled(path: str) -> fuseline.CompiledModel:
 
 @pytest.fixture(scope="session")
 def cramped(path: str) -> fuseline.CompiledModel:
-    """A pool that holds the longest request alone, and not two of them."""
+    """A pool that cannot hold all requests to their end."""
     cache = fuseline.KVCacheConfig(max_tokens=POOL_TOKENS)
     return fuseline.compile(path, device="cpu", dtype="float32", max_batch_size=len(LENGTHS), kv_cache=cache)
 
