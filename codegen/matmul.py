@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+
 from torch.fx import Node
 
 from ..ir.graph import Graph, type_of
@@ -12,7 +13,6 @@ from .rows import norm_epsilon, padded_width, store, value_written
 from .signature import Variant, file_text, parameters, pointer_types
 from .tile import Position, Tile
 from .writer import Writer
-
 
 _BLOCKS = ("BLOCK_M", "BLOCK_N", "BLOCK_K")
 

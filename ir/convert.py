@@ -80,7 +80,9 @@ class _Conversion:
             self.visit(node, owner)
         except _SizeError as why:
             line = source_line(node)
-            raise UnsupportedModelError(f"{value_name(node)}: {node.target}: {why}{f' (at {line})' if line else ''}") from None
+            raise UnsupportedModelError(
+                f"{value_name(node)}: {node.target}: {why}{f' (at {line})' if line else ''}"
+            ) from None
 
     def leaf(self, node: Node) -> Node:
         """A weight or constant, made where it is first used."""
@@ -175,7 +177,8 @@ class _Conversion:
 
     def inline(self, node: Node, owner: torch.nn.Module) -> None:
         """Regions under ``no_grad`` or ``autocast(enabled=False)`` arrive as sub-graphs; their body is what counts."""
-        bodies = [(i, self.known[item]) for i, item in enumerate(node.args) if isinstance(self.known.get(item), torch.fx.GraphModule)]  # type: ignore[arg-type]
+        arguments_known: list[Any] = [self.known.get(item) if isinstance(item, Node) else None for item in node.args]
+        bodies = [(i, item) for i, item in enumerate(arguments_known) if isinstance(item, torch.fx.GraphModule)]
         if len(bodies) != 1 or "wrap" not in str(node.target):
             raise UnsupportedModelError(f"{node.name}: control flow ({node.target}) depends on the data")
         place, body = bodies[0]
@@ -234,7 +237,9 @@ class _Conversion:
     def pieces(self, node: Node, packet: str, args: list[Any]) -> Iterator[Any]:
         """The parts of a split, each as a slice (or a select, for ``unbind``)."""
         whole: TensorType = args[0].meta["type"]
-        dim = args[2] if packet != "unbind" and len(args) > 2 else args[1] if packet == "unbind" and len(args) > 1 else 0
+        dim = (
+            args[2] if packet != "unbind" and len(args) > 2 else args[1] if packet == "unbind" and len(args) > 1 else 0
+        )
         axis = dim - whole.rank if dim >= 0 else dim
         start = 0
         for index, part in enumerate(node.meta["val"]):
@@ -283,7 +288,11 @@ class _Conversion:
         assert isinstance(result, TensorType)
         if start:
             positions = self.derived(node, aten("add.Tensor"), (positions, start))
-        return positions if result.dtype == "i64" else self.derived(node, aten("to.dtype"), (positions, result.torch_dtype))
+        return (
+            positions
+            if result.dtype == "i64"
+            else self.derived(node, aten("to.dtype"), (positions, result.torch_dtype))
+        )
 
     def derived(self, node: Node, target: Callable[..., Any], args: tuple[Any, ...]) -> Node:
         """A call that stands for a part of ``node``; its type is inferred."""

@@ -48,7 +48,9 @@ def check_against_eager(calls: Sequence[AttentionCall], masks_of: dict[int, tupl
         with torch.no_grad():
             theirs = _run(eager, call, twin, q, k, v, additive, options)
             rows = [item.transpose(1, 2) for item in (q, k, v)]
-            ours = reference(*rows, call.layer, call.scale, kind, window, call.softcap, sinks if call.has_sinks else None)
+            ours = reference(
+                *rows, call.layer, call.scale, kind, window, call.softcap, sinks if call.has_sinks else None
+            )
         error = float((theirs.float() - ours).norm() / ours.norm())
         if not error < 1e-4:
             raise UnsupportedModelError(
@@ -57,7 +59,9 @@ def check_against_eager(calls: Sequence[AttentionCall], masks_of: dict[int, tupl
             )
 
 
-def _run(eager: Callable[..., Any], call: AttentionCall, twin: Any, q: Any, k: Any, v: Any, mask: Any, options: Any) -> Any:
+def _run(
+    eager: Callable[..., Any], call: AttentionCall, twin: Any, q: Any, k: Any, v: Any, mask: Any, options: Any
+) -> Any:
     try:
         return eager(twin, q, k, v, mask, scaling=call.scale, dropout=0.0, **options)[0]
     except Exception as error:  # the model's own code

@@ -20,7 +20,6 @@ from .names import source_line
 _TAKEN_APART = frozenset({"einsum", "tensordot", "inner", "outer", "bilinear", "cosine_similarity", "moveaxis", "tile"})
 
 
-
 @dataclass(frozen=True)
 class Trace:
     """An exported program, the attention calls that its layers made, and conditions on T under which it was traced."""

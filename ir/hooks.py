@@ -25,11 +25,11 @@ NAME = "fuseline"
 # Arguments that say how to compute or what to return, not what to compute.
 _IGNORED = frozenset(
     (
-    "dropout sliding_window is_causal position_ids cache_position use_cache output_attentions "
-    "output_hidden_states return_dict logits_to_keep labels num_items_in_batch output_router_logits "
-    "training deterministic past_key_values past_key_value position_embeddings token_type_ids "
-    "num_logits_to_keep max_seqlen layer_idx"
-).split()
+        "dropout sliding_window is_causal position_ids cache_position use_cache output_attentions "
+        "output_hidden_states return_dict logits_to_keep labels num_items_in_batch output_router_logits "
+        "training deterministic past_key_values past_key_value position_embeddings token_type_ids "
+        "num_logits_to_keep max_seqlen layer_idx"
+    ).split()
 )
 
 
@@ -113,11 +113,15 @@ def attention(
         raise UnsupportedModelError("the attention named 'fuseline' works only while fuseline captures a model")
     index = getattr(module, "layer_idx", None)
     where = type(module).__name__ if index is None else f"layer {index}: {type(module).__name__}"
-    unknown = [name for name, item in options.items() if name not in _IGNORED and item is not None and item is not False]
+    unknown = [
+        name for name, item in options.items() if name not in _IGNORED and item is not None and item is not False
+    ]
     if unknown:
         raise UnsupportedModelError(f"{where}: attention takes {', '.join(unknown)}, which Fuseline does not know")
     if attention_mask is None:
-        raise UnsupportedModelError(f"{where}: attention without a mask looks at later tokens; only causal models compile")
+        raise UnsupportedModelError(
+            f"{where}: attention without a mask looks at later tokens; only causal models compile"
+        )
     if getattr(module, "is_causal", True) is False and options.get("is_causal") is False:
         raise UnsupportedModelError(f"{where}: attention is not causal")
     scale = float(query.shape[-1] ** -0.5 if scaling is None else scaling)
@@ -153,7 +157,9 @@ def mask_kind(function: Callable[..., Any] | None) -> tuple[str, int]:
             return "causal", 0
         case [(("sliding" | "chunked") as kind, window), ("causal", 0)]:
             return kind, window
-    raise UnsupportedModelError(f"the attention mask is {' and '.join(name for name, _ in leaves)}; no kernel computes it")
+    raise UnsupportedModelError(
+        f"the attention mask is {' and '.join(name for name, _ in leaves)}; no kernel computes it"
+    )
 
 
 def _cells(function: Callable[..., Any]) -> dict[str, Any]:
@@ -198,7 +204,8 @@ def experts(module: Any, hidden_states: Tensor, top_k_index: Tensor, top_k_weigh
     if getattr(module, "has_post_expert_norm", False):
         hidden = module.post_expert_norm(hidden)
     weighted = hidden * top_k_weights.unsqueeze(-1)
-    return weighted.sum(1).to(hidden_states.dtype)
+    total: Tensor = weighted.sum(1)
+    return total.to(hidden_states.dtype)
 
 
 def install() -> None:

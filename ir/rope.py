@@ -23,10 +23,12 @@ def fix_frequencies(model: torch.nn.Module, max_seq_len: int | None) -> None:
     for where, module in model.named_modules():
         kinds = getattr(module, "rope_type", None)
         if isinstance(kinds, dict):
-            fixed = {layers: _fixed(module, where, kind, f"{layers}_", layers, max_seq_len) for layers, kind in kinds.items()}
-            module.rope_type = fixed  # type: ignore[assignment]
+            fixed = {
+                layers: _fixed(module, where, kind, f"{layers}_", layers, max_seq_len) for layers, kind in kinds.items()
+            }
+            module.rope_type = fixed
         elif isinstance(kinds, str):
-            module.rope_type = _fixed(module, where, kinds, "", None, max_seq_len)  # type: ignore[assignment]
+            module.rope_type = _fixed(module, where, kinds, "", None, max_seq_len)
 
 
 def _fixed(module: Any, where: str, kind: str, prefix: str, layers: str | None, max_seq_len: int | None) -> str:
@@ -36,7 +38,11 @@ def _fixed(module: Any, where: str, kind: str, prefix: str, layers: str | None, 
     limit = _limit(module, kind, layers)
     original = getattr(module, f"{prefix}original_inv_freq", None)
     if limit is None or original is None or max_seq_len is None or max_seq_len > limit:
-        advice = f"compile with max_seq_len={limit} or less" if limit and original is not None else "choose another rope_type"
+        advice = (
+            f"compile with max_seq_len={limit} or less"
+            if limit and original is not None
+            else "choose another rope_type"
+        )
         raise UnsupportedModelError(
             f"{where}: rope_type {kind!r} changes its frequencies with the length of the sequence, so keys that are already "
             f"in the KV cache would have to change; {advice}"

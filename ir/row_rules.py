@@ -138,7 +138,9 @@ def _same(node: Node, known: Known) -> Rows | None:
     return one(node, known)
 
 
-_FILLS = frozenset(["zeros", "ones", "full", "new_zeros", "new_ones", "new_full", "zeros_like", "ones_like", "full_like"])
+_FILLS = frozenset(
+    ["zeros", "ones", "full", "new_zeros", "new_ones", "new_full", "zeros_like", "ones_like", "full_like"]
+)
 
 
 def _filled(node: Node, known: Known) -> Rows | None:
@@ -149,7 +151,9 @@ def _filled(node: Node, known: Known) -> Rows | None:
     return Rows(axes[0] - len(shape_of(node))) if axes else None
 
 
-@row_rule("sum", "mean", "amax", "amin", "max", "min", "argmax", "argmin", "prod", "logsumexp", "norm", "linalg_vector_norm")
+@row_rule(
+    "sum", "mean", "amax", "amin", "max", "min", "argmax", "argmin", "prod", "logsumexp", "norm", "linalg_vector_norm"
+)
 @row_rule("std", "var", "var_mean", "std_mean", "any", "all", "median", "kthvalue", "mode")
 def _reduce(node: Node, known: Known) -> Rows:
     rows, dims = one(node, known), _dims(node)
@@ -158,7 +162,9 @@ def _reduce(node: Node, known: Known) -> Rows:
 
 
 @row_rule("softmax", "_softmax", "log_softmax", "_log_softmax", "cumsum", "cumprod", "logcumsumexp", "cummax", "cummin")
-@row_rule("topk", "sort", "argsort", "slice", "narrow", "diff", "glu", "cat", "scatter", "scatter_add", "scatter_reduce")
+@row_rule(
+    "topk", "sort", "argsort", "slice", "narrow", "diff", "glu", "cat", "scatter", "scatter_add", "scatter_reduce"
+)
 def _keeps_rank(node: Node, known: Known) -> Rows:
     rows = one(node, known)
     along(rows, _dims(node))

@@ -37,9 +37,11 @@ def _reshape(node: Node, known: Known) -> Rows:
 
 @row_rule("transpose", "swapaxes")
 def _transpose(node: Node, known: Known) -> Rows:
-    rows, (_, first, second) = one(node, known), node.args
+    rows = one(node, known)
+    arguments: list[Any] = list(node.args)
+    first, second = arguments[1:3]
     swapped = {first: second, second: first}
-    return Rows(swapped.get(rows.axis, rows.axis), rows.outer)  # type: ignore[call-overload, no-any-return]
+    return Rows(swapped.get(rows.axis, rows.axis), rows.outer)
 
 
 @row_rule("permute")
@@ -86,7 +88,8 @@ def _repeat(node: Node, known: Known) -> Rows | None:
         return None
     if any(isinstance(item, Dim) for item in times):  # type: ignore[union-attr]
         raise Mixes("it repeats values once for each token")
-    return Rows(rows.axis, rows.outer * times[rows.axis])  # type: ignore[index, operator]
+    count: Any = times[rows.axis]  # type: ignore[index]
+    return Rows(rows.axis, rows.outer * int(count))
 
 
 @row_rule("repeat_interleave")

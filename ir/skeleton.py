@@ -74,7 +74,9 @@ def _fake_parameters(model: PreTrainedModel, mode: FakeTensorMode, main: torch.d
                 continue
             full = f"{where}.{name}" if where else name
             if type(item.data) is not torch.Tensor:
-                raise UnsupportedModelError(f"{full} is a {type(item.data).__name__}, no plain tensor; dequantize the model first")
+                raise UnsupportedModelError(
+                    f"{full} is a {type(item.data).__name__}, no plain tensor; dequantize the model first"
+                )
             if id(item) not in made:
                 kind = item.dtype if item.dtype != main else torch.float32 if wide and wide.search(full) else dtype
                 with mode:
@@ -176,7 +178,9 @@ def _from_path(path: str | Path, dtype: torch.dtype, trust_remote_code: bool) ->
             model = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=trust_remote_code)
     except (OSError, ValueError, KeyError) as error:
         reason = str(error).strip().partition("\n")[0]
-        raise UnsupportedModelError(f"{path}: not a causal language model that transformers can read: {reason}") from error
+        raise UnsupportedModelError(
+            f"{path}: not a causal language model that transformers can read: {reason}"
+        ) from error
     if getattr(config, "quantization_config", None) is not None:
         raise UnsupportedModelError(f"{path}: quantized checkpoints are not supported; give an unquantized one")
     mode = _fake_mode()

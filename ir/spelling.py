@@ -49,9 +49,7 @@ _DIM_NAMES = frozenset({"dim", "dims", "dim0", "dim1"})
 _GROWS = frozenset({"unsqueeze", "stack"})  # their dim counts in the result, which has one more
 
 
-def normalize(
-    target: Any, args: list[Any], kwargs: dict[str, Any], rank: int
-) -> tuple[Any, list[Any], dict[str, Any]]:
+def normalize(target: Any, args: list[Any], kwargs: dict[str, Any], rank: int) -> tuple[Any, list[Any], dict[str, Any]]:
     """The call with the arguments of its schema in order, defaults cut off, dims negative, placement left out.
 
     ``rank`` is the rank of the first tensor argument.

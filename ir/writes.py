@@ -42,7 +42,9 @@ def written(packet: str, args: list[Any], emit: Emit) -> Node:
         return emit(aten("slice_scatter"), (base, source, dim, start, end, step))
     source = _fitted(source, None, kind.torch_dtype, emit)
     pieces = [_part(base, dim, 0, start, emit), source, _part(base, dim, end, size, emit)]
-    return emit(aten("cat"), ([item for piece in pieces for item in (piece if isinstance(piece, list) else [piece])], dim))
+    return emit(
+        aten("cat"), ([item for piece in pieces for item in (piece if isinstance(piece, list) else [piece])], dim)
+    )
 
 
 def _bound(value: Any, size: Size, default: Size) -> Any:

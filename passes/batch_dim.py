@@ -23,6 +23,8 @@ _FROM_THE_RIGHT = frozenset(
 ) | {"nn.attention", "nn.rms_norm", "nn.layer_norm"}
 
 
+_REMOVES_DIM = frozenset({"aten.select.int", "aten.squeeze.dim"})
+
 # Of their operands only one has rows; the others are tables and matrices.
 _ONE_ROW_OPERAND = frozenset({"aten.linear", "aten.embedding"})
 
@@ -90,12 +92,13 @@ def drop_batch_dim(graph: Graph) -> tuple[Graph, PassReport]:
         name, shape = op_name(node.target), flat_types(node.meta["type"])[0].shape
         touched = any(known[item][1] for item in node_inputs([node.args, node.kwargs]))
         enters = not touched and _enters(node)
+        operand: Any = node.args[0] if node.args else None
         try:
             if enters:
-                known[node] = (known[node.args[0]][0], True)  # type: ignore[index]
+                known[node] = (known[operand][0], True)
                 report.fused.append(node.name)
             elif name in ("aten.reshape", "aten.expand") and (touched or _adds_batch(node)):
-                made, _ = known[node.args[0]]  # type: ignore[index]
+                made, _ = known[operand]
                 leading = bool(shape) and shape[0] == 1 and len(shape) > 1
                 target_shape = list(shape[1:]) if leading else list(shape)
                 if name == "aten.expand" and not leading:
@@ -104,12 +107,10 @@ def drop_batch_dim(graph: Graph) -> tuple[Graph, PassReport]:
                     known[node] = (made, leading)
                 else:
                     known[node] = (emit(node.target, (made, target_shape), {}, node.name, source), leading)
-            elif (touched and name == "aten.select.int" and _axis(node) == -type_of(node.args[0]).rank) or (
-                touched and name == "aten.squeeze.dim" and _axis(node) == -type_of(node.args[0]).rank
-            ):  # type: ignore[arg-type]
-                known[node] = (known[node.args[0]][0], False)  # type: ignore[index]
+            elif touched and name in _REMOVES_DIM and _axis(node) == -type_of(operand).rank:
+                known[node] = (known[operand][0], False)
             elif touched and name == "getitem":
-                base, dropped = known[node.args[0]]  # type: ignore[index]
+                base, dropped = known[operand]
                 made = new.call_function(node.target, (base, node.args[1]))
                 made.name = node.name
                 made.meta = {**node.meta, "type": base.meta["type"][node.args[1]]}
@@ -140,7 +141,8 @@ def _enters(node: Node) -> bool:
     if op_name(node.target) != "aten.unsqueeze" or not isinstance(node.args[0], Node):
         return False
     source = type_of(node.args[0])
-    return node.args[0].op == "placeholder" and node.args[1] == -source.rank - 1 and isinstance(source.shape[0], Dim)
+    leading = bool(node.args[1] == -source.rank - 1)
+    return node.args[0].op == "placeholder" and leading and isinstance(source.shape[0], Dim)
 
 
 def _adds_batch(node: Node) -> bool:

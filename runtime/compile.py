@@ -99,7 +99,7 @@ def compile(
     report.capture(graph)
     if record:
         record.graph("capture", graph)
-    names = [name for name in passes.PIPELINE] if not _is_lowered(graph) else []
+    names = list(passes.PIPELINE) if not _is_lowered(graph) else []
     with report.timed("passes"):
         for step in show(passes.steps(graph, names, check=verify), "passes", len(names)):
             graph = step.graph
@@ -226,7 +226,8 @@ def _check_expectations(expect: Mapping[str, int] | None, report: Report) -> Non
         mine = [item for item in report.passes if item.name == name]
         if not mine:
             raise ExpectationError(
-                f"expect={{{name!r}: {wanted}}}: no pass of that name ran; there are {sorted({item.name for item in report.passes})}"
+                f"expect={{{name!r}: {wanted}}}: no pass of that name ran; "
+                f"there are {sorted({item.name for item in report.passes})}"
             )
         found = sum(len(item.fused) for item in mine)
         if found != wanted:

@@ -13,7 +13,7 @@ from .report import Report
 
 
 class Dump:
-    """Writes ``000_capture.txt``, ``NNN_PassName.txt`` with ``.diff`` beside it, ``kernels/*.py``, ``report.txt``, ``report.json``.
+    """Writes ``000_capture.txt``, ``NNN_PassName.txt`` with ``.diff`` beside it, ``kernels/*.py``, and the report.
 
     Files of the same names are replaced; nothing else in the directory is touched.
     """

@@ -33,11 +33,7 @@ SIZES: dict[str, Any] = {
 }
 
 # The families that must compile.
-REQUIRED = (
-    (
-    "llama qwen2 qwen3 mistral gemma2 gemma3_text phi3 gpt2 opt mixtral qwen3_moe gpt_oss"
-).split()
-)
+REQUIRED = ("llama qwen2 qwen3 mistral gemma2 gemma3_text phi3 gpt2 opt mixtral qwen3_moe gpt_oss").split()
 
 
 @dataclass(frozen=True)
@@ -55,20 +51,33 @@ def _rope(kind: str, **more: Any) -> dict[str, Any]:
 _LATENT = {"num_key_value_heads": 6, "head_dim": 4}
 _SLIDING_FULL = {"layer_types": ["sliding_attention", "full_attention"]}
 _YARN = _rope("yarn", factor=4.0, original_max_position_embeddings=32)
-_LLAMA3 = _rope(
-    "llama3", factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_position_embeddings=32
-)
+_LLAMA3 = _rope("llama3", factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_position_embeddings=32)
 _FACTORS = {"short_factor": [1.0, 1.1, 1.2, 1.3, 1.5, 1.7, 2.0, 2.5], "long_factor": [1.0, 2, 3, 4, 5, 6, 7, 8]}
 _LONG = _rope("longrope", **_FACTORS)
 
 # What a family needs so that its tiny config is valid and its interesting parts are switched on.
 _NEEDS: dict[str, dict[str, Any]] = {
     **dict.fromkeys(
-        ["axk1", "axk2", "deepseek_v2", "deepseek_v3", "deepseek_v32", "glm4_moe_lite", "glm_moe_dsa", "longcat_flash", "youtu"], _LATENT
+        [
+            "axk1",
+            "axk2",
+            "deepseek_v2",
+            "deepseek_v3",
+            "deepseek_v32",
+            "glm4_moe_lite",
+            "glm_moe_dsa",
+            "longcat_flash",
+            "youtu",
+        ],
+        _LATENT,
     ),
     "minicpm3": {"num_key_value_heads": 6},
     "gemma2": {"query_pre_attn_scalar": 16},
-    "gemma3_text": {"query_pre_attn_scalar": 24, "num_hidden_layers": 3, "layer_types": ["sliding_attention", "full_attention", "sliding_attention"]},
+    "gemma3_text": {
+        "query_pre_attn_scalar": 24,
+        "num_hidden_layers": 3,
+        "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
+    },
     "gpt_oss": _rope("default"),
     "phi3": {"sliding_window": None},
     "qwen3_moe": {"num_experts": 5, "norm_topk_prob": True},
@@ -83,7 +92,16 @@ _NEEDS: dict[str, dict[str, Any]] = {
     "kimi_linear": {"num_key_value_heads": 6, "layer_types": ["linear_attention", "full_attention"]},
     "gpt_neo": {"attention_types": [[["global", "local"], 1]], "window_size": 5},
     "codegen": {"num_attention_heads": 4, "hidden_size": 64, "rotary_dim": 4},
-    "dbrx": {"attn_config": {"kv_n_heads": 2, "clip_qkv": 2.0, "rope_theta": 10000.0}, "ffn_config": {"hidden_size": 48, "ffn_hidden_size": 64, "moe_num_experts": 4, "moe_top_k": 2, "ffn_act_fn": {"name": "silu"}}},
+    "dbrx": {
+        "attn_config": {"kv_n_heads": 2, "clip_qkv": 2.0, "rope_theta": 10000.0},
+        "ffn_config": {
+            "hidden_size": 48,
+            "ffn_hidden_size": 64,
+            "moe_num_experts": 4,
+            "moe_top_k": 2,
+            "ffn_act_fn": {"name": "silu"},
+        },
+    },
     "mamba2": {"num_heads": 6, "head_dim": 16, "n_groups": 2, "state_size": 8},
     "granitemoehybrid": {"mamba_n_heads": 6, "mamba_d_state": 8, "layer_types": ["mamba", "attention"]},
     "bamba": {"mamba_n_heads": 6, "mamba_d_state": 8, "attn_layer_indices": [1]},
@@ -95,13 +113,15 @@ _NEEDS: dict[str, dict[str, Any]] = {
     "axk1": {**_LATENT, "n_group": 2, "topk_group": 1},
     "nemotron": {"num_key_value_heads": 2},
     "prophetnet": {"num_hidden_layers": ..., "num_encoder_layers": 2, "num_decoder_layers": 2},
-    
     "xlnet": {"max_position_embeddings": ...},
-    
-    
-    
     "zaya": {"num_experts_per_tok": 1},
-    "cohere_compass_text": {**_SLIDING_FULL, "rope_parameters": {"sliding_attention": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [2, 1, 1]}, "full_attention": None}},
+    "cohere_compass_text": {
+        **_SLIDING_FULL,
+        "rope_parameters": {
+            "sliding_attention": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [2, 1, 1]},
+            "full_attention": None,
+        },
+    },
     **dict.fromkeys(
         ["qwen3_next", "qwen3_5_text", "qwen3_5_moe_text", "qwen4_exp_text"],
         {"layer_types": ["linear_attention", "full_attention"]},
@@ -113,11 +133,11 @@ _NEEDS: dict[str, dict[str, Any]] = {
 # Families that cannot be made small from their config, or need packages beside transformers.
 _LEFT_OUT = frozenset(
     (
-    "blt dots3_note emu3 fuyu gemma3 gemma3n gemma4 gemma4_assistant gemma4_unified "
-    "gemma4_unified_assistant git got_ocr2 llama4 mllama moshi musicgen musicgen_melody phi4_multimodal "
-    "qwen3_5 qwen3_5_moe qwen4_exp qwen4_exp_text whisper moss_transcribe_diarize cpmant xlstm xmod reformer zamba "
-    "zamba2 dots3_note_text gemma4_unified_text"
-).split()
+        "blt dots3_note emu3 fuyu gemma3 gemma3n gemma4 gemma4_assistant gemma4_unified "
+        "gemma4_unified_assistant git got_ocr2 llama4 mllama moshi musicgen musicgen_melody phi4_multimodal "
+        "qwen3_5 qwen3_5_moe qwen4_exp qwen4_exp_text whisper moss_transcribe_diarize cpmant xlstm xmod reformer zamba "
+        "zamba2 dots3_note_text gemma4_unified_text"
+    ).split()
 )
 
 # Configurations of common families: one thing changed in each.
@@ -135,15 +155,21 @@ _VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "llama-vocab-257": ("llama", {"vocab_size": 257}),
     "llama-linear": ("llama", _rope("linear", factor=4.0)),
     "llama-yarn": ("llama", _YARN),
-    "llama-yarn-attention-factor": ("llama", _rope("yarn", factor=4.0, original_max_position_embeddings=32, attention_factor=1.3)),
+    "llama-yarn-attention-factor": (
+        "llama",
+        _rope("yarn", factor=4.0, original_max_position_embeddings=32, attention_factor=1.3),
+    ),
     "llama-llama3": ("llama", _LLAMA3),
     "llama-dynamic": ("llama", _rope("dynamic", factor=4.0)),
     "llama-longrope": ("llama", {**_LONG, "original_max_position_embeddings": 32}),
     "llama-pretraining-tp": ("llama", {"pretraining_tp": 2}),
-    **{f"llama-{act}": ("llama", {"hidden_act": act}) for act in (
-    "gelu gelu_new gelu_pytorch_tanh gelu_10 quick_gelu relu relu2 mish sigmoid tanh leaky_relu laplace "
-    "relu6 swish prelu xielu"
-).split()},
+    **{
+        f"llama-{act}": ("llama", {"hidden_act": act})
+        for act in (
+            "gelu gelu_new gelu_pytorch_tanh gelu_10 quick_gelu relu relu2 mish sigmoid tanh leaky_relu laplace "
+            "relu6 swish prelu xielu"
+        ).split()
+    },
     "qwen2-window": ("qwen2", {"use_sliding_window": True, "max_window_layers": 1, "sliding_window": 5}),
     "qwen2-layer-types": ("qwen2", {"use_sliding_window": True, "sliding_window": 3, **_SLIDING_FULL}),
     "qwen3-attention-bias": ("qwen3", {"attention_bias": True}),
@@ -161,13 +187,33 @@ _VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "gemma2-no-softcap": ("gemma2", {"attn_logit_softcapping": None, "final_logit_softcapping": None}),
     "gemma2-small-softcap": ("gemma2", {"attn_logit_softcapping": 2.0, "final_logit_softcapping": 5.0}),
     "gemma2-attention-bias": ("gemma2", {"attention_bias": True}),
-    "gemma3_text-linear": ("gemma3_text", {"rope_parameters": {"full_attention": {"rope_type": "linear", "factor": 8.0, "rope_theta": 1e6}, "sliding_attention": {"rope_type": "default", "rope_theta": 1e4}}}),
+    "gemma3_text-linear": (
+        "gemma3_text",
+        {
+            "rope_parameters": {
+                "full_attention": {"rope_type": "linear", "factor": 8.0, "rope_theta": 1e6},
+                "sliding_attention": {"rope_type": "default", "rope_theta": 1e4},
+            }
+        },
+    ),
     "gemma3_text-bidirectional": ("gemma3_text", {"use_bidirectional_attention": True}),
     "gemma3_text-softcap": ("gemma3_text", {"attn_logit_softcapping": 2.0, "final_logit_softcapping": 5.0}),
     "phi3-window": ("phi3", {"sliding_window": 5}),
     "phi3-partial": ("phi3", _rope("default", partial_rotary_factor=0.5)),
-    "phi3-longrope": ("phi3", {**_rope("longrope", short_factor=[1.0, 1.5, 2.0, 2.5], long_factor=[1.0, 3, 5, 7]), "original_max_position_embeddings": 32}),
-    "phi3-longrope-short": ("phi3", {**_rope("longrope", short_factor=[1.0, 1.5, 2.0, 2.5], long_factor=[1.0, 3, 5, 7]), "original_max_position_embeddings": 128}),
+    "phi3-longrope": (
+        "phi3",
+        {
+            **_rope("longrope", short_factor=[1.0, 1.5, 2.0, 2.5], long_factor=[1.0, 3, 5, 7]),
+            "original_max_position_embeddings": 32,
+        },
+    ),
+    "phi3-longrope-short": (
+        "phi3",
+        {
+            **_rope("longrope", short_factor=[1.0, 1.5, 2.0, 2.5], long_factor=[1.0, 3, 5, 7]),
+            "original_max_position_embeddings": 128,
+        },
+    ),
     "phi-partial": ("phi", _rope("default", partial_rotary_factor=0.25)),
     "phi-qk-layernorm": ("phi", {"qk_layernorm": True}),
     "gpt2-inverse-layer": ("gpt2", {"scale_attn_by_inverse_layer_idx": True}),
@@ -190,15 +236,30 @@ _VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "stablelm-parallel": ("stablelm", {"use_parallel_residual": True, "qk_layernorm": True, "use_qkv_bias": True}),
     "cohere-qk-norm": ("cohere", {"use_qk_norm": True}),
     "olmo-clip": ("olmo", {"clip_qkv": 0.5}),
-    "granite-multipliers": ("granite", {"embedding_multiplier": 3.0, "logits_scaling": 2.0, "residual_multiplier": 0.4, "attention_multiplier": 0.3}),
+    "granite-multipliers": (
+        "granite",
+        {"embedding_multiplier": 3.0, "logits_scaling": 2.0, "residual_multiplier": 0.4, "attention_multiplier": 0.3},
+    ),
     "starcoder2-window": ("starcoder2", {"sliding_window": 5}),
     "starcoder2-no-bias": ("starcoder2", {"use_bias": False, "tie_word_embeddings": False}),
     "deepseek_v3-groups": ("deepseek_v3", {"n_group": 2, "topk_group": 1, "first_k_dense_replace": 1}),
-    "deepseek_v3-yarn": ("deepseek_v3", _rope("yarn", factor=4.0, original_max_position_embeddings=32, mscale=1.0, mscale_all_dim=1.0)),
+    "deepseek_v3-yarn": (
+        "deepseek_v3",
+        _rope("yarn", factor=4.0, original_max_position_embeddings=32, mscale=1.0, mscale_all_dim=1.0),
+    ),
     "deepseek_v3-no-q-lora": ("deepseek_v3", {"q_lora_rank": None}),
-    "deepseek_v2-groups": ("deepseek_v2", {"topk_method": "group_limited_greedy", "n_group": 2, "topk_group": 1, "num_experts_per_tok": 2}),
-    "llama4_text-chunked": ("llama4_text", {"attention_chunk_size": 8, "no_rope_layers": [1, 0], "layer_types": ["chunked_attention", "full_attention"]}),
-    "llama4_text-temperature": ("llama4_text", {"attn_temperature_tuning": True, "floor_scale": 4, "attn_scale": 0.5, "no_rope_layers": [0, 0]}),
+    "deepseek_v2-groups": (
+        "deepseek_v2",
+        {"topk_method": "group_limited_greedy", "n_group": 2, "topk_group": 1, "num_experts_per_tok": 2},
+    ),
+    "llama4_text-chunked": (
+        "llama4_text",
+        {"attention_chunk_size": 8, "no_rope_layers": [1, 0], "layer_types": ["chunked_attention", "full_attention"]},
+    ),
+    "llama4_text-temperature": (
+        "llama4_text",
+        {"attn_temperature_tuning": True, "floor_scale": 4, "attn_scale": 0.5, "no_rope_layers": [0, 0]},
+    ),
     "granitemoehybrid-attention": ("granitemoehybrid", {"layer_types": ["attention", "attention"]}),
     "cohere2-all-sliding": ("cohere2", {"layer_types": ["sliding_attention", "sliding_attention"]}),
     **{

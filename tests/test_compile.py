@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -38,7 +39,7 @@ def test_dump_directory_holds_every_stage(model: torch.nn.Module, tmp_path: Path
     texts = sorted(path for path in tmp_path.glob("*.txt") if path.name[0].isdigit())
     assert texts[0].name == "000_capture.txt"
     assert texts[-1].read_text() == str(compiled.graph)
-    for before, after in zip(texts, texts[1:]):
+    for before, after in pairwise(texts):
         name = after.stem.partition("_")[2]
         assert str(fuseline.passes.run(ir.parse(before.read_text()), [name])) == after.read_text(), name
         assert after.with_suffix(".diff").exists()

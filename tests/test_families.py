@@ -7,12 +7,13 @@ from __future__ import annotations
 
 from typing import Any
 
-import fuseline
 import pytest
 import torch
 from families import REQUIRED, make
-from fuseline import ir
 from transformers import PreTrainedModel
+
+import fuseline
+from fuseline import ir
 
 TOLERANCE = 1e-5  # relative RMSE in fp32
 

@@ -8,15 +8,16 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-import fuseline
 import pytest
 import torch
 import torch.nn.functional as F
 from families import make
-from fuseline import UnsupportedModelError
 from torch import Tensor
 from transformers import AttentionInterface, PreTrainedModel
 from transformers.models.llama import modeling_llama
+
+import fuseline
+from fuseline import UnsupportedModelError
 
 
 def compile(model: PreTrainedModel, **options: Any) -> fuseline.CompiledModel:
@@ -84,8 +85,14 @@ MIXING: dict[str, tuple[Callable[[Tensor], Tensor], str]] = {
     "masked tokens": (lambda x: x[x.abs().sum(-1) > 1][None], "forward|l1_|traced"),
     "length": (lambda x: x * x.shape[1], r"l1_mul\w*: its result depends on how many tokens there are"),
     "counted backwards": (lambda x: x + torch.arange(x.shape[1], 0, -1)[:, None], "l1_arange: it counts along the row"),
-    "counted in twos": (lambda x: x + torch.arange(0, 2 * x.shape[1], 2)[:, None], "l1_arange: it counts along the row"),
-    "table by place": (lambda x: x + torch.linspace(0, 1, 96).reshape(96, 1)[: x.shape[1]], "depends on the number of tokens"),
+    "counted in twos": (
+        lambda x: x + torch.arange(0, 2 * x.shape[1], 2)[:, None],
+        "l1_arange: it counts along the row",
+    ),
+    "table by place": (
+        lambda x: x + torch.linspace(0, 1, 96).reshape(96, 1)[: x.shape[1]],
+        "depends on the number of tokens",
+    ),
     "noise": (lambda x: x + torch.randn_like(x), "l1_randn_like: it draws random numbers"),
     "dropout left on": (lambda x: F.dropout(x, 0.1, training=True), "l1_dropout: it draws random numbers"),
     "branch": (branch, "its code depends on the number of tokens T"),
