@@ -13,12 +13,13 @@ from torch import Tensor
 
 from .convert import convert
 from .eager_check import check_against_eager
-from .errors import UnsupportedModelError
+from .errors import UnsupportedModelError, VerificationError
 from .export import export
 from .graph import Graph
 from .mixing import refuse_mixing
 from .rope import fix_frequencies
 from .skeleton import Skeleton
+from .verify import verify
 
 MAX_STEP_TOKENS = 8192
 
@@ -67,5 +68,9 @@ def capture(source: Skeleton, options: dict[str, int] | None = None, max_seq_len
     if not masks_of:
         raise UnsupportedModelError(f"{name} has no attention through transformers' AttentionInterface")
     check_against_eager(trace.calls, masks_of)
+    try:
+        verify(graph)
+    except VerificationError as error:  # an operator whose result has another type than the trace says
+        raise UnsupportedModelError(f"{name} cannot be stated as a graph: {error}") from error
     graph.options.update(options or {})
     return graph

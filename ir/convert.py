@@ -14,11 +14,13 @@ from torch.fx import Node
 from . import nn
 from .errors import UnsupportedModelError
 from .graph import Graph
-from .infer import Inference
+from .hooks import KNOWN_MASKS
+from .infer import Inference, TypeInferenceError
 from .names import short_name, source_line, value_name
 from .ops import aten
-from .spelling import IDENTITIES, RESHAPES, SPLITS, normalize
-from .types import DTYPE_NAMES, Dim, Size, TensorType, Type
+from .sizes import Unstatable, size_from, type_from
+from .spelling import IDENTITIES, RESHAPES, SPLITS, normalize, parts_of
+from .types import Dim, TensorType, Type
 from .writes import WRITES, written
 
 _DROPPED = re.compile(r"_assert|sym_constrain|_set_grad_enabled|assert_async|_check")
@@ -34,10 +36,6 @@ def convert(exported: torch.export.ExportedProgram, prefix: str) -> tuple[Graph,
     work.run()
     work.graph.eliminate_dead()
     return work.graph, work.masks
-
-
-class _SizeError(Exception):
-    """A size that the graph cannot state."""
 
 
 class _Conversion:
@@ -78,7 +76,7 @@ class _Conversion:
     def node(self, node: Node, owner: torch.nn.Module) -> None:
         try:
             self.visit(node, owner)
-        except _SizeError as why:
+        except (Unstatable, TypeInferenceError) as why:
             line = source_line(node)
             raise UnsupportedModelError(
                 f"{value_name(node)}: {node.target}: {why}{f' (at {line})' if line else ''}"
@@ -111,28 +109,8 @@ class _Conversion:
             made.meta["source"] = source
         return made
 
-    def size(self, value: Any) -> Size:
-        if isinstance(value, int):
-            return value
-        expression = value.node.expr
-        terms: dict[str, int] = {}
-        offset = 0
-        for term, factor in expression.as_coefficients_dict().items():
-            if term.is_number:
-                offset += int(term * factor)
-            elif str(term) == self.symbol:
-                terms["T"] = int(factor)
-            else:
-                raise _SizeError(f"a size {expression} depends on the data, or not linearly on the number of tokens")
-        return Dim.build(terms, offset)
-
     def type_of(self, node: Node) -> Type:
-        value = node.meta["val"]
-        if isinstance(value, (list, tuple)):
-            return tuple(TensorType(DTYPE_NAMES[item.dtype], tuple(map(self.size, item.shape))) for item in value)
-        if value.dtype not in DTYPE_NAMES:
-            raise UnsupportedModelError(f"{node.name}: values of type {value.dtype} are not supported")
-        return TensorType(DTYPE_NAMES[value.dtype], tuple(map(self.size, value.shape)))
+        return type_from(node.meta["val"], self.symbol)
 
     def resolve(self, value: Any) -> Any:
         if isinstance(value, Node):
@@ -143,10 +121,10 @@ class _Conversion:
                 return self.known[value]
             found = value.meta.get("val")
             if isinstance(found, (torch.SymInt, int)) and not isinstance(found, bool):
-                return self.size(found)
+                return size_from(found, self.symbol)
             raise UnsupportedModelError(f"{value.name} ({value.target}) is no tensor and no size")
         if isinstance(value, (torch.SymInt,)):
-            return self.size(value)
+            return size_from(value, self.symbol)
         if isinstance(value, (list, tuple)):
             return [self.resolve(item) for item in value]
         if isinstance(value, dict):
@@ -210,7 +188,7 @@ class _Conversion:
         if packet in WRITES:
             return written(packet, args, lambda target, inputs: self.derived(node, target, inputs))
         if packet in SPLITS:
-            return list(self.pieces(node, packet, args))
+            return self.pieces(node, packet, args)
         result = self.type_of(node)
         if packet in ("to", "_to_copy", "type_as", "float", "double", "half", "bfloat16"):
             assert isinstance(result, TensorType)
@@ -234,28 +212,18 @@ class _Conversion:
         target, args, kwargs = normalize(target, args, kwargs, rank)
         return self.make(node, target, tuple(args), kwargs)
 
-    def pieces(self, node: Node, packet: str, args: list[Any]) -> Iterator[Any]:
-        """The parts of a split, each as a slice (or a select, for ``unbind``)."""
-        whole: TensorType = args[0].meta["type"]
-        dim = (
-            args[2] if packet != "unbind" and len(args) > 2 else args[1] if packet == "unbind" and len(args) > 1 else 0
-        )
-        axis = dim - whole.rank if dim >= 0 else dim
-        start = 0
-        for index, part in enumerate(node.meta["val"]):
-            kind = TensorType(whole.dtype, tuple(map(self.size, part.shape)))
-            if packet == "unbind":
-                made = self.graph.call_function(aten("select.int"), (args[0], axis, index))
-            else:
-                width = kind.shape[axis]
-                if not isinstance(width, int):
-                    raise UnsupportedModelError(f"{node.name}: {packet} cuts the row of tokens")
-                made = self.graph.call_function(aten("slice.Tensor"), (args[0], axis, start, start + width))
-                start += width
-            made.name = self.graph._graph_namespace.create_name(f"{value_name(node)}_{index}", None)
-            made.meta["type"] = kind
-            made.meta["source"] = source_line(node)
-            yield made
+    def pieces(self, node: Node, packet: str, args: list[Any]) -> list[Node]:
+        """The parts of a split."""
+        kinds = self.type_of(node)
+        assert isinstance(kinds, tuple)
+        made = []
+        for index, (target, arguments) in enumerate(parts_of(packet, args, kinds)):
+            part = self.graph.call_function(target, arguments)
+            part.name = self.graph._graph_namespace.create_name(f"{value_name(node)}_{index}", None)
+            part.meta["type"] = kinds[index]
+            part.meta["source"] = source_line(node)
+            made.append(part)
+        return made
 
     def own(self, node: Node, target: Any, args: list[Any]) -> Any:
         match target._schema.name:
@@ -264,19 +232,17 @@ class _Conversion:
             case "fuseline::grouped_linear":
                 kept = args if args[4] else args[:4] if args[3] is not None else args[:3]
                 return self.make(node, nn.grouped_linear, tuple(kept), {}, "experts")
-        q, k, v, mask, sinks, layer, scale, softcap = args
+        mask, layer = args[3], args[5]
+        where = value_name(node, "attention")
         if not (isinstance(mask, tuple) and mask[0] == "mask"):
             raise UnsupportedModelError(
-                f"{node.name}: it changes its attention mask or builds its own; only the causal, sliding and "
-                "chunked masks of transformers.masking_utils are known"
+                f"{where}: it changes its attention mask or builds its own; only the causal, sliding and chunked masks of "
+                "transformers.masking_utils are known"
             )
+        if mask[1] not in KNOWN_MASKS:
+            raise UnsupportedModelError(f"{where}: its attention mask is {mask[1]}; no kernel computes it")
         self.masks[layer] = (mask[1], mask[2])
-        full = [q, k, v, len(self.masks) - 1, scale, mask[1], mask[2], softcap, sinks]
-        defaults = ["causal", 0, 0.0, None]
-        while defaults and full[-1] == defaults[-1]:
-            full.pop()
-            defaults.pop()
-        return self.make(node, nn.attention, tuple(full), {}, "attention")
+        return self.make(node, nn.attention, attention_arguments(args, len(self.masks) - 1), {}, "attention")
 
     def counted(self, node: Node, args: list[Any]) -> Node | None:
         """``arange(T)``: a token's place in the row of one sequence is its position."""
@@ -305,6 +271,17 @@ class _Conversion:
     def make(self, node: Node, target: Callable[..., Any], args: Any, kwargs: Any, name: str = "") -> Node:
         made = self.graph.call_function(target, tuple(args), kwargs)
         return self.finish(made, node, value_name(node, name), source_line(node))
+
+
+def attention_arguments(traced: list[Any], layer: int) -> tuple[Any, ...]:
+    """The arguments of ``nn.attention``, defaults left out; layers are counted in the order in which they attend."""
+    q, k, v, (_, kind, window), sinks, _, scale, softcap = traced
+    full = [q, k, v, layer, scale, kind, window, softcap, sinks]
+    defaults = ["causal", 0, 0.0, None]
+    while defaults and full[-1] == defaults[-1]:
+        full.pop()
+        defaults.pop()
+    return tuple(full)
 
 
 def _flat(values: Any) -> Iterator[Any]:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import logging
+import operator
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,6 +19,8 @@ from .names import source_line
 
 # Composite operators that hide which dims they sum over.
 _TAKEN_APART = frozenset({"einsum", "tensordot", "inner", "outer", "bilinear", "cosine_similarity", "moveaxis", "tile"})
+# The functions of torch's symbolic sizes that sympy itself does not have.
+_FUNCTIONS = {"FloorDiv": operator.floordiv, "Mod": operator.mod, "PythonMod": operator.mod, "Min": min, "Max": max}
 
 
 @dataclass(frozen=True)
@@ -37,13 +40,24 @@ class Trace:
         """
         for condition, line in self.conditions:
             (symbol,) = condition.free_symbols
+            holds = _evaluator(condition, symbol)
             for length in range(1, self.most_tokens + 1):
-                if not bool(condition.subs(symbol, length)):
+                if not holds(length):
                     text = str(condition).replace(str(symbol), "T")
                     raise UnsupportedModelError(
                         f"{name}: its code depends on the number of tokens T; the trace holds only where {text}"
                         + (f" (at {line})" if line else "")
                     )
+
+
+def _evaluator(condition: sympy.Basic, symbol: Any) -> Callable[[int], bool]:
+    """The condition as a function of a number; compiled where that works, for thousands of substitutions are slow."""
+    try:
+        compiled = sympy.lambdify(symbol, condition, modules=[_FUNCTIONS, "math"])
+        compiled(1)
+    except Exception:  # a function that lambdify does not know
+        return lambda length: bool(condition.subs(symbol, length))
+    return lambda length: bool(compiled(length))
 
 
 def export(module: Any, mode: FakeTensorMode, name: str, most_tokens: int) -> Trace:
@@ -101,12 +115,14 @@ def _trace(module: Any, mode: FakeTensorMode, most_tokens: int, deferred: bool) 
 
 
 def _conditions(exported: torch.export.ExportedProgram) -> Iterator[tuple[sympy.Basic, str]]:
+    seen: set[sympy.Basic] = set()
     for node in _nodes(exported):
         if _packet(node.target) != "_assert_scalar" or not isinstance(node.args[0], torch.fx.Node):
             continue
         condition = getattr(getattr(node.args[0].meta.get("val"), "node", None), "expr", None)
         # Others are constant, or about values that depend on the data, which convert refuses.
-        if isinstance(condition, sympy.Basic) and len(condition.free_symbols) == 1:
+        if isinstance(condition, sympy.Basic) and len(condition.free_symbols) == 1 and condition not in seen:
+            seen.add(condition)
             yield condition, source_line(node) or source_line(node.args[0])
 
 
@@ -116,7 +132,7 @@ def _reason(error: BaseException) -> str:
         cause = cause.__cause__
     lines = [line.strip() for line in str(cause).splitlines() if line.strip()]
     if "onstraints violated" in str(cause) or "Specializations" in str(cause):
-        plain = re.sub(r"L\['tokens'\]\.size\(\)\[0\]", "T", str(cause))
+        plain = re.sub(r"L\['tokens'\]\.size\(\)\[0\]", "T", str(cause)).replace("Specializations", "\n")
         holds = re.findall(r"generated guard (.*?)\.?$", plain, re.M) + re.findall(r"(?m)^\s*(T = \d+)$", plain)
         return f"its code depends on the number of tokens T; the trace holds only where {' and '.join(holds)[:300]}"
     return f"{type(cause).__name__}: {(lines or [''])[0][:400]}{_frame(cause)}"

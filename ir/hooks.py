@@ -137,19 +137,23 @@ def attention(
     return out, None
 
 
-def mask(attention_mask: Tensor | None = None, mask_function: Callable[..., Any] | None = None, **_: Any) -> Tensor:
+def mask(
+    attention_mask: Tensor | None = None, mask_function: Callable[..., Any] | None = None, **_: Any
+) -> Tensor | None:
     """The mask function given to transformers: a value that carries the mask's kind and window to its layers."""
+    if attention_mask is None:  # of an absent encoder, say; a layer that attends without a mask is refused
+        return None
     kind, window = mask_kind(mask_function)
-    if attention_mask is None:
-        raise UnsupportedModelError("the model dropped its attention mask before building the causal mask")
     return torch.ops.fuseline.mask(attention_mask, kind, window)  # type: ignore[no-any-return]
+
+
+KNOWN_MASKS = frozenset({"causal", "sliding", "chunked"})
 
 
 def mask_kind(function: Callable[..., Any] | None) -> tuple[str, int]:
     """Which mask a mask function of transformers builds: ``(kind, window)``.
 
-    Raises:
-        UnsupportedModelError: it is not causal, sliding or chunked (bidirectional prefixes, image blocks, ...).
+    The kind is one of ``KNOWN_MASKS``, or names what the function is made of (a bidirectional prefix, image blocks, ...).
     """
     leaves = sorted((_leaf(item) for item in _conjuncts(function)), reverse=True)
     match leaves:
@@ -157,9 +161,7 @@ def mask_kind(function: Callable[..., Any] | None) -> tuple[str, int]:
             return "causal", 0
         case [(("sliding" | "chunked") as kind, window), ("causal", 0)]:
             return kind, window
-    raise UnsupportedModelError(
-        f"the attention mask is {' and '.join(name for name, _ in leaves)}; no kernel computes it"
-    )
+    return " and ".join(name for name, _ in leaves), 0
 
 
 def _cells(function: Callable[..., Any]) -> dict[str, Any]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from torch.fx import Node
 
-from . import row_shapes  # noqa: F401  (adds its rules)
+from . import row_lookups, row_shapes  # noqa: F401  (they add their rules)
 from .dump import line_of
 from .errors import UnsupportedModelError
 from .graph import Graph, flat_types, node_inputs

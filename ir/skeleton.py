@@ -95,14 +95,33 @@ def _kept_wide(model: PreTrainedModel, dtype: torch.dtype) -> re.Pattern[str] | 
 
 def _prepare(model: PreTrainedModel, attention: str, experts: str) -> None:
     model.eval()
+    for option, value in (("output_attentions", False), ("output_hidden_states", False), ("return_dict", True)):
+        setattr(model.config, option, value)
     try:
         model.set_attn_implementation(attention)
     except (ValueError, ImportError, AttributeError) as error:
         raise UnsupportedModelError(
             f"{type(model).__name__} does not take its attention from transformers' AttentionInterface: {error}"
         ) from error
+    if attention == hooks.NAME and model.config._attn_implementation != attention:
+        # Transformers reads the source of a class to see whether it may; that of a class from a notebook it cannot read.
+        bases: list[Any] = [
+            base for base in type(model).__mro__[1:] if base.__module__.startswith("transformers.models.")
+        ]
+        if not any(base._can_set_attn_implementation() for base in bases if issubclass(base, PreTrainedModel)):
+            raise UnsupportedModelError(
+                f"{type(model).__name__} does not take its attention from transformers' AttentionInterface{_first_attention(model)}"
+            )
+        model.config._attn_implementation = attention
     if hasattr(model, "set_experts_implementation"):
         model.set_experts_implementation(experts)
+
+
+def _first_attention(model: PreTrainedModel) -> str:
+    for where, module in model.named_modules():
+        if "attention" in type(module).__name__.lower():
+            return f": {where} ({type(module).__name__}) computes its own"
+    return ""
 
 
 def _score(model: PreTrainedModel, prompt: Sequence[int]) -> torch.Tensor:

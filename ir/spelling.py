@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch.fx import Node
 
 from .ops import aten
+from .sizes import Unstatable
 from .types import Dim, TensorType
 
 IDENTITIES = frozenset({"contiguous", "clone", "alias", "detach", "lift_fresh_copy", "lift_fresh", "detach_", "lift"})
@@ -92,6 +94,29 @@ def normalize(target: Any, args: list[Any], kwargs: dict[str, Any], rank: int) -
             break
         values.pop()
     return target, values, named
+
+
+def parts_of(packet: str, args: list[Any], kinds: tuple[TensorType, ...]) -> Iterator[tuple[Any, tuple[Any, ...]]]:
+    """The calls ``(target, args)`` that make the parts of a split: a slice each, or a select each for ``unbind``.
+
+    ``kinds`` are the types of the parts.
+
+    Raises:
+        Unstatable: the row of tokens is cut.
+    """
+    rank = args[0].meta["type"].rank
+    dim = (args[1:] or [0])[0] if packet == "unbind" else (args[2:] or [0])[0]
+    axis = dim - rank if dim >= 0 else dim
+    start: Any = 0
+    for index, kind in enumerate(kinds):
+        if packet == "unbind":
+            yield aten("select.int"), (args[0], axis, index)
+            continue
+        width = kind.shape[axis]
+        if isinstance(width, Dim) or isinstance(start, Dim):
+            raise Unstatable(f"it cuts the row of tokens into parts ({width})")
+        yield aten("slice.Tensor"), (args[0], axis, start, start + width)
+        start += width
 
 
 def _negative(value: Any, rank: int) -> Any:

@@ -7,14 +7,14 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from ..ir.errors import FuselineError
+from ..ir.errors import FuselineError, UnsupportedModelError
 from ..ir.graph import Graph
 from ..ir.verify import verify
 from . import activations, norms, outer, rotary
 from .batch_dim import drop_batch_dim
 from .duplicates import merge_duplicates
 from .grouping import group_kernels
-from .ledger import PassReport
+from .ledger import PassReport, Refusal
 from .merge import merge_gate_up, merge_qkv
 from .paging import page_attention
 from .rule import Rule
@@ -72,6 +72,8 @@ CANONICAL: tuple[str, ...] = (
 LOWERING: tuple[str, ...] = ("MergeQKV", "MergeGateUp", "PageAttention", "SelectRows", "GroupKernels")
 
 PIPELINE: tuple[str, ...] = CANONICAL + LOWERING
+# Without these a graph does not run over a paged cache.
+_NEEDED = frozenset({"PageAttention", "SelectRows"})
 
 
 class UnknownPassError(FuselineError, KeyError):
@@ -98,11 +100,30 @@ def steps(graph: Graph, names: Sequence[str] = PIPELINE, check: bool = False) ->
             raise UnknownPassError(f"no pass is named {name}; there are {', '.join(PASSES)}")
     for name in names:
         begin = time.perf_counter()
-        graph, report = PASSES[name](graph)
+        graph, report = _guarded(name, graph, check)
         report.milliseconds = 1e3 * (time.perf_counter() - begin)
         if check:
             verify(graph)
         yield Step(name, graph, report)
+
+
+def _guarded(name: str, graph: Graph, check: bool) -> tuple[Graph, PassReport]:
+    """A pass on a graph. One that fails on a model it was not made for leaves the graph as it is and says why.
+
+    Raises:
+        UnsupportedModelError: the graph cannot be run without this pass. With ``check``, the pass's own error.
+    """
+    try:
+        return PASSES[name](graph)
+    except FuselineError:
+        raise
+    except Exception as error:
+        if check:
+            raise
+        why = f"{type(error).__name__}: {error}"
+        if name in _NEEDED:
+            raise UnsupportedModelError(f"{name} cannot handle this model: {why}") from error
+        return graph, PassReport(name, refused=[Refusal("graph", why)])
 
 
 def run(graph: Graph, names: Sequence[str] = PIPELINE) -> Graph:

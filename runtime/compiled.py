@@ -52,7 +52,9 @@ class CompiledModel:
         self.engine = engine
         self.options = options
         self.config = config
-        self.eos_token_ids = _token_ids(getattr(generation_config, "eos_token_id", None), config.eos_token_id)
+        self.eos_token_ids = _token_ids(
+            getattr(generation_config, "eos_token_id", None), getattr(config, "eos_token_id", None)
+        )
         pads = _token_ids(getattr(generation_config, "pad_token_id", None), getattr(config, "pad_token_id", None))
         self.pad_token_id = next(iter(pads or self.eos_token_ids), 0)
 

@@ -254,11 +254,26 @@ _VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     ),
     "llama4_text-chunked": (
         "llama4_text",
-        {"attention_chunk_size": 8, "no_rope_layers": [1, 0], "layer_types": ["chunked_attention", "full_attention"]},
+        {
+            "attention_chunk_size": 8,
+            "no_rope_layers": [1, 0],
+            "layer_types": ["chunked_attention", "full_attention"],
+            "attn_temperature_tuning": True,
+            "floor_scale": 4,
+            "attn_scale": 0.5,
+        },
     ),
-    "llama4_text-temperature": (
-        "llama4_text",
-        {"attn_temperature_tuning": True, "floor_scale": 4, "attn_scale": 0.5, "no_rope_layers": [0, 0]},
+    "gemma3n_text-shared-kv": (
+        "gemma3n_text",
+        {"num_hidden_layers": 4, "num_kv_shared_layers": 2, "layer_types": ["sliding_attention", "full_attention"] * 2},
+    ),
+    "gemma4_text-shared-kv": (
+        "gemma4_text",
+        {"num_hidden_layers": 4, "num_kv_shared_layers": 2, "layer_types": ["sliding_attention", "full_attention"] * 2},
+    ),
+    "gemma4_text-experts": (
+        "gemma4_text",
+        {"enable_moe_block": True, "top_k_experts": 2, "moe_intermediate_size": 24, "num_experts": 4},
     ),
     "granitemoehybrid-attention": ("granitemoehybrid", {"layer_types": ["attention", "attention"]}),
     "cohere2-all-sliding": ("cohere2", {"layer_types": ["sliding_attention", "sliding_attention"]}),
