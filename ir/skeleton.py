@@ -128,7 +128,7 @@ def _score(model: PreTrainedModel, prompt: Sequence[int]) -> torch.Tensor:
     with torch.no_grad():
         tokens = torch.tensor([list(prompt)], device=model.device)
         try:
-            return model(input_ids=tokens, use_cache=False).logits[0].float().cpu()  # type: ignore[no-any-return]
+            return model(input_ids=tokens).logits[0].float().cpu()  # type: ignore[no-any-return]
         except Exception as error:  # the model's own code
             raise UnsupportedModelError(
                 f"{type(model).__name__} itself fails on a prompt of {len(prompt)} tokens: {error}"
