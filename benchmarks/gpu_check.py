@@ -17,6 +17,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from transformers.utils import logging
 
 import fuseline
+from fuseline.runtime.models import resolve
 
 SHAPES: dict[str, dict[str, Any]] = {
     "llama-1b": {
@@ -37,11 +38,8 @@ DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 def model_of(source: str) -> PreTrainedModel:
     """The model on the GPU in fp32."""
     path = source.partition("=")[2]
-    if path.endswith(".gguf"):
-        folder, _, file = path.rpartition("/")
-        made = AutoModelForCausalLM.from_pretrained(folder or ".", gguf_file=file, dtype=torch.float32)
-    elif path:
-        made = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
+    if path:
+        made = AutoModelForCausalLM.from_pretrained(resolve(path), dtype=torch.float32)
     else:
         torch.manual_seed(0)
         with torch.device("cuda"):

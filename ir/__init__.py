@@ -1,5 +1,6 @@
 """The graph of a model: its operators, types and text, and the capture from Hugging Face."""
 
+from . import attention as _attention
 from . import nn as _operators
 from .dump import dump
 from .errors import (
@@ -29,4 +30,4 @@ __all__ = [
     "parse",
     "verify",
 ]
-del _operators
+del _attention, _operators

@@ -12,6 +12,7 @@ from torch.export.graph_signature import InputKind
 from torch.fx import Node
 
 from . import nn
+from .attention import attention
 from .errors import UnsupportedModelError
 from .graph import Graph
 from .hooks import KNOWN_MASKS
@@ -242,7 +243,7 @@ class _Conversion:
         if mask[1] not in KNOWN_MASKS:
             raise UnsupportedModelError(f"{where}: its attention mask is {mask[1]}; no kernel computes it")
         self.masks[layer] = (mask[1], mask[2])
-        return self.make(node, nn.attention, attention_arguments(args, len(self.masks) - 1), {}, "attention")
+        return self.make(node, attention, attention_arguments(args, len(self.masks) - 1), {}, "attention")
 
     def counted(self, node: Node, args: list[Any]) -> Node | None:
         """``arange(T)``: a token's place in the row of one sequence is its position."""

@@ -8,10 +8,10 @@ from typing import Any
 
 import torch
 
+from .attention import attention as reference
+from .attention import visible
 from .errors import UnsupportedModelError
 from .hooks import AttentionCall
-from .nn import attention as reference
-from .nn import visible
 
 
 def check_against_eager(calls: Sequence[AttentionCall], masks_of: dict[int, tuple[str, int]]) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from torch.fx import Node
 
 from ..ir import nn
+from ..ir.attention import cache_write, paged_attention
 from ..ir.build import insert_before
 from ..ir.graph import Graph, type_of
 from ..ir.infer import Inference
@@ -42,12 +43,10 @@ def page_attention(graph: Graph) -> tuple[Graph, PassReport]:
             store.meta["type"] = TensorType(type_of(rows).dtype, (c, heads, width))
             name = f"l{layer}_{role}_written"
             written.append(
-                insert_before(
-                    graph, node, infer, nn.cache_write, (store, rows, slots), name=name, source="PageAttention"
-                )
+                insert_before(graph, node, infer, cache_write, (store, rows, slots), name=name, source="PageAttention")
             )
         args = (q, *written, tables, starts, lengths, block_size, *rest)
-        paged = insert_before(graph, node, infer, nn.paged_attention, args)
+        paged = insert_before(graph, node, infer, paged_attention, args)
         line = node.meta.get("source", "")
         paged.meta["source"] = f"PageAttention; {line}" if line else "PageAttention"
         back = _reshaped(graph, node, paged, list(type_of(node).shape), infer)

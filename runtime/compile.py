@@ -28,6 +28,7 @@ from .dumps import Dump
 from .engine import Engine
 from .executor import Executor, cache_bytes_per_token, fold_constants, new_caches
 from .options import KVCacheConfig, OptionError, Options, positive, refuse_later, resolve_device, resolve_dtype
+from .packed import pack_linears
 from .report import Report
 from .selfcheck import check_concatenation, check_source, source_prompts
 
@@ -125,11 +126,12 @@ def compile(
     with report.timed("place weights"):
         constants = fold_constants(graph, values, place, lambda items: show(items, "weights", None))
         del values
+        linears, packed_bytes = pack_linears(graph, constants)
 
     block = graph.options.get("kv_block", 16)
 
     def on_cache(num_slots: int, fill: float | None = None) -> Executor:
-        return Executor(graph, constants, new_caches(graph, num_slots, place, fill), place, launches)
+        return Executor(graph, constants, new_caches(graph, num_slots, place, fill), place, launches, linears)
 
     with report.timed("self-check"), _spinner(progress, "self-check"):
         report.self_check = check_concatenation(
@@ -151,7 +153,7 @@ def compile(
         )
     blocks = _pool_blocks(graph, options, block)
     report.memory(
-        sum(item.numel() * item.element_size() for item in constants.values()),
+        sum(item.numel() * item.element_size() for item in constants.values()) + packed_bytes,
         blocks,
         block,
         cache_bytes_per_token(graph),

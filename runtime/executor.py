@@ -15,6 +15,7 @@ from ..ir.infer import target_makes_tensor
 from ..ir.interpret import bind_dims, call, read
 from ..ir.ops import op_name
 from ..ir.types import Dim, TensorType
+from .packed import Linear
 from .step import StepInput
 
 Launch = Callable[..., None]
@@ -63,6 +64,7 @@ class Executor:
         constants: from ``fold_constants``.
         caches: ``[C, kv_heads, head_dim]`` by role and layer (``"k0"``); written in place.
         launches: the launcher of every kernel region; without them, the reference implementations run.
+        linears: projections that run on packed weights instead of their reference.
     """
 
     def __init__(
@@ -72,8 +74,10 @@ class Executor:
         caches: Mapping[str, Tensor],
         device: torch.device,
         launches: Mapping[Region, Launch] | None = None,
+        linears: Mapping[Node, Linear] | None = None,
     ) -> None:
         self._graph = graph
+        self._linears = linears or {}
         self._device = device
         self._slots: dict[Node, int] = {}
         self._fixed: list[tuple[int, Tensor]] = []
@@ -131,6 +135,13 @@ class Executor:
 
     def _reference(self, node: Node) -> Instruction:
         out = self._slots[node]
+        if node in self._linears:
+            linear, source = self._linears[node], self._slots[node.args[0]]  # type: ignore[index]
+
+            def packed(values: list[Any], dims: Mapping[str, int]) -> None:
+                values[out] = linear(values[source])
+
+            return packed
         target: Any = node.target
         target = getattr(target, "reference", target)
         if (

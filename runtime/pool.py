@@ -41,7 +41,7 @@ class BlockPool:
         if not 0 <= n <= len(self._free):
             raise PoolError(f"cannot allocate {n} blocks: {len(self._free)} of {self.num_blocks} are free")
         split = len(self._free) - n
-        blocks = self._free[split:]
+        blocks = self._free[split:][::-1]
         del self._free[split:]
         for block in blocks:
             self._owned[block] = 1

@@ -1,0 +1,51 @@
+"""Projections on packed weights: the same numbers, and no weight is held twice. If this fails, the CPU path is wrong or fat."""
+
+from __future__ import annotations
+
+import torch
+
+from fuseline.ir import parse
+from fuseline.runtime.executor import fold_constants
+from fuseline.runtime.packed import pack_linears
+
+GRAPH = """\
+def f(tokens: i64[T], x: f32[T, 300], *, T: dim(1, 64)):
+    table: f32[301, 300] = weight("table")
+    small: f32[5, 300] = weight("small")
+    w: f32[257, 300] = weight("w")
+    b: f32[257] = weight("b")
+    e: f32[T, 300] = aten.embedding(table, tokens)
+    a: f32[T, 300] = aten.add.Tensor(x, e)
+    y: f32[T, 257] = aten.linear(a, w, b)
+    s: f32[T, 5] = aten.linear(a, small)
+    z: f32[T, 301] = aten.linear(a, table)
+    return (y, s, z)
+"""
+
+
+def test_packed_projections_are_projections() -> None:
+    graph = parse(GRAPH)
+    generator = torch.Generator().manual_seed(0)
+    shapes = {"table": (301, 300), "small": (5, 300), "w": (257, 300), "b": (257,)}
+    weights = {name: torch.randn(shape, generator=generator) for name, shape in shapes.items()}
+    constants = fold_constants(graph, weights, torch.device("cpu"))
+    linears, size = pack_linears(graph, constants)
+    assert {node.name for node in linears} == {"y", "z"}
+    # The embedding still reads its table row by row; the packed projection was the only reader of w.
+    assert {node.name for node in constants} == {"table", "small", "b"}
+    assert size == 4 * 300 * (257 + 301)
+    for tokens in (1, 2, 7, 61):
+        x = torch.randn(tokens, 300, generator=generator)
+        for node, name, bias in (
+            (graph_node(linears, "y"), "w", weights["b"]),
+            (graph_node(linears, "z"), "table", None),
+        ):
+            expected = torch.nn.functional.linear(
+                x.double(), weights[name].double(), None if bias is None else bias.double()
+            )
+            error = (linears[node](x).double() - expected).norm() / expected.norm()
+            assert float(error) < 1e-6
+
+
+def graph_node(linears: dict, name: str):
+    return next(node for node in linears if node.name == name)
