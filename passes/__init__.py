@@ -1,20 +1,29 @@
 """Rewrites of the graph: rules, merges, paging, and grouping into kernels. ``run`` applies them by name."""
 
 from .ledger import PassReport, Refusal
-from .pipeline import PASSES, PIPELINE, RULES, Step, UnknownPassError, run, steps
+from .pipeline import NEEDED, PASSES, RULES, Step, apply, run, steps
+from .registry import GraphPass, UnknownPassError
 from .rule import Reject, Rule, rule
+from .switches import Switches, switches
+
+register = PASSES.register
 
 __all__ = [
+    "NEEDED",
     "PASSES",
-    "PIPELINE",
     "RULES",
+    "GraphPass",
     "PassReport",
     "Refusal",
     "Reject",
     "Rule",
     "Step",
+    "Switches",
     "UnknownPassError",
+    "apply",
+    "register",
     "rule",
     "run",
     "steps",
+    "switches",
 ]

@@ -10,7 +10,7 @@ from ..ir.graph import Graph, flat_types, node_inputs, type_of
 from ..ir.infer import Inference
 from ..ir.ops import POINTWISE, aten, op_name
 from ..ir.types import Dim
-from .ledger import PassReport, Refusal
+from .ledger import PassReport
 
 # Operators that name dims from the right only, so that they work alike without the leading dim.
 _FROM_THE_RIGHT = frozenset(
@@ -33,9 +33,11 @@ class _Refused(Exception):
     """This operator keeps its batch dim."""
 
 
-def drop_batch_dim(graph: Graph) -> tuple[Graph, PassReport]:
+def drop_batch_dim(graph: Graph, report: PassReport) -> Graph:
     """Remove the leading dim of size 1 from every value that has one because the tokens were given as ``[1, T]``."""
-    old, report = graph, PassReport("DropBatchDim")
+    if not report.allows("graph"):
+        return graph
+    old = graph
     new = Graph(old.name, old.dims, old.options)
     infer = Inference()
     # For each old value: the new one, and whether it lacks the leading dim.
@@ -127,13 +129,12 @@ def drop_batch_dim(graph: Graph) -> tuple[Graph, PassReport]:
                 made.meta = dict(node.meta)
                 known[node] = (made, False)
         except _Refused:
-            report.refused.append(Refusal(node.name, f"{name} is not known to work without its leading dim"))
+            report.refuse(node.name, f"{name} is not known to work without its leading dim", node)
             made = new.call_function(node.target, tuple(mapped(node.args, keep)), dict(node.kwargs))
             made.name = new._graph_namespace.create_name(node.name, None)
             made.meta = dict(node.meta)
             known[node] = (made, False)
-    new.eliminate_dead()
-    return new, report
+    return new
 
 
 def _enters(node: Node) -> bool:

@@ -11,22 +11,20 @@ from ..ir.ops import is_pure
 from .ledger import PassReport
 
 
-def merge_duplicates(graph: Graph) -> tuple[Graph, PassReport]:
+def merge_duplicates(graph: Graph, report: PassReport) -> Graph:
     """Common subexpression elimination over values without effects."""
-    graph, report = graph.copy(), PassReport("MergeDuplicates")
     seen: dict[Any, Node] = {}
     for node in list(graph.calls()):
         if not is_pure(node.target):
             continue
         key = (node.target, _key(node.args), _key(node.kwargs))
-        if key in seen:
+        if key in seen and report.allows(node.name):
             node.replace_all_uses_with(seen[key])
             graph.erase_node(node)
             report.fused.append(seen[key].name)
         else:
             seen[key] = node
-    graph.eliminate_dead()
-    return graph, report
+    return graph
 
 
 def _key(value: Any) -> Any:

@@ -25,8 +25,8 @@ class Frame:
     head_dim: int | None
 
 
-def epilogue_of(anchor: Node, taken: dict[Node, Region]) -> tuple[list[Node], str | None]:
-    """The anchor and all that its kernel computes after it, in graph order; and why growth stopped, if it did."""
+def epilogue_of(anchor: Node, taken: dict[Node, Region]) -> tuple[list[Node], tuple[str, Node] | None]:
+    """The anchor and all that its kernel computes after it, in graph order; and why and where growth stopped, if it did."""
     width = type_of(anchor).shape[-1]
     assert isinstance(width, int)
     frames: dict[Node, Frame] = {anchor: Frame(frozenset({0}), width, None)}
@@ -36,7 +36,7 @@ def epilogue_of(anchor: Node, taken: dict[Node, Region]) -> tuple[list[Node], st
         assert isinstance(low, int) and isinstance(high, int)
         frames[part] = Frame(frozenset({low}), high - low, None)
     later = _descendants(anchor)
-    stopped: str | None = None
+    stopped: tuple[str, Node] | None = None
     for node in later:
         if node in frames or node in taken or node.op != "call_function":
             continue
@@ -45,20 +45,20 @@ def epilogue_of(anchor: Node, taken: dict[Node, Region]) -> tuple[list[Node], st
             continue
         outer = [item for item in node.all_input_nodes if item not in frames]
         if any(item in later for item in outer):
-            stopped = stopped or f"{node.name} also needs a value that depends on {anchor.name}"
+            stopped = stopped or (f"{node.name} also needs a value that depends on {anchor.name}", node)
             continue
         frame = _frame_after(node, [frames[item] for item in inner], inner)
         if frame is None:
-            stopped = stopped or f"{node.name}: {op_name(node.target)} does not fit on a tile of {anchor.name}"
+            stopped = stopped or (f"{node.name}: {op_name(node.target)} does not fit on a tile of {anchor.name}", node)
             continue
         frames[node] = frame
     members = list(frames)
     if sections and not _consistent(members, frames, sections):
-        return [anchor], "the parts of the result are used in ways that differ in width"
+        return [anchor], ("the parts of the result are used in ways that differ in width", anchor)
     heads = {frame.head_dim for frame in frames.values() if frame.head_dim}
     if len(heads) > 1 or (heads and not sections and any(width % head for head in heads)):
         keep = [node for node in members if frames[node].head_dim is None]
-        return keep, "its parts have heads of different sizes"
+        return keep, ("its parts have heads of different sizes", anchor)
     return members, stopped
 
 

@@ -15,15 +15,14 @@ from ..ir.graph import Graph, Region, flat_types, is_constant
 from ..ir.ops import op_name
 from ..ir.tiles import is_matmul, is_row_op, is_view
 from .epilogue import epilogue_of, prologue_of
-from .ledger import PassReport, Refusal
+from .ledger import PassReport
 from .ordering import make_contiguous
 
 _ALONE = frozenset({"nn.paged_attention", "nn.grouped_linear"})
 
 
-def group_kernels(graph: Graph) -> tuple[Graph, PassReport]:
+def group_kernels(graph: Graph, report: PassReport) -> Graph:
     """Put the nodes of a lowered graph into kernel regions and order them so that each region is contiguous."""
-    graph, report = graph.copy(), PassReport("GroupKernels")
     regions: dict[Node, Region] = {}
     count = 0
 
@@ -42,7 +41,7 @@ def group_kernels(graph: Graph) -> tuple[Graph, PassReport]:
             members, refusal = epilogue_of(node, regions)
             members = prologue_of(node, members, regions) + members
             if refusal is not None:
-                report.refused.append(Refusal(node.name, refusal))
+                report.refuse(node.name, *refusal)
             claim(members, stem(node.name))
             report.fused.append(node.name)
         elif op_name(node.target) in _ALONE:
@@ -54,7 +53,7 @@ def group_kernels(graph: Graph) -> tuple[Graph, PassReport]:
     for node, region in regions.items():
         node.meta["region"] = region
     make_contiguous(graph)
-    return graph, report
+    return graph
 
 
 def stem(name: str) -> str:

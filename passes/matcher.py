@@ -34,42 +34,40 @@ class Match:
         return [node for node in self.calls.values() if node not in self.roots]
 
 
-def matches(pattern: Pattern, root: Node) -> Iterator[Match]:
-    """Every way in which the first result of the pattern is ``root``; further results are found among its relatives."""
-    for found in _match(pattern.results[0], root, Match()):
-        yield from _further(pattern.results[1:], root, found, (found.calls.get(pattern.results[0], root),))
+@dataclass
+class Trail:
+    """How far the best attempt to match came that failed: operators matched, and the first thing that did not fit."""
+
+    depth: int = 0
+    why: str = ""
+    node: Node | None = None
+
+    def note(self, so_far: Match, at: Node, why: str) -> None:
+        if len(so_far.calls) > self.depth:
+            self.depth, self.why, self.node = len(so_far.calls), why, at
 
 
-def _further(rest: tuple[Any, ...], root: Node, found: Match, roots: tuple[Node, ...]) -> Iterator[Match]:
-    if not rest:
-        yield Match(found.bound, found.calls, found.casts, roots)
-        return
-    if rest[0] in found.calls:
-        yield from _further(rest[1:], root, found, (*roots, found.calls[rest[0]]))
-        return
-    shared = [item for item in found.bound.values() if isinstance(item, Node)] + list(found.calls.values())
-    seen: set[Node] = set()
-    for value in shared:
-        for user in list(value.users):
-            if user not in seen and user not in roots:
-                seen.add(user)
-                for deeper in _match(rest[0], user, found):
-                    yield from _further(rest[1:], root, deeper, (*roots, user))
+def matches(pattern: Pattern, root: Node, trail: Trail | None = None) -> Iterator[Match]:
+    """Every way in which the first result of the pattern is ``root``; further results are found among its relatives.
+
+    ``trail`` is told of the attempts that fail.
+    """
+    search = _Search(trail or Trail())
+    for found in search.match(pattern.results[0], root, Match(), root):
+        yield from search.further(pattern.results[1:], root, found, (found.calls.get(pattern.results[0], root),))
 
 
 def through_casts(node: Any) -> Any:
     """The value before casts."""
-    while isinstance(node, Node) and node.op == "call_function" and op_name(node.target) == "aten.to.dtype":
+    while _is_cast(node):
         node = node.args[0]
     return node
 
 
 def before_widening(node: Any) -> Any:
     """The value before casts to a wider float type: operators of ours compute in fp32 anyway."""
-    while isinstance(node, Node) and node.op == "call_function" and op_name(node.target) == "aten.to.dtype":
+    while _is_cast(node):
         source = node.args[0]
-        if not isinstance(source, Node):
-            break
         narrow, wide = type_of(source).dtype, type_of(node).dtype
         if _FLOAT_WIDTH.get(narrow, 9) >= _FLOAT_WIDTH.get(wide, 0):
             break
@@ -77,87 +75,115 @@ def before_widening(node: Any) -> Any:
     return node
 
 
-def _match(pattern: Any, value: Any, so_far: Match) -> Iterator[Match]:
-    if isinstance(pattern, Var):
-        yield from _bind(pattern, value, so_far)
-    elif isinstance(pattern, Call):
-        yield from _match_call(pattern, value, so_far)
-    elif isinstance(pattern, list):
-        if isinstance(value, (list, tuple)) and len(value) == len(pattern):
-            yield from _match_all(list(zip(pattern, value)), so_far)
-    elif isinstance(value, Node):
-        return
-    elif type(pattern) is type(value) or (isinstance(pattern, (int, float)) and isinstance(value, (int, float))):
-        close = (
-            isinstance(pattern, float)
-            and isinstance(value, (int, float))
-            and abs(pattern - value) <= 1e-6 * abs(pattern)
-        )
-        if close or pattern == value:
+class _Search:
+    def __init__(self, trail: Trail) -> None:
+        self.trail = trail
+
+    def further(self, rest: tuple[Any, ...], root: Node, found: Match, roots: tuple[Node, ...]) -> Iterator[Match]:
+        if not rest:
+            yield Match(found.bound, found.calls, found.casts, roots)
+            return
+        if rest[0] in found.calls:
+            yield from self.further(rest[1:], root, found, (*roots, found.calls[rest[0]]))
+            return
+        shared = [item for item in found.bound.values() if isinstance(item, Node)] + list(found.calls.values())
+        seen: set[Node] = set()
+        for value in shared:
+            for user in list(value.users):
+                if user not in seen and user not in roots:
+                    seen.add(user)
+                    for deeper in self.match(rest[0], user, found, user):
+                        yield from self.further(rest[1:], root, deeper, (*roots, user))
+
+    def match(self, pattern: Any, value: Any, so_far: Match, owner: Node) -> Iterator[Match]:
+        """Ways to match an argument ``value`` of ``owner``."""
+        if isinstance(pattern, Var):
+            yield from self.bind(pattern, value, so_far, owner)
+        elif isinstance(pattern, Call):
+            yield from self.match_call(pattern, value, so_far, owner)
+        elif isinstance(pattern, list):
+            if isinstance(value, (list, tuple)) and len(value) == len(pattern):
+                yield from self.match_all(list(zip(pattern, value)), so_far, owner)
+        elif not isinstance(value, Node) and _same_literal(pattern, value):
             yield so_far
-    elif pattern == value:
-        yield so_far
+        else:
+            shown = value.name if isinstance(value, Node) else value
+            self.trail.note(so_far, owner, f"{owner.name} has {shown} where {pattern} is expected")
+
+    def bind(self, variable: Var, value: Any, so_far: Match, owner: Node) -> Iterator[Match]:
+        if not _fits(variable, value):
+            kind = variable.literal.__name__ if variable.literal else "value"
+            self.trail.note(so_far, owner, f"{owner.name} has {value} where a {kind} is expected")
+            return
+        value = before_widening(value)
+        if variable.name not in so_far.bound:
+            yield Match({**so_far.bound, variable.name: value}, so_far.calls, so_far.casts)
+            return
+        known = so_far.bound[variable.name]
+        if known is value or (not isinstance(value, Node) and known == value):
+            yield so_far
+            return
+        left, right = (item.name if isinstance(item, Node) else item for item in (value, known))
+        self.trail.note(so_far, owner, f"{owner.name} reads {left}, not {right}")
+
+    def match_call(self, pattern: Call, value: Any, so_far: Match, owner: Node) -> Iterator[Match]:
+        if pattern in so_far.calls:
+            if through_casts(so_far.calls[pattern]) is through_casts(value):
+                yield so_far
+            return
+        casts: list[Node] = []
+        if isinstance(value, Node) and (pattern.target == "getitem" or op_name(pattern.target) != "aten.to.dtype"):
+            while _is_cast(value):
+                casts.append(value)
+                value = value.args[0]
+        wanted = operator.getitem if pattern.target == "getitem" else pattern.target
+        if not isinstance(value, Node) or value.op != "call_function" or value.target != wanted:
+            found = value if not isinstance(value, Node) else f"{value.name} ({op_name(value.target)})"
+            self.trail.note(so_far, owner, f"{owner.name} reads {found} where {op_name(wanted)} is expected")
+            return
+        theirs, ours = _with_defaults(value.target, value.args), _with_defaults(value.target, pattern.args)
+        if len(theirs) != len(ours) or set(value.kwargs) != set(pattern.kwargs):
+            self.trail.note(so_far, value, f"{value.name} ({op_name(wanted)}) has other arguments")
+            return
+        entered = Match(so_far.bound, {**so_far.calls, pattern: value}, (*so_far.casts, *casts))
+        named = [(pattern.kwargs[name], value.kwargs[name]) for name in pattern.kwargs]
+        orders = [list(zip(ours, theirs))]
+        if pattern.target != "getitem" and op_name(pattern.target) in COMMUTATIVE:
+            orders.append([(ours[0], theirs[1]), (ours[1], theirs[0])])
+        for order in orders:
+            yield from self.match_all(order + named, entered, value)
+
+    def match_all(self, pairs: list[tuple[Any, Any]], so_far: Match, owner: Node) -> Iterator[Match]:
+        if not pairs:
+            yield so_far
+            return
+        for found in self.match(*pairs[0], so_far, owner):
+            yield from self.match_all(pairs[1:], found, owner)
 
 
-def _bind(variable: Var, value: Any, so_far: Match) -> Iterator[Match]:
+def _is_cast(value: Any) -> bool:
+    return (
+        isinstance(value, Node)
+        and value.op == "call_function"
+        and op_name(value.target) == "aten.to.dtype"
+        and isinstance(value.args[0], Node)
+    )
+
+
+def _same_literal(pattern: Any, value: Any) -> bool:
+    if isinstance(pattern, float) and isinstance(value, (int, float)) and not isinstance(value, bool):
+        return pattern == value or abs(pattern - value) <= 1e-6 * abs(pattern)
+    return bool(pattern == value)
+
+
+def _fits(variable: Var, value: Any) -> bool:
+    """Whether a variable may stand for a value, by its annotation."""
+    if variable.literal is None:
+        return isinstance(value, Node)
     if variable.literal is object:
-        if value is not None and not isinstance(value, Node):
-            return
-    elif variable.literal is not None:
-        accepted = (int, float) if variable.literal is float else variable.literal
-        if isinstance(value, Node) or not isinstance(value, accepted) or isinstance(value, bool):
-            return
-    elif not isinstance(value, Node):
-        return
-    value = before_widening(value)
-    if variable.name in so_far.bound:
-        if so_far.bound[variable.name] is value or (
-            not isinstance(value, Node) and so_far.bound[variable.name] == value
-        ):
-            yield so_far
-        return
-    yield Match({**so_far.bound, variable.name: value}, so_far.calls, so_far.casts)
-
-
-def _match_call(pattern: Call, value: Any, so_far: Match) -> Iterator[Match]:
-    if not isinstance(value, Node):
-        return
-    if pattern in so_far.calls:
-        if through_casts(so_far.calls[pattern]) is through_casts(value):
-            yield so_far
-        return
-    casts: list[Node] = []
-    if not (pattern.target != "getitem" and op_name(pattern.target) == "aten.to.dtype"):
-        node = value
-        while node.op == "call_function" and op_name(node.target) == "aten.to.dtype" and isinstance(node.args[0], Node):
-            casts.append(node)
-            node = node.args[0]
-        value = node
-    if value.op != "call_function":
-        return
-    if pattern.target == "getitem":
-        if value.target is not operator.getitem:
-            return
-    elif value.target != pattern.target:
-        return
-    theirs, ours = _with_defaults(value.target, value.args), _with_defaults(value.target, pattern.args)
-    if len(theirs) != len(ours) or set(value.kwargs) != set(pattern.kwargs):
-        return
-    entered = Match(so_far.bound, {**so_far.calls, pattern: value}, (*so_far.casts, *casts))
-    named = [(pattern.kwargs[name], value.kwargs[name]) for name in pattern.kwargs]
-    orders = [list(zip(ours, theirs))]
-    if pattern.target != "getitem" and op_name(pattern.target) in COMMUTATIVE:
-        orders.append([(ours[0], theirs[1]), (ours[1], theirs[0])])
-    for order in orders:
-        yield from _match_all(order + named, entered)
-
-
-def _match_all(pairs: list[tuple[Any, Any]], so_far: Match) -> Iterator[Match]:
-    if not pairs:
-        yield so_far
-        return
-    for found in _match(*pairs[0], so_far):
-        yield from _match_all(pairs[1:], found)
+        return value is None or isinstance(value, Node)
+    accepted = (int, float) if variable.literal is float else variable.literal
+    return isinstance(value, accepted) and not isinstance(value, bool)
 
 
 def _with_defaults(target: Any, args: Sequence[Any]) -> list[Any]:

@@ -10,35 +10,32 @@ from ..ir.build import insert_before
 from ..ir.graph import Graph, is_constant, type_of
 from ..ir.infer import Inference
 from ..ir.ops import POINTWISE, aten, op_name
-from .ledger import PassReport, Refusal
+from .ledger import PassReport
 from .rule import hoist
 
 _GATED = frozenset({"nn.silu_mul", "nn.gelu_mul", "aten.mul.Tensor"})
 _HEADWISE = POINTWISE | {"aten.reshape", "aten.slice.Tensor", "aten.cat", "nn.rms_norm", "nn.layer_norm", "nn.rope"}
 
 
-def merge_qkv(graph: Graph) -> tuple[Graph, PassReport]:
+def merge_qkv(graph: Graph, report: PassReport) -> Graph:
     """Merge the projections that make one attention's queries, keys and values."""
-    graph, report = graph.copy(), PassReport("MergeQKV")
     infer = Inference()
     for node in list(graph.calls()):
         if op_name(node.target) != "nn.attention":
             continue
         sources = [_projection_of(item) for item in node.args[:3] if isinstance(item, Node)]
         if any(item is None for item in sources):
-            report.refused.append(Refusal(node.name, "queries, keys and values are not each one projection"))
+            report.refuse(node.name, "queries, keys and values are not each one projection", node)
             continue
         linears = list(dict.fromkeys(item for item in sources if item is not None))
         if len(linears) == 1:
             continue  # the model projects all three at once
         _merge(graph, linears, "qkv", report, infer)
-    graph.eliminate_dead()
-    return graph, report
+    return graph
 
 
-def merge_gate_up(graph: Graph) -> tuple[Graph, PassReport]:
+def merge_gate_up(graph: Graph, report: PassReport) -> Graph:
     """Merge the two projections whose results are multiplied, one of them after an activation."""
-    graph, report = graph.copy(), PassReport("MergeGateUp")
     infer = Inference()
     for node in list(graph.calls()):
         if op_name(node.target) not in _GATED or len(node.all_input_nodes) != 2:
@@ -47,11 +44,10 @@ def merge_gate_up(graph: Graph) -> tuple[Graph, PassReport]:
         linears = [item for item in sources if item is not None]
         if len(linears) == 2 and linears[0] is not linears[1] and linears[0].args[0] is linears[1].args[0]:
             if type_of(linears[0]) != type_of(linears[1]):
-                report.refused.append(Refusal(node.name, "gate and up differ in width"))
+                report.refuse(node.name, "gate and up differ in width", node)
                 continue
             _merge(graph, linears, "gate_up", report, infer)
-    graph.eliminate_dead()
-    return graph, report
+    return graph
 
 
 def _projection_of(value: Node) -> Node | None:
@@ -95,7 +91,9 @@ def _merge(graph: Graph, linears: Sequence[Node], what: str, report: PassReport,
     site = "+".join(node.name for node in ordered)
     why = _reason_against(ordered)
     if why:
-        report.refused.append(Refusal(site, why))
+        report.refuse(site, why, ordered[-1])
+        return
+    if not report.allows(site):
         return
     first = min(ordered)
     x = first.args[0]

@@ -17,12 +17,11 @@ from .ledger import PassReport
 _DIMS = {"S": (1, 8192), "B": (1, 1 << 20), "C": (1, 1 << 40)}
 
 
-def page_attention(graph: Graph) -> tuple[Graph, PassReport]:
+def page_attention(graph: Graph, report: PassReport) -> Graph:
     """Give the graph block tables, and every attention layer a cache to write its keys and values to and read from."""
-    graph, report = graph.copy(), PassReport("PageAttention")
     layers = [node for node in graph.calls() if op_name(node.target) == "nn.attention"]
     if not layers:
-        return graph, report
+        return graph
     infer = Inference()
     block_size = graph.options.get("kv_block", 16)
     graph.dims.update(_DIMS)
@@ -55,7 +54,7 @@ def page_attention(graph: Graph) -> tuple[Graph, PassReport]:
         graph.erase_node(node)
         paged.name = name
         report.fused.append(name)
-    return graph, report
+    return graph
 
 
 def _as_rows(graph: Graph, node: Node, value: Node, infer: Inference) -> Node:

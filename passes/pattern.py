@@ -10,7 +10,7 @@ from __future__ import annotations
 import ast
 import inspect
 import textwrap
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -41,6 +41,21 @@ class Pattern:
 
     variables: tuple[Var, ...]
     results: tuple[Any, ...]
+
+    @property
+    def size(self) -> int:
+        """How many operators the pattern holds."""
+        return len({call for result in self.results for call in _calls(result)})
+
+
+def _calls(value: Any) -> Iterator[Call]:
+    if isinstance(value, Call):
+        yield value
+        for item in value.args:
+            yield from _calls(item)
+    elif isinstance(value, list):
+        for item in value:
+            yield from _calls(item)
 
 
 _LITERALS: dict[str, type] = {"int": int, "float": float, "str": str, "list": list, "object": object}

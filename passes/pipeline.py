@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,14 +14,14 @@ from . import activations, norms, outer, rotary
 from .batch_dim import drop_batch_dim
 from .duplicates import merge_duplicates
 from .grouping import group_kernels
-from .ledger import PassReport, Refusal
+from .ledger import PassReport
 from .merge import merge_gate_up, merge_qkv
 from .paging import page_attention
+from .registry import GraphPass, Registry
 from .rule import Rule
 from .select_rows import select_rows
+from .switches import Switches
 from .transposes import sink_transposes
-
-GraphPass = Callable[[Graph], tuple[Graph, PassReport]]
 
 # A declaration is a class to the eye and a `Rule` once its decorator has read it.
 _DECLARED: tuple[Any, ...] = (
@@ -46,7 +46,7 @@ _DECLARED: tuple[Any, ...] = (
 )
 RULES: tuple[Rule, ...] = _DECLARED
 
-PASSES: dict[str, GraphPass] = {
+_OWN: dict[str, GraphPass] = {
     "DropBatchDim": drop_batch_dim,
     "MergeDuplicates": merge_duplicates,
     "SinkTransposes": sink_transposes,
@@ -71,13 +71,9 @@ CANONICAL: tuple[str, ...] = (
 # Our operators become kernels over a paged cache.
 LOWERING: tuple[str, ...] = ("MergeQKV", "MergeGateUp", "PageAttention", "SelectRows", "GroupKernels")
 
-PIPELINE: tuple[str, ...] = CANONICAL + LOWERING
+PASSES = Registry(_OWN, CANONICAL + LOWERING)
 # Without these a graph does not run over a paged cache.
-_NEEDED = frozenset({"PageAttention", "SelectRows"})
-
-
-class UnknownPassError(FuselineError, KeyError):
-    """There is no pass of that name."""
+NEEDED = frozenset({"PageAttention", "SelectRows"})
 
 
 @dataclass(frozen=True)
@@ -89,45 +85,60 @@ class Step:
     report: PassReport
 
 
-def steps(graph: Graph, names: Sequence[str] = PIPELINE, check: bool = False) -> Iterator[Step]:
-    """Run passes one after another and show each result. ``check`` verifies the graph after each pass.
+def steps(
+    graph: Graph, names: Sequence[str] | None = None, check: bool = False, skip: Switches | None = None
+) -> Iterator[Step]:
+    """Run passes one after another, by default the whole pipeline, and show each result.
+
+    Args:
+        check: verify the graph after each pass.
+        skip: passes, and single applications of them, that are switched off.
 
     Raises:
         UnknownPassError: a name is not in ``PASSES``.
     """
+    names = PASSES.pipeline if names is None else names
     for name in names:
-        if name not in PASSES:
-            raise UnknownPassError(f"no pass is named {name}; there are {', '.join(PASSES)}")
-    for name in names:
-        begin = time.perf_counter()
-        graph, report = _guarded(name, graph, check)
-        report.milliseconds = 1e3 * (time.perf_counter() - begin)
-        if check:
-            verify(graph)
+        PASSES[name]
+    for number, name in enumerate(names, start=1):
+        report = PassReport(name)
+        if skip is not None:
+            report.off = skip.applications(name)
+        if skip is None or not skip.whole(number, name):
+            graph = apply(name, graph, report, check)
         yield Step(name, graph, report)
 
 
-def _guarded(name: str, graph: Graph, check: bool) -> tuple[Graph, PassReport]:
-    """A pass on a graph. One that fails on a model it was not made for leaves the graph as it is and says why.
+def apply(name: str, graph: Graph, report: PassReport, check: bool = False) -> Graph:
+    """The graph after one pass; the given one stays as it is. A pass that fails on a model it was not made for changes
+    nothing, and the report says why.
 
     Raises:
         UnsupportedModelError: the graph cannot be run without this pass. With ``check``, the pass's own error.
+        VerificationError: with ``check``, the pass left a malformed graph.
     """
+    begin = time.perf_counter()
     try:
-        return PASSES[name](graph)
+        after = PASSES[name](graph.copy(), report)
+        after.eliminate_dead()
     except FuselineError:
         raise
     except Exception as error:
         if check:
             raise
         why = f"{type(error).__name__}: {error}"
-        if name in _NEEDED:
+        if name in NEEDED:
             raise UnsupportedModelError(f"{name} cannot handle this model: {why}") from error
-        return graph, PassReport(name, refused=[Refusal("graph", why)])
+        report.refuse("graph", why)
+        after = graph
+    report.milliseconds = 1e3 * (time.perf_counter() - begin)
+    if check:
+        verify(after)
+    return after
 
 
-def run(graph: Graph, names: Sequence[str] = PIPELINE) -> Graph:
-    """Run the named passes on a graph and return the new graph; the given one stays as it is."""
+def run(graph: Graph, names: Sequence[str] | None = None) -> Graph:
+    """Run the named passes (by default the whole pipeline) on a graph and return the new graph; the given one stays as it is."""
     for step in steps(graph, names):
         graph = step.graph
     return graph

@@ -19,8 +19,9 @@ from ..ir.build import insert_before
 from ..ir.graph import Graph, is_constant, type_of
 from ..ir.infer import Inference
 from ..ir.ops import aten
+from ..ir.verify import excerpt
 from .ledger import PassReport, Refusal
-from .matcher import Match, matches
+from .matcher import Match, Trail, matches
 from .pattern import Call, Pattern, Var, read_pattern
 
 Example = tuple[str, str]
@@ -43,43 +44,47 @@ class Rule:
     exact: bool = True
     shared_inner: bool = field(default=False)
 
-    def __call__(self, graph: Graph) -> tuple[Graph, PassReport]:
-        """Apply the rule wherever it fits. Returns a new graph and the account of all sites."""
-        graph = graph.copy()
-        report = PassReport(self.name)
+    def __call__(self, graph: Graph, report: PassReport) -> Graph:
+        """Apply the rule, in place, wherever it fits, and note all sites."""
         infer = Inference()
         for root in list(graph.calls()):
             if not root._erased:
                 self._site(graph, root, report, infer)
-        graph.eliminate_dead()
-        return graph, report
+        return graph
 
     def _site(self, graph: Graph, root: Node, report: PassReport, infer: Inference) -> None:
-        reasons: list[str] = []
-        if isinstance(self.before.results[0], Call) and root.target != self.before.results[0].target:
+        first = self.before.results[0]
+        if isinstance(first, Call) and root.target != first.target:
             return
-        for found in matches(self.before, root):
+        refusal: tuple[str, Node] | None = None
+        trail = Trail()
+        for found in matches(self.before, root, trail):
             why = self._refusal(found)
             if why is None:
-                _replace(graph, self, found, infer)
-                report.fused.append(root.name)
+                if report.allows(root.name):
+                    name = root.name
+                    _replace(graph, self, found, infer)
+                    report.fused.append(name)
                 return
-            reasons.append(why)
-        if reasons:
-            report.refused.append(Refusal(root.name, reasons[0]))
+            refusal = refusal or why
+        if refusal:
+            report.refuse(root.name, *refusal)
+        elif trail.depth >= max(2, (self.before.size + 1) // 2):
+            report.near.append(Refusal(root.name, trail.why, excerpt(trail.node) if trail.node else ""))
 
-    def _refusal(self, found: Match) -> str | None:
+    def _refusal(self, found: Match) -> tuple[str, Node] | None:
+        """Why the rule does not apply where its pattern fits, and the node that stands in the way."""
         if self.when is not None:
             try:
                 self.when(found)
             except Reject as reason:
-                return str(reason)
+                return str(reason), found.roots[0]
         if not self.shared_inner:
             own = {*found.calls.values(), *found.casts}
             for node in found.inner:
                 for user in node.users:
                     if user not in own:
-                        return f"{node.name} is also used by {user.name}"
+                        return f"{node.name} is also used by {user.name}", user if user.op == "call_function" else node
         return None
 
 

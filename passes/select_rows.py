@@ -17,15 +17,14 @@ from .ledger import PassReport
 _ROWWISE = POINTWISE | {"aten.linear", "nn.rms_norm", "nn.layer_norm"}
 
 
-def select_rows(graph: Graph) -> tuple[Graph, PassReport]:
+def select_rows(graph: Graph, report: PassReport) -> Graph:
     """Add an input ``rows i64[R]``; the graph returns the logits of those rows.
 
     The selection moves up through all that works row by row, so that the final norm and the lm_head run on ``R`` rows.
     """
-    graph, report = graph.copy(), PassReport("SelectRows")
     result = graph.output_node().args[0]
     if not isinstance(result, Node) or flat_types(result.meta["type"])[0].shape[:1] != (Dim.named("T"),):
-        return graph, report
+        return graph
     graph.dims["R"] = (0, graph.dims["T"][1])
     rows = graph.add_input("rows", TensorType("i64", (Dim.named("R"),)))
     infer = Inference()
@@ -46,7 +45,7 @@ def select_rows(graph: Graph) -> tuple[Graph, PassReport]:
         node.meta["type"] = infer(node.target, node.args, dict(node.kwargs))
         node.meta.pop("constant", None)
     report.fused.append(made.name)
-    return graph, report
+    return graph
 
 
 def _row_operand(node: Node) -> Node | None:

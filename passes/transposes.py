@@ -16,23 +16,23 @@ _LAST_DIM_ONLY = frozenset({"aten.slice.Tensor", "aten.cat", "aten.mean.dim", "a
 _NORMS = frozenset({"aten.layer_norm", "aten.rms_norm", "nn.rms_norm", "nn.layer_norm"})
 
 
-def sink_transposes(graph: Graph) -> tuple[Graph, PassReport]:
+def sink_transposes(graph: Graph, report: PassReport) -> Graph:
     """Rewrite ``op(transpose(x))`` as ``transpose(op(x))`` where ``op`` works on the last dim, and cancel pairs."""
-    graph, report = graph.copy(), PassReport("SinkTransposes")
     infer = Inference()
     for node in list(graph.calls()):
         if _is_swap(node) and isinstance(node.args[0], Node) and _is_swap(node.args[0]):
             base = node.args[0].args[0]
             assert isinstance(base, Node)
+            if not report.allows(node.name):
+                continue
             node.replace_all_uses_with(base)
             graph.erase_node(node)
             report.fused.append(base.name)
-        elif _sinks(node):
+        elif _sinks(node) and report.allows(node.name):
             made = _sink(graph, node, infer)
             if made is not None:
                 report.fused.append(made)
-    graph.eliminate_dead()
-    return graph, report
+    return graph
 
 
 def _is_swap(node: Node) -> bool:

@@ -100,7 +100,7 @@ def compile(
     report.capture(graph)
     if record:
         record.graph("capture", graph)
-    names = list(passes.PIPELINE) if not _is_lowered(graph) else []
+    names = list(passes.PASSES.pipeline) if not _is_lowered(graph) else []
     with report.timed("passes"):
         for step in show(passes.steps(graph, names, check=verify), "passes", len(names)):
             graph = step.graph
