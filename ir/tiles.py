@@ -142,6 +142,21 @@ def is_matmul(node: Node) -> bool:
     return all(item is None or (isinstance(item, Node) and is_constant(item)) for item in weights)
 
 
+def why_outside(node: Node) -> str:
+    """Why no kernel computes an operator."""
+    name = op_name(node.target)
+    for value in [node, *node.all_input_nodes]:
+        for kind in flat_types(value.meta["type"]):
+            if kind.dtype not in _ELEMENTS:
+                return f"{value.name} has elements of type {kind.dtype}, which kernels do not handle"
+            if any(isinstance(size, Dim) for size in kind.shape[1:]):
+                return f"{value.name} has rows of tokens in an inner dim: {kind}"
+    if name == "aten.linear":
+        return f"{name}: its weight is computed in the step, or its rows are no matrix"
+    known = name in TILE_POINTWISE | TILE_VIEWS | TILE_LOOKUPS | TILE_REDUCTIONS
+    return f"{name}: no kernel takes these arguments" if known else f"{name} is not among the operators of kernels"
+
+
 def loose(graph: Graph) -> list[Node]:
     """The nodes computed in each step."""
     return [node for node in graph.calls() if not is_constant(node) and str(node.target) != "cache"]

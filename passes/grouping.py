@@ -13,7 +13,7 @@ from torch.fx import Node
 
 from ..ir.graph import Graph, Region, flat_types, is_constant
 from ..ir.ops import op_name
-from ..ir.tiles import is_matmul, is_row_op, is_view
+from ..ir.tiles import is_matmul, is_row_op, is_view, loose, why_outside
 from .epilogue import epilogue_of, prologue_of
 from .ledger import PassReport
 from .ordering import make_contiguous
@@ -50,6 +50,9 @@ def group_kernels(graph: Graph, report: PassReport) -> Graph:
     for members in _row_regions(graph, regions):
         claim(members, row_name(members))
         report.fused.append(members[-1].name)
+    for node in loose(graph):
+        if node not in regions and not is_view(node) and op_name(node.target) != "getitem":
+            report.refuse(node.name, f"it is in no kernel: {why_outside(node)}", node)
     for node, region in regions.items():
         node.meta["region"] = region
     make_contiguous(graph)

@@ -1,4 +1,4 @@
-"""The command line: ``fuseline run``, ``fuseline dump`` and ``fuseline opt``."""
+"""The command line: ``fuseline run``, ``dump``, ``explain`` and ``opt``."""
 
 from __future__ import annotations
 
@@ -14,11 +14,18 @@ from rich.console import Console
 
 from .. import ir, passes
 from ..ir.errors import FuselineError, InvalidRequestError, UnsupportedModelError
+from ..ir.skeleton import skeleton
 from .compile import compile
 from .compiled import CompiledModel
+from .dumps import Dump
 from .engine import TokenEvent
+from .explain import explain as explanation
+from .lower import Lowered, Wishes, lower
 from .models import resolve
-from .report import two_columns
+from .options import KVCacheConfig, OptionError, resolve_device, resolve_dtype
+from .options import resolve as resolve_sizes
+from .progress import Progress
+from .report import Report, two_columns
 from .sequence import SamplingParams
 from .streaming import TextStream
 
@@ -76,16 +83,31 @@ def dump(
     dtype: Dtype = None,
     max_seq_len: MaxSeqLen = None,
 ) -> None:
-    """Show what a model is compiled to: its lowered graph on stdout, or numbered files in a directory."""
+    """Show what a model is compiled to: its lowered graph on stdout, or numbered files in a directory. No weights are read."""
     _quiet()
-    compiled = compile(
-        resolve(model), device=device, dtype=dtype, max_batch_size=1, max_seq_len=max_seq_len, dump=out, progress=True
-    )
+    lowered, _ = _lower(model, device, dtype, max_seq_len, out)
     if out is None:
-        print(compiled.graph, end="")
+        print(lowered.graph, end="")
     else:
         last = max(out.glob("[0-9][0-9][0-9]_*.txt"))
         print(f"lowered graph: {last}\nkernels:       {out / 'kernels'}\nreport:        {out / 'report.txt'}")
+
+
+@app.command()
+def explain(
+    model: Model,
+    layer: Annotated[int | None, typer.Option(help="Only this layer, with the lines of its kernels.")] = None,
+    device: Device = None,
+    dtype: Dtype = None,
+    max_seq_len: MaxSeqLen = None,
+) -> None:
+    """Say what was fused, what was not and why, and what almost was. No weights are read."""
+    _quiet()
+    lowered, report = _lower(model, device, dtype, max_seq_len)
+    try:
+        print(explanation(lowered.graph, report, layer), end="")
+    except ValueError as error:
+        raise OptionError(str(error)) from error
 
 
 @app.command()
@@ -102,6 +124,22 @@ def opt(
         for item in done.refused:
             print(f"  {item.site}: {item.why}", file=sys.stderr)
     print(graph, end="")
+
+
+def _lower(
+    model: str, device: str | None, dtype: str | None, max_seq_len: int | None, out: Path | None = None
+) -> tuple[Lowered, Report]:
+    """A model lowered to kernels, without its weights."""
+    place = resolve_device(device)
+    kind = resolve_dtype(dtype, place)
+    report = Report(device=str(place), dtype=str(kind).removeprefix("torch."))
+    with report.timed("read the model"):
+        bones = skeleton(resolve(model), kind)
+    report.model = type(bones.model).__name__
+    config = bones.model.config.get_text_config()
+    options = resolve_sizes(config, place, kind, 1, max_seq_len, None, KVCacheConfig())
+    wishes = Wishes(dump=Dump(out) if out else None, progress=Progress(True))
+    return lower(bones, options, wishes, report), report
 
 
 def _quiet() -> None:

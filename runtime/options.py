@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
+from ..ir.capture import MAX_STEP_TOKENS
 from ..ir.errors import FuselineError
 
 
@@ -78,3 +80,33 @@ def refuse_later(quantization: object, tensor_parallel: int, schedule: str, kv_c
         raise OptionError("KVCacheConfig.dtype is not available yet: the cache has the model's element type")
     if kv_cache.block_size not in (8, 16, 32, 64, 128, 256):
         raise OptionError(f"KVCacheConfig.block_size must be a power of two from 8 to 256, not {kv_cache.block_size}")
+
+
+def resolve(
+    config: Any,
+    device: torch.device,
+    dtype: torch.dtype,
+    max_batch_size: int,
+    max_seq_len: int | None,
+    max_step_tokens: int | None,
+    kv_cache: KVCacheConfig,
+) -> Options:
+    """Check the sizes that were asked for, and choose those that were left open by the model's config.
+
+    Raises:
+        OptionError: a size makes no sense, or is more than the model or a step can take.
+    """
+    limit = getattr(config, "max_position_embeddings", None) or getattr(config, "n_positions", None)
+    if max_seq_len is None:
+        max_seq_len = int(limit) if limit and limit > 0 else 4096
+    positive("max_seq_len", max_seq_len)
+    if limit is not None and 0 < limit < max_seq_len:
+        raise OptionError(f"max_seq_len={max_seq_len} is more than the model's max_position_embeddings={limit}")
+    if max_step_tokens is None:
+        max_step_tokens = 2048 if device.type == "cuda" else 512
+    batch = positive("max_batch_size", max_batch_size)
+    if positive("max_step_tokens", max_step_tokens) > MAX_STEP_TOKENS:
+        raise OptionError(f"max_step_tokens={max_step_tokens} is more than {MAX_STEP_TOKENS}")
+    if kv_cache.max_tokens is not None:
+        positive("KVCacheConfig.max_tokens", kv_cache.max_tokens)
+    return Options(device, dtype, batch, max_seq_len, max(max_step_tokens, batch), kv_cache)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import re
 import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -15,7 +16,7 @@ from rich.table import Table
 from torch.fx import Node
 
 from ..codegen.kernels import Kernel
-from ..codegen.region import loose_nodes
+from ..codegen.region import loose_nodes, regions_of
 from ..ir.graph import Graph
 from ..ir.ops import op_name
 from ..passes import PassReport
@@ -33,6 +34,17 @@ def _is_copied(node: Node) -> bool:
     return any(user.meta.get("region") is not None for user in node.users)
 
 
+def kernels_by_layer(graph: Graph) -> dict[int, list[str]]:
+    """The kernel regions of each layer by name, in order; a region is of the layer that its last value is named after."""
+    last = {view.region: view.nodes[-1].name for view in regions_of(graph)}
+    found: dict[int, list[str]] = {}
+    for region, name in last.items():
+        layer = re.match(r"l(\d+)_", name)
+        if layer:
+            found.setdefault(int(layer[1]), []).append(region.name)
+    return found
+
+
 @dataclass
 class Report:
     """Printed as a table (``str``) and as JSON (``as_json``)."""
@@ -48,6 +60,7 @@ class Report:
     kernel_calls: int = 0
     kernel_counts: dict[str, int] = field(default_factory=dict)
     other_operators: dict[str, int] = field(default_factory=dict)
+    layer_kernels: dict[int, list[str]] = field(default_factory=dict)
     seconds: dict[str, float] = field(default_factory=dict)
     weight_bytes: int = 0
     cache_tokens: int = 0
@@ -78,6 +91,7 @@ class Report:
         self.distinct_kernels = len(kernels)
         self.kernel_calls = sum(len(kernel.regions) for kernel in kernels)
         self.kernel_counts = {kernel.name: len(kernel.regions) for kernel in kernels}
+        self.layer_kernels = kernels_by_layer(graph)
         loose = [node for node in loose_nodes(graph) if op_name(node.target) not in _VIEWS or _is_copied(node)]
         self.other_operators = dict(Counter(op_name(node.target) for node in loose))
 
@@ -104,6 +118,7 @@ class Report:
             "captured": {"nodes": self.nodes, "layers": self.layers, "attention": self.attention},
             "passes": [entry.as_dict() for entry in self.passes],
             "kernels": {"distinct": self.distinct_kernels, "calls": self.kernel_calls, "regions": self.kernel_counts},
+            "kernels_by_layer": {str(layer): names for layer, names in self.layer_kernels.items()},
             "other_operators": self.other_operators,
             "weight_bytes": self.weight_bytes,
             "kv_cache": {"tokens": self.cache_tokens, "bytes": self.cache_bytes},
@@ -135,10 +150,12 @@ class Report:
         buffer = io.StringIO()
         console = Console(file=buffer, width=120, color_system=None)
         console.print(two_columns(self.rows()))
-        table = Table("pass", "found", "fused", "refused", "first reason", box=None)
-        for entry in self.passes:
-            why = f"{entry.refused[0].site}: {entry.refused[0].why}" if entry.refused else ""
-            table.add_row(entry.name, str(entry.found), str(len(entry.fused)), str(len(entry.refused)), why)
+        table = Table("", "pass", "found", "fused", "refused", "near", "ms", "first reason", box=None)
+        for number, entry in enumerate(self.passes, start=1):
+            first = (entry.refused or entry.near)[:1]
+            why = f"{first[0].site}: {first[0].why}" if first else ""
+            counts = (entry.found, len(entry.fused), len(entry.refused), len(entry.near), round(entry.milliseconds))
+            table.add_row(f"{number:03d}", entry.name, *map(str, counts), why)
         console.print(table)
         kernels = Table("kernel", "regions", box=None)
         for name, count in self.kernel_counts.items():

@@ -1,0 +1,91 @@
+"""From a model to kernels: capture, passes and code generation. No weight is read for it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+from .. import passes
+from ..codegen.kernels import Kernel, emit_kernels
+from ..ir.capture import capture
+from ..ir.graph import Graph
+from ..ir.infer import Inference
+from ..ir.skeleton import Skeleton
+from ..ir.verify import verify as verify_graph
+from .dumps import Dump
+from .expect import check_expectations
+from .options import OptionError, Options
+from .progress import Progress
+from .report import Report
+
+
+@dataclass(frozen=True)
+class Wishes:
+    """What a caller of ``compile`` wants done on the way: see there."""
+
+    skip: Sequence[str | int] = ()
+    expect: Mapping[str, int] | None = None
+    verify: bool = False
+    dump: Dump | None = None
+    progress: Progress = field(default_factory=Progress)
+
+
+@dataclass(frozen=True)
+class Lowered:
+    """A graph of kernels, and the files of the distinct ones."""
+
+    graph: Graph
+    kernels: list[Kernel]
+
+
+def lower(source: Skeleton | Graph, options: Options, wishes: Wishes, report: Report) -> Lowered:
+    """Capture a model, or take a graph as it is, and lower it; what happens is noted in ``report``.
+
+    Raises:
+        UnsupportedModelError, ExpectationError, VerificationError, UnknownPassError, OptionError: see ``compile``.
+    """
+    skip = _switches(wishes.skip)
+    if isinstance(source, Graph):
+        graph = source
+    else:
+        with report.timed("capture"), wishes.progress.line("capture"):
+            graph = capture(source, {"kv_block": options.kv_cache.block_size}, options.max_seq_len)
+    report.capture(graph)
+    if wishes.dump:
+        wishes.dump.graph("capture", graph)
+    names = _remaining(graph)
+    with report.timed("passes"):
+        steps = passes.steps(graph, names, check=wishes.verify, skip=skip)
+        for step in wishes.progress.bar(steps, "passes", len(names)):
+            graph = step.graph
+            report.passes.append(step.report)
+            if wishes.dump:
+                wishes.dump.graph(step.name, graph)
+    verify_graph(graph, Inference())
+    with report.timed("codegen"):
+        kernels = emit_kernels(graph)
+    report.kernels(graph, kernels)
+    if wishes.dump:
+        wishes.dump.finish(kernels, report)
+    check_expectations(wishes.expect or {}, report)
+    return Lowered(graph, kernels)
+
+
+def _switches(skip: Sequence[str | int]) -> passes.Switches:
+    found = passes.switches(skip, passes.PASSES)
+    pipeline = passes.PASSES.pipeline
+    for number, name in enumerate(pipeline, start=1):
+        if name in passes.NEEDED and found.whole(number, name):
+            raise OptionError(f"skip: {name} cannot be switched off: without it the graph does not run over a KV cache")
+    if any(not 1 <= number <= len(pipeline) for number in found.numbers):
+        raise OptionError(f"skip: passes have the numbers 1 to {len(pipeline)}, not {sorted(found.numbers)}")
+    return found
+
+
+def _remaining(graph: Graph) -> tuple[str, ...]:
+    """The passes that a graph has still to go through: all, or, for one read from a late dump, what is left of them."""
+    inputs = {node.name for node in graph.inputs()}
+    if not {"block_tables", "rows"} <= inputs:
+        return passes.PASSES.pipeline
+    grouped = any(node.meta.get("region") is not None for node in graph.calls())
+    return () if grouped else ("GroupKernels",)
