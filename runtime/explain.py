@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Iterator
+from itertools import groupby
 
 from ..codegen.region import regions_of
 from ..ir.dump import line_of
@@ -37,16 +38,23 @@ def explain(graph: Graph, report: Report, layer: int | None = None) -> str:
                 times = f" (and {count - 1} like it)" if count > 1 else ""
                 lines.append(f"  {title}: {item.site}{times}: {item.why}")
                 lines += [f"      {line}" for line in item.lines.splitlines()]
-    lines += ["", *_kernels(graph, layer)]
+    lines += ["", *(_layers(report) if layer is None else _kernels(graph, layer))]
     return "\n".join(lines) + "\n"
 
 
-def _kernels(graph: Graph, layer: int | None) -> Iterator[str]:
+def _kernels(graph: Graph, layer: int) -> Iterator[str]:
+    """The kernels of one layer with their lines."""
     for view in regions_of(graph):
-        if layer is None or _layer(view.nodes[-1].name) == layer:
+        if _layer(view.nodes[-1].name) == layer:
             yield f'kernel "{view.region.name}"'
-            if layer is not None:
-                yield from (f"    {line_of(node)}" for node in view.nodes)
+            yield from (f"    {line_of(node)}" for node in view.nodes)
+
+
+def _layers(report: Report) -> Iterator[str]:
+    """The kernels of all layers by name; neighbouring layers with the same ones share a line."""
+    for names, group in groupby(report.layer_kernels.items(), key=lambda item: item[1]):
+        layers = [layer for layer, _ in group]
+        yield f"layers {_span(layers)}: {len(names)} kernels each: {', '.join(names)}"
 
 
 def _of_layer(items: Iterable[Refusal], layer: int | None) -> list[Refusal]:
