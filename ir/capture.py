@@ -7,6 +7,7 @@ happens to a token outside attention may depend on that token alone; what mixes 
 from __future__ import annotations
 
 import inspect
+from contextlib import nullcontext
 
 import torch
 from torch import Tensor
@@ -15,10 +16,12 @@ from .convert import convert
 from .eager_check import check_against_eager
 from .errors import UnsupportedModelError, VerificationError
 from .export import export
+from .fold import Fold, find_fold, shortened
 from .graph import Graph
 from .mixing import refuse_mixing
 from .rope import fix_frequencies
 from .skeleton import Skeleton
+from .unfold import write_fold
 from .verify import verify
 
 MAX_STEP_TOKENS = 8192
@@ -46,11 +49,14 @@ class _FlatTokens(torch.nn.Module):
         return out.logits[0]  # type: ignore[no-any-return]
 
 
-def capture(source: Skeleton, options: dict[str, int] | None = None, max_seq_len: int | None = None) -> Graph:
+def capture(
+    source: Skeleton, options: dict[str, int] | None = None, max_seq_len: int | None = None, fold: bool = False
+) -> Graph:
     """The graph of a model: ``decoder(tokens i64[T], positions i64[T]) -> logits [T, vocab]``.
 
     ``options`` become part of the graph: choices that passes read (``kv_block``, the tokens in a block of the KV cache).
     ``max_seq_len`` is the longest sequence that the graph will be used for: some rotary embeddings need to know.
+    With ``fold``, a deep model of equal layers is traced with a few of them, and the graph states how many they stand for.
 
     Raises:
         UnsupportedModelError: the model cannot be traced, holds attention outside ``AttentionInterface``, or mixes
@@ -61,7 +67,10 @@ def capture(source: Skeleton, options: dict[str, int] | None = None, max_seq_len
     if getattr(model.config.get_text_config(), "is_encoder_decoder", False):
         raise UnsupportedModelError(f"{name} is an encoder-decoder; only decoder-only models compile")
     fix_frequencies(model, max_seq_len)
-    trace = export(_FlatTokens(model), source.mode, name, MAX_STEP_TOKENS)
+    flat = _FlatTokens(model)
+    folded = _fold(flat, source) if fold else None
+    with shortened(model, folded) if folded else nullcontext():
+        trace = export(flat, source.mode, name, MAX_STEP_TOKENS)
     graph, masks_of = convert(trace.program, prefix="model.")
     refuse_mixing(graph)
     trace.check_conditions(name)
@@ -73,4 +82,16 @@ def capture(source: Skeleton, options: dict[str, int] | None = None, max_seq_len
     except VerificationError as error:  # an operator whose result has another type than the trace says
         raise UnsupportedModelError(f"{name} cannot be stated as a graph: {error}") from error
     graph.options.update(options or {})
+    if folded:
+        write_fold(graph, folded)
     return graph
+
+
+def _fold(flat: _FlatTokens, source: Skeleton) -> Fold | None:
+    """How the model can be folded; a model that fails at this is traced whole, where a failure has its message."""
+    with source.mode:
+        tokens = torch.zeros(7, dtype=torch.long)
+    try:
+        return find_fold(source.model, lambda: flat(tokens, tokens), source.mode)
+    except Exception:  # the model's own code
+        return None

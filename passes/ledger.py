@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from torch.fx import Node
 
+from ..ir.fold import Fold
+from ..ir.unfold import spread
 from ..ir.verify import excerpt
 
 
@@ -60,6 +62,15 @@ class PassReport:
     def refuse(self, site: str, why: str, node: Node | None = None) -> None:
         """Note a refused site; ``node`` is what stood in the way."""
         self.refused.append(Refusal(site, why, excerpt(node) if node is not None else ""))
+
+    def spread(self, fold: Fold) -> PassReport:
+        """The account of the whole model, from that of its folded graph."""
+
+        def of(items: list[Refusal]) -> list[Refusal]:
+            return [Refusal(*texts) for item in items for texts in spread(item.site, fold, item.why, item.lines)]
+
+        fused = [name for site in self.fused for (name,) in spread(site, fold)]
+        return replace(self, fused=fused, refused=of(self.refused), near=of(self.near))
 
     def as_dict(self) -> dict[str, object]:
         """Plain data for JSON."""

@@ -87,7 +87,7 @@ def dump(
     _quiet()
     lowered, _ = _lower(model, device, dtype, max_seq_len, out)
     if out is None:
-        print(lowered.graph, end="")
+        print(lowered.folded, end="")
     else:
         last = max(out.glob("[0-9][0-9][0-9]_*.txt"))
         print(f"lowered graph: {last}\nkernels:       {out / 'kernels'}\nreport:        {out / 'report.txt'}")

@@ -24,6 +24,10 @@ class Dump:
         self._count = 0
         self._last = ""
 
+    def restart(self) -> None:
+        """Begin again with number 000; the files written so far are replaced."""
+        self._count = 0
+
     def graph(self, name: str, graph: Graph) -> None:
         """Write the graph as it is after the pass of that name."""
         text, stem = dump(graph), f"{self._count:03d}_{name}"

@@ -8,9 +8,11 @@ from dataclasses import dataclass, field
 from .. import passes
 from ..codegen.kernels import Kernel, emit_kernels
 from ..ir.capture import capture
+from ..ir.errors import VerificationError
 from ..ir.graph import Graph
 from ..ir.infer import Inference
 from ..ir.skeleton import Skeleton
+from ..ir.unfold import NotPeriodic, fold_of, unfold
 from ..ir.verify import verify as verify_graph
 from .dumps import Dump
 from .expect import check_expectations
@@ -32,14 +34,20 @@ class Wishes:
 
 @dataclass(frozen=True)
 class Lowered:
-    """A graph of kernels, and the files of the distinct ones."""
+    """``graph`` is the whole model as kernels, and ``kernels`` the files of the distinct ones.
+
+    ``folded`` is the same with equal layers stated once, as dumps show it.
+    """
 
     graph: Graph
+    folded: Graph
     kernels: list[Kernel]
 
 
-def lower(source: Skeleton | Graph, options: Options, wishes: Wishes, report: Report) -> Lowered:
+def lower(source: Skeleton | Graph, options: Options, wishes: Wishes, report: Report, fold: bool = True) -> Lowered:
     """Capture a model, or take a graph as it is, and lower it; what happens is noted in ``report``.
+
+    With ``fold``, a few of a deep model's equal layers go through all this and stand for the others.
 
     Raises:
         UnsupportedModelError, ExpectationError, VerificationError, UnknownPassError, OptionError: see ``compile``.
@@ -49,26 +57,40 @@ def lower(source: Skeleton | Graph, options: Options, wishes: Wishes, report: Re
         graph = source
     else:
         with report.timed("capture"), wishes.progress.line("capture"):
-            graph = capture(source, {"kv_block": options.kv_cache.block_size}, options.max_seq_len)
-    report.capture(graph)
+            graph = capture(source, {"kv_block": options.kv_cache.block_size}, options.max_seq_len, fold)
+    captured = graph
     if wishes.dump:
         wishes.dump.graph("capture", graph)
-    names = _remaining(graph)
+    names, done = _remaining(graph), []
     with report.timed("passes"):
         steps = passes.steps(graph, names, check=wishes.verify, skip=skip)
         for step in wishes.progress.bar(steps, "passes", len(names)):
             graph = step.graph
-            report.passes.append(step.report)
+            done.append(step.report)
             if wishes.dump:
                 wishes.dump.graph(step.name, graph)
-    verify_graph(graph, Inference())
+        verify_graph(graph, Inference())
+        try:
+            whole = unfold(graph)
+        except NotPeriodic as why:
+            if isinstance(source, Graph):
+                raise VerificationError(f"the folded layers of this graph are not alike: {why}") from why
+            whole = None
+    if whole is None:  # a pass treated neighbouring layers in different ways
+        if wishes.dump:
+            wishes.dump.restart()
+        return lower(source, options, wishes, report, fold=False)
+    report.capture(captured)
+    report.note_passes(done, fold_of(captured))
     with report.timed("codegen"):
         kernels = emit_kernels(graph)
-    report.kernels(graph, kernels)
+    for kernel in kernels:
+        kernel.regions = [copy for region in kernel.regions for copy in whole.copies[region]]
+    report.kernels(whole.graph, kernels)
     if wishes.dump:
         wishes.dump.finish(kernels, report)
     check_expectations(wishes.expect or {}, report)
-    return Lowered(graph, kernels)
+    return Lowered(whole.graph, graph, kernels)
 
 
 def _switches(skip: Sequence[str | int]) -> passes.Switches:

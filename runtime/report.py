@@ -17,8 +17,10 @@ from torch.fx import Node
 
 from ..codegen.kernels import Kernel
 from ..codegen.region import loose_nodes, regions_of
+from ..ir.fold import Fold
 from ..ir.graph import Graph
 from ..ir.ops import op_name
+from ..ir.unfold import fold_of, repeats, window
 from ..passes import PassReport
 
 # Operators that make no work: they only look at the same memory in another shape.
@@ -75,9 +77,10 @@ class Report:
         self.seconds[what] = self.seconds.get(what, 0.0) + time.perf_counter() - begin
 
     def capture(self, graph: Graph) -> None:
-        """Note what the captured graph holds."""
+        """Note what the captured graph holds; folded layers count as often as they stand for others."""
         kinds: Counter[str] = Counter()
-        for node in graph.calls():
+        fold = fold_of(graph)
+        for node in [*graph.calls(), *(window(graph, fold) * repeats(fold) if fold else ())]:
             self.nodes += 1
             if op_name(node.target) in ("nn.attention", "nn.paged_attention"):
                 at = 5 if op_name(node.target) == "nn.attention" else 8
@@ -85,6 +88,10 @@ class Report:
                 kinds[f"{kind} {node.args[at + 1]}" if kind != "causal" else kind] += 1
         self.layers = sum(kinds.values())
         self.attention = dict(kinds)
+
+    def note_passes(self, entries: Sequence[PassReport], fold: Fold | None) -> None:
+        """Note what the passes did; sites in folded layers are named for every layer that they stand for."""
+        self.passes = [entry.spread(fold) if fold else entry for entry in entries]
 
     def kernels(self, graph: Graph, kernels: Sequence[Kernel]) -> None:
         """Note the kernels and the operators of a step that are in none."""

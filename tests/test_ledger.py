@@ -10,7 +10,7 @@ from typing import Any
 import families
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
+from deep import make_deep
 
 import fuseline
 from fuseline import ir, passes
@@ -25,18 +25,8 @@ OPTIONS = Options(CPU, torch.float32, 1, 64, 64, KVCacheConfig())
 
 
 def lowered(name: str, layers: int = 2, **wishes: Any) -> tuple[Lowered, Report]:
-    family = families.FAMILIES[name]
-    changes = {"num_hidden_layers": layers, "layer_types": _types(family.changes.get("layer_types"), layers)}
-    found = families.config(families.Family(family.kind, {**family.changes, **changes}))
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(found, attn_implementation="eager")
     report = Report("cpu", "float32")
-    model.to_empty(device="cpu")
-    return lower(skeleton(model, torch.float32), OPTIONS, Wishes(**wishes), report), report
-
-
-def _types(types: Any, layers: int) -> Any:
-    return ... if types is None else [types[place % len(types)] for place in range(layers)]
+    return lower(skeleton(make_deep(name, layers), torch.float32), OPTIONS, Wishes(**wishes), report), report
 
 
 # Fused sites for each layer, and kernels of a layer.
