@@ -68,7 +68,8 @@ def compile(
         kv_cache: block size and number of tokens of the KV cache.
         expect: how often passes must have fired, by name; ``{"MergeQKV": 30}``.
         verify: check every graph between the passes (types, names, text round trip).
-        dump: a directory for the text after each pass, the kernels and the report.
+        dump: a directory for the text after each pass, the kernels, the report and a page to look at all of it; or
+            a file that ends with ``.html`` for the page alone.
         progress: show progress bars on stderr.
 
     Raises:
