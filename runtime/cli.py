@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import sys
 import time
 from dataclasses import replace
@@ -18,6 +19,7 @@ from .compile import compile
 from .compiled import CompiledModel
 from .engine import TokenEvent
 from .models import resolve
+from .options import OptionError
 from .report import two_columns
 from .sequence import SamplingParams
 from .streaming import TextStream
@@ -72,20 +74,36 @@ def dump(
     out: Annotated[
         Path | None, typer.Option("-o", "--out", help="Write the graph after each pass, the kernels, the report here.")
     ] = None,
+    html: Annotated[
+        Path | None, typer.Option(metavar="PAGE.html", help="Write one page to look at all of it in a browser.")
+    ] = None,
     device: Device = None,
     dtype: Dtype = None,
     max_seq_len: MaxSeqLen = None,
 ) -> None:
-    """Show what a model is compiled to: its lowered graph on stdout, or numbered files in a directory."""
+    """Show what a model is compiled to: its lowered graph on stdout, numbered files in a directory, or a page."""
     _quiet()
+    if html and html.suffix != ".html":
+        raise OptionError(f"--html {html}: the name of the page must end with .html")
     compiled = compile(
-        resolve(model), device=device, dtype=dtype, max_batch_size=1, max_seq_len=max_seq_len, dump=out, progress=True
+        resolve(model),
+        device=device,
+        dtype=dtype,
+        max_batch_size=1,
+        max_seq_len=max_seq_len,
+        dump=out or html,
+        progress=True,
     )
-    if out is None:
+    if out is None and html is None:
         print(compiled.graph, end="")
-    else:
+    if out is not None:
         last = max(out.glob("[0-9][0-9][0-9]_*.txt"))
         print(f"lowered graph: {last}\nkernels:       {out / 'kernels'}\nreport:        {out / 'report.txt'}")
+    if out is not None and html is not None:
+        html.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(out / "index.html", html)
+    if out is not None or html is not None:
+        print(f"page:          {html or out / 'index.html'}")
 
 
 @app.command()

@@ -11,19 +11,20 @@ from dataclasses import dataclass, field
 from itertools import pairwise
 from statistics import fmean
 
-_GAP_X, _GAP_Y, _LANE = 24.0, 44.0, 10.0
+_GAP_X, _GAP_Y, _LANE = 20.0, 38.0, 10.0
 _SWEEPS = 12
 
 
 @dataclass(eq=False)
 class _Spot:
-    """A box, or the place of a long edge in a rank it passes. ``x`` is the centre."""
+    """A box, or the place of a long edge in a rank it passes. ``x`` is the centre, ``floor`` where the rank ends."""
 
     rank: int
     width: float
     height: float
     x: float = 0.0
     y: float = 0.0
+    floor: float = 0.0
     above: list[_Spot] = field(default_factory=list, repr=False)
     below: list[_Spot] = field(default_factory=list, repr=False)
 
@@ -100,7 +101,7 @@ def _place(ranks: list[list[_Spot]]) -> None:
         tallest = max(spot.height for spot in row)
         for spot in row:
             spot.y = top
-            spot.height = spot.height or tallest  # a lane runs down the whole rank
+            spot.floor = top + tallest
         top += tallest + _GAP_Y
     for row in ranks:
         _spread(row, [0.0] * len(row))
@@ -133,15 +134,11 @@ def _port(box: _Spot, other: _Spot, others: list[_Spot]) -> float:
 
 
 def _route(path: list[_Spot]) -> str:
+    """Straight down to where the rank ends, so as to cross none of its boxes, then curved to the next rank."""
     x = _port(path[0], path[1], path[0].below)
-    y = path[0].y + path[0].height
-    text = f"M{x:.1f} {y:.1f}"
-    for spot, before in zip(path[1:], path):
-        to = _port(spot, before, spot.above)
-        middle = (y + spot.y) / 2
-        text += f"C{x:.1f} {middle:.1f} {to:.1f} {middle:.1f} {to:.1f} {spot.y:.1f}"
-        x, y = to, spot.y
-        if spot is not path[-1]:
-            y += spot.height
-            text += f"V{y:.1f}"
+    text = f"M{x:.1f} {path[0].y + path[0].height:.1f}"
+    for before, spot in pairwise(path):
+        to, middle = _port(spot, before, spot.above), (before.floor + spot.y) / 2
+        text += f"V{before.floor:.1f}C{x:.1f} {middle:.1f} {to:.1f} {middle:.1f} {to:.1f} {spot.y:.1f}"
+        x = to
     return text

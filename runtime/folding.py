@@ -31,15 +31,15 @@ class Chunk:
     nodes: list[Node] = field(default_factory=list)
     key: tuple[Any, ...] = ()
 
-    def lines(self) -> Iterator[tuple[str, Node | None]]:
-        """The text, as it stands in a dump; the heads of kernels have no value."""
+    def lines(self) -> Iterator[tuple[str, Node, bool]]:
+        """The text, as it stands in a dump, with the value of each line; or, if true, a kernel's head and first value."""
         region: Region | None = None
         for node in self.nodes:
             inside: Region | None = node.meta.get("region")
             if inside is not None and inside != region:
-                yield f'with kernel("{inside.name}"):', None
+                yield f'with kernel("{inside.name}"):', node, True
             region = inside
-            yield (INDENT if inside else "") + line_of(node), node
+            yield (INDENT if inside else "") + line_of(node), node, False
 
 
 @dataclass

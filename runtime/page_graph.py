@@ -16,11 +16,11 @@ from ..ir.ops import op_name
 from ..ir.types import type_text
 from .drawing import layout
 from .excerpts import REFERENCE
-from .folding import Chunk, Fold, fold, split
+from .folding import Fold, fold, split
 
 # A drawing of more values than this cannot be read; the text is shown alone.
 _MOST_DRAWN = 160
-_CHAR, _ROW, _HEAD, _PAD, _MARGIN = 6.7, 17.0, 24.0, 10.0, 26.0
+_CHAR, _ROW, _HEAD, _PAD, _MARGIN = 6.65, 17.0, 24.0, 10.0, 26.0
 
 
 class FoldedGraph:
@@ -40,8 +40,8 @@ class FoldedGraph:
         }
         self._users: dict[Node, Counter[Node]] = {}
         for node in [*graph.inputs(), *graph.calls()]:
-            readers = self._users.setdefault(self.shown.get(node, node), Counter())
-            readers.update(self.shown.get(user, user) for user in node.users)
+            counted = self._users.setdefault(self.shown.get(node, node), Counter())
+            counted.update(self.shown.get(user, user) for user in node.users)
 
     def data(self) -> dict[str, Any]:
         """Plain data: ``parts`` (text and drawing), ``values`` by name, ``aliases`` of values in hidden layers."""
@@ -64,10 +64,10 @@ class FoldedGraph:
         }
 
     def _part(self, item: Fold) -> dict[str, Any]:
-        lines: list[list[str | None]] = []
-        for (text, node), following in zip(list(item.shown.lines()), [*item.shown.lines()][1:] + [("", None)]):
-            head = following[1].meta["region"] if node is None and following[1] is not None else None
-            lines.append([text, node.name if node else None, self.kernel_of.get(head) if head else None])
+        lines = [
+            [text, None if head else node.name, self.kernel_of.get(node.meta["region"]) if head else None]
+            for text, node, head in item.shown.lines()
+        ]
         return {
             "title": item.title,
             "layers": item.layers,
@@ -79,8 +79,8 @@ class FoldedGraph:
         for node in self.graph.inputs():
             yield node.name, {"type": type_text(node.meta["type"]), "users": self._user_names(node)}
         for part, item in enumerate(self.folds):
-            for line, (_, node) in enumerate(item.shown.lines()):
-                if node is not None:
+            for line, (_, node, head) in enumerate(item.shown.lines()):
+                if not head:
                     yield node.name, {**self._value(node), "part": part, "line": line}
 
     def _value(self, node: Node) -> dict[str, Any]:
@@ -127,51 +127,45 @@ class _Box:
     rows: list[tuple[str, str, str]] = field(default_factory=list)
 
     def columns(self) -> list[float]:
-        """Where the columns of the rows begin, and the width of all."""
+        """Where the columns of the rows begin, and where the last ends."""
         left = [_MARGIN if self.title else _PAD]
-        for column in range(len(self.rows[0])):
-            left.append(left[-1] + _CHAR * (max(len(row[column]) for row in self.rows) + 2))
+        for texts in zip(*self.rows):
+            widest = max(map(len, texts))
+            left.append(left[-1] + (_CHAR * (widest + 2) if widest else 0.0))
+        left[-1] -= 2 * _CHAR
         return left
 
     def size(self) -> tuple[float, float]:
-        width = max(self.columns()[-1] - 2 * _CHAR + _PAD, _CHAR * (len(self.title or "") + 14) + 2 * _PAD)
-        return round(width, 1), (_HEAD if self.title else 6.0) + _ROW * len(self.rows) + 6.0
+        head = _CHAR * (len(self.title) + 9) + 2 * _PAD if self.title else 0.0
+        return round(max(self.columns()[-1] + _PAD, head), 1), (_HEAD if self.title else 6.0) + _ROW * len(
+            self.rows
+        ) + 6.0
 
 
 class _Sketch:
-    """The boxes of one part: a kernel each, values outside of kernels, what comes in and what goes out."""
+    """The boxes of one part: what comes in, a kernel each, values outside of kernels, and what goes out."""
 
     def __init__(self, folded: FoldedGraph, item: Fold) -> None:
-        self.chunk: Chunk = item.shown
-        self.drawn = [node for node in self.chunk.nodes if not is_constant(node) and str(node.target) != "cache"]
-        self.boxes: list[_Box] = []
-        self.owner: dict[Node, int] = {}
-        inside = set(self.drawn)
-        for node in self.drawn:
-            for source in node.all_input_nodes:
-                if source not in inside and source not in self.owner and not is_constant(source):
-                    self._add(_Box("input", None, [source]), (source.name, "", ""))
+        self.drawn = [node for node in item.shown.nodes if not is_constant(node) and str(node.target) != "cache"]
+        kernels: list[_Box] = []
         for node in self.drawn:
             region: Region | None = node.meta.get("region")
-            last = self.boxes[-1] if self.boxes else None
-            if region is None:
-                self._add(_Box("value", None, [node]), _row(node))
-            elif last and last.kind == "kernel" and last.nodes[-1].meta["region"] == region:
+            last = kernels[-1] if kernels else None
+            if last and region is not None and last.nodes[-1].meta.get("region") == region:
                 last.nodes.append(node)
                 last.rows.append(_row(node))
-                self.owner[node] = len(self.boxes) - 1
+            elif region is not None:
+                kernels.append(_Box("kernel", folded.kernel_of.get(region, region.name), [node], [_row(node)]))
             else:
-                self._add(_Box("kernel", folded.kernel_of.get(region, region.name), [node]), _row(node))
+                kernels.append(_Box("value", None, [node], [_row(node)]))
+        self.boxes = [*_inputs(kernels), *kernels]
+        self.owner = {node: at for at, box in enumerate(self.boxes) for node in box.nodes}
         self.outputs: dict[int, Node] = {}
         for node in self.drawn:
             if readers := folded.readers(node, item):
                 self.outputs[len(self.boxes)] = node
-                self.boxes.append(_Box("output", None, [node], [(node.name, f"\N{RIGHTWARDS ARROW} {readers[0]}", "")]))
-
-    def _add(self, box: _Box, row: tuple[str, str, str]) -> None:
-        self.owner[box.nodes[0]] = len(self.boxes)
-        box.rows.append(row)
-        self.boxes.append(box)
+                row = (node.name, f"\N{RIGHTWARDS ARROW} {', '.join(readers)}", "")
+                self.boxes.append(_Box("output", None, [node], [row]))
 
     def _edges(self) -> dict[tuple[int, int], list[str]]:
         """The values that go from box to box."""
@@ -181,8 +175,8 @@ class _Sketch:
                 pair = self.owner.get(source, -1), self.owner[node]
                 if pair[0] >= 0 and pair[0] != pair[1]:
                     found.setdefault(pair, []).append(source.name)
-        for box, node in self.outputs.items():
-            found.setdefault((self.owner[node], box), []).append(node.name)
+        for at, sent in self.outputs.items():
+            found.setdefault((self.owner[sent], at), []).append(sent.name)
         return found
 
     def _arcs(self, box: _Box) -> list[tuple[int, int]]:
@@ -216,6 +210,22 @@ class _Sketch:
                 for ((source, target), values), path in zip(edges.items(), drawing.routes)
             ],
         }
+
+
+def _inputs(kernels: Sequence[_Box]) -> list[_Box]:
+    """What comes from outside; values that go to the same places share a box."""
+    inside = {node for box in kernels for node in box.nodes}
+    readers: dict[Node, list[int]] = {}
+    for at, box in enumerate(kernels):
+        for source in (source for node in box.nodes for source in node.all_input_nodes):
+            if source not in inside and not is_constant(source) and at not in readers.setdefault(source, []):
+                readers[source].append(at)
+    together: dict[tuple[int, ...], _Box] = {}
+    for source, places in readers.items():
+        box = together.setdefault(tuple(places), _Box("input", None, []))
+        box.nodes.append(source)
+        box.rows.append((source.name, type_text(source.meta["type"]), ""))
+    return list(together.values())
 
 
 def _row(node: Node) -> tuple[str, str, str]:

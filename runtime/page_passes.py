@@ -51,7 +51,7 @@ def compare(before: Sequence[Chunk], after: Sequence[Chunk]) -> list[dict[str, A
     found = []
     for places in changes.values():
         left, right = (chunks.get(places[0], Chunk(places[0])) for chunks in (old, new))
-        hunks = list(side_by_side(*([text for text, _ in chunk.lines()] for chunk in (left, right))))
+        hunks = list(side_by_side(*([text for text, *_ in chunk.lines()] for chunk in (left, right))))
         if hunks:
             found.append({"title": Fold([Chunk(place) for place in places]).title, "hunks": hunks})
     return found

@@ -6,7 +6,7 @@ function graphView(at) {
   const text = el("div", { class: "code text" });
   if (at === 0) text.append(el("div", { class: "line" }, lineOf(GRAPH.signature)));
   for (const [line, name, kernel] of part.lines) {
-    const row = el("div", { class: name ? "line" : "line head" }, lineOf(line, kernel));
+    const row = el("div", { class: !name ? "line head" : /^(weight|const|cache)$/.test(VALUES.get(name).op) ? "line quiet" : "line" }, lineOf(line, kernel));
     if (name) row.dataset.value = name;
     text.append(row);
   }

@@ -31,7 +31,7 @@ function passView(at) {
     el("div", { class: "title" }, el("h2", {}, pass.name),
       at > 0 ? link({ view: `pass:${at - 1}` }, { class: "tab" }, "\u2190 before") : null,
       at + 1 < DATA.passes.length ? link({ view: `pass:${at + 1}` }, { class: "tab" }, "after \u2192") : null),
-    el("p", { class: "doc" }, pass.doc),
+    el("p", { class: "doc" }, pass.doc.split("``").map((text, at) => (at % 2 ? el("code", {}, text) : text))),
     el("p", { class: "note" }, `Pass ${at + 1} of ${DATA.passes.length}, ${pass.milliseconds.toFixed(1)} ms: ${pass.found} found, ${pass.fused} fused, ${pass.refused} refused.`),
   ];
   if (pass.reasons.length) {
@@ -67,8 +67,9 @@ function headOf(text) {
   return /^\s*with kernel\("(\w+)"\):$/.exec(text)?.[1] ?? null;
 }
 
-/** What is left of each text without their common beginning and end. */
-function changedStretch(left, right) {
+/** What is left of each line without their common beginning and end; comments aside, which most often differ. */
+function changedStretch(...lines) {
+  const [left, right] = lines.map((text) => text.replace(/ {2}# [^"]*$/, ""));
   const shortest = Math.min(left.length, right.length);
   let start = 0, end = 0;
   while (start < shortest && left[start] === right[start]) start += 1;
