@@ -94,16 +94,14 @@ def dump(
         dump=out or html,
         progress=True,
     )
-    if out is None and html is None:
-        print(compiled.graph, end="")
     if out is not None:
-        last = max(out.glob("[0-9][0-9][0-9]_*.txt"))
+        last, page = max(out.glob("[0-9][0-9][0-9]_*.txt")), out / "index.html"
         print(f"lowered graph: {last}\nkernels:       {out / 'kernels'}\nreport:        {out / 'report.txt'}")
-    if out is not None and html is not None:
-        html.parent.mkdir(parents=True, exist_ok=True)
-        shutil.copyfile(out / "index.html", html)
-    if out is not None or html is not None:
-        print(f"page:          {html or out / 'index.html'}")
+        if html is not None:
+            html.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(page, html)
+        html = html or page
+    print(f"page:          {html}\n" if html else compiled.graph, end="")
 
 
 @app.command()

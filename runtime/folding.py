@@ -114,7 +114,7 @@ def spans_text(numbers: Sequence[int]) -> str:
             spans[-1][1] = number
         else:
             spans.append([number, number])
-    texts = [f"{low}" if low == high else f"{low}\N{EN DASH}{high}" for low, high in spans]
+    texts = [f"{low}" if low == high else f"{low}-{high}" for low, high in spans]
     return ", ".join(texts if len(texts) <= 6 else [*texts[:4], "\N{HORIZONTAL ELLIPSIS}", texts[-1]])
 
 

@@ -24,7 +24,7 @@ function valuePanel(name) {
   return [
     el("h2", {}, name),
     el("p", { class: "type" }, value.type),
-    part ? el("p", {}, origin, "; in ", link({ view: `part:${value.part}` }, {}, part.title), ".") : el("p", {}, origin, "."),
+    part ? el("p", {}, origin, ". Shown under: ", link({ view: `part:${value.part}` }, {}, part.title), ".") : el("p", {}, origin, "."),
     section("Line", el("div", { class: "code wrap" }, lineOf(line))),
     operands.length ? section("Reads", listOf(operands.map((operand) => [operand, 1]))) : null,
     section(`Read by ${value.users.length}`, value.users.length ? listOf(value.users) : el("p", { class: "note" }, "Nothing but the result of the graph.")),

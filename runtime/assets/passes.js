@@ -53,14 +53,11 @@ function changeOf(change) {
 }
 
 /** Two cells: before and after. */
-function sidesOf(left, right) {
-  const cell = (text, kind, hot) => el("div", { class: `side ${kind}` }, text === null ? "" : lineOf(text, headOf(text), hot));
-  if (right === undefined) return [cell(left, "same"), cell(left, "same")];
-  if (left === null) return [cell(null, "empty"), cell(right, "added")];
-  if (right === null) return [cell(left, "removed"), cell(null, "empty")];
-  if (left.trim() === right.trim()) return [cell(left, "same"), cell(right, "same")];
-  const [a, b] = changedStretch(left, right);
-  return [cell(left, "removed", a), cell(right, "added", b)];
+function sidesOf(left, right = left) {
+  const same = left !== null && right !== null && left.trim() === right.trim();
+  const hot = same || left === null || right === null ? [null, null] : changedStretch(left, right);
+  return [[left, "left", "removed", hot[0]], [right, "right", "added", hot[1]]].map(([text, side, kind, stretch]) =>
+    el("div", { class: `side ${side} ${text === null ? "empty" : same ? "same" : kind}` }, text === null ? "" : lineOf(text, headOf(text), stretch)));
 }
 
 function headOf(text) {
