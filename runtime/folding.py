@@ -16,6 +16,8 @@ from ..ir.graph import Graph, Region, is_constant
 from ..ir.ops import op_name
 from ..ir.types import type_text
 
+_ATTENTION = frozenset({"nn.attention", "nn.paged_attention"})
+
 # Where an operator states the number of its layer.
 _LAYER_ARGUMENT = {"cache": 1, "nn.attention": 3}
 
@@ -69,11 +71,13 @@ class Fold:
 def split(graph: Graph) -> list[Chunk]:
     """Cut a graph into its layers, in order.
 
-    A layer begins where a computed value is the first with its number in the name (``l12_...``); the weights right
-    before it are its own. Kernels are never cut.
+    A layer begins where a computed value is the first with its number in the name (``l12_...``), once the attention of
+    the layer before has been seen: other lists of modules count too. The weights right before it are its own, and
+    kernels are never cut.
     """
     chunks = [Chunk("start")]
     waiting: list[Node] = []
+    closed = plain = not any(op_name(node.target) in _ATTENTION for node in graph.calls())
     last = 0  # how much of the newest layer has been seen when its number was met for the last time
     for region, group in groupby(graph.calls(), lambda node: node.meta.get("region")):
         for nodes in [list(group)] if region is not None else [[node] for node in group]:
@@ -81,11 +85,13 @@ def split(graph: Graph) -> list[Chunk]:
                 waiting += nodes
                 continue
             newest, layer = chunks[-1].place, max(map(_number, nodes))
-            if layer >= 0 and (not isinstance(newest, int) or layer > newest):
+            if layer >= 0 and (not isinstance(newest, int) or (layer > newest and closed)):
                 chunks.append(Chunk(layer))
+                closed = plain
             chunks[-1].nodes += waiting + nodes
             waiting = []
-            if layer >= 0:
+            closed = closed or any(op_name(node.target) in _ATTENTION for node in nodes)
+            if layer == chunks[-1].place:
                 last = len(chunks[-1].nodes)
     chunks[-1].nodes += waiting
     if len(chunks) > 1:
