@@ -18,13 +18,14 @@ from ..ir.types import type_text
 
 _ATTENTION = frozenset({"nn.attention", "nn.paged_attention"})
 
-# Where an operator states the number of its layer.
-_LAYER_ARGUMENT = {"cache": 1, "nn.attention": 3}
+# Where an operator states the number of its layer; a selection does if it takes each layer its part of a common value.
+_LAYER_ARGUMENT = {"cache": 1, "nn.attention": 3, "aten.select.int": 2}
 
 
 @dataclass
 class Chunk:
-    """A stretch of a graph: one layer, or what stands before the first (``start``) or after the last (``end``).
+    """A stretch of a graph: one layer, or what stands before the first (``start``) or after the last (``end``); ``all``
+    is a graph without layers.
 
     ``key`` is equal for layers that do the same: it holds no names of their values and no layer number.
     """
@@ -58,7 +59,7 @@ class Fold:
     def title(self) -> str:
         place = self.shown.place
         if not isinstance(place, int):
-            return {"start": "before the layers", "end": "after the layers"}[place]
+            return {"start": "before the layers", "end": "after the layers", "all": "the graph"}[place]
         if len(self.members) == 1:
             return f"layer {place}"
         return f"layers {spans_text(self.layers)} ({len(self.members)} equal)"
@@ -97,6 +98,8 @@ def split(graph: Graph) -> list[Chunk]:
     if len(chunks) > 1:
         chunks.append(Chunk("end", chunks[-1].nodes[last:]))
         del chunks[-2].nodes[last:]
+    else:
+        chunks[0].place = "all"
     _set_keys(chunks)
     return [chunk for chunk in chunks if chunk.nodes]
 
@@ -158,19 +161,20 @@ def _set_keys(chunks: Sequence[Chunk]) -> None:
         for node in chunk.nodes:
             region: Region | None = node.meta.get("region")
             kernel = (region.name, regions.setdefault(region, len(regions))) if region else None
-            arguments = [map_arg(_unnumbered(node, chunk.place), reference), map_arg(node.kwargs, reference)]
+            arguments = [map_arg(_unnumbered(node, chunk.place, common), reference), map_arg(node.kwargs, reference)]
             kind, source = type_text(node.meta["type"]), node.meta.get("source")
             lines.append((kernel, kind, op_name(node.target), repr(arguments), source))
         chunk.key = tuple(lines)
 
 
-def _unnumbered(node: Node, layer: int) -> tuple[Any, ...]:
+def _unnumbered(node: Node, layer: int, common: set[Node]) -> tuple[Any, ...]:
     """The arguments of a node with its layer's number taken out."""
     arguments = list(node.args)
     name = op_name(node.target)
     if name == "weight":
         relative = re.sub(r"(?:^|\.)(\d+)\.", lambda found: f".#{int(found[1]) - layer}.", str(arguments[0]), count=1)
         arguments[0] = relative
-    elif name in _LAYER_ARGUMENT and arguments[_LAYER_ARGUMENT[name]] == layer:
-        arguments[_LAYER_ARGUMENT[name]] = "#"
+    elif name in _LAYER_ARGUMENT and (name != "aten.select.int" or arguments[0] in common):
+        at = _LAYER_ARGUMENT[name]
+        arguments[at] = "#" if arguments[at] == layer else arguments[at]
     return tuple(arguments)

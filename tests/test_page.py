@@ -15,13 +15,13 @@ import torch
 from families import FAMILIES, config
 from transformers import AutoModelForCausalLM
 
-from fuseline import passes
+from fuseline import ir, passes
 from fuseline.codegen.kernels import emit_kernels
 from fuseline.ir.capture import capture
 from fuseline.ir.skeleton import skeleton
 from fuseline.runtime.drawing import layout
 from fuseline.runtime.excerpts import Excerpts
-from fuseline.runtime.folding import spans_text
+from fuseline.runtime.folding import fold, spans_text, split
 from fuseline.runtime.page import Page, page_of
 from fuseline.runtime.page_passes import side_by_side
 from fuseline.runtime.report import Report
@@ -154,6 +154,29 @@ def test_a_changed_line_stands_beside_what_it_was() -> None:
     assert list(side_by_side(before, after)) == [
         [(before[0],), (before[1], None), (before[2], after[1]), (before[3], after[2])]
     ]
+
+
+def test_a_number_in_a_name_begins_a_layer_only_after_the_attention_of_the_last() -> None:
+    lines = ["l0_stem: f32[T, 2, 4] = aten.relu(x)", "l1_stem: f32[T, 2, 4] = aten.relu(l0_stem)"]
+    last = "l1_stem"
+    for layer in range(3):
+        lines += [
+            f"l{layer}_part: f32[T, 4] = aten.select.int(l1_stem, 1, {layer})",
+            f"l{layer}_attention: f32[T, 2, 4] = nn.attention({last}, {last}, {last}, {layer}, 0.5)",
+        ]
+        last = f"l{layer}_attention"
+    body = "\n    ".join([*lines, f"y: f32[T, 2, 4] = aten.neg({last})", "return y"])
+    chunks = split(ir.parse(f"def f(x: f32[T, 2, 4], *, T: dim(1, 64)):\n    {body}\n"))
+    assert [(chunk.place, len(chunk.nodes)) for chunk in chunks] == [(0, 4), (1, 2), (2, 2), ("end", 1)]
+    assert [item.title for item in fold(chunks)] == ["layer 0", "layers 1-2 (2 equal)", "after the layers"]
+
+
+def test_a_model_dumped_after_its_compile_has_no_diffs() -> None:
+    page, report = Page(), Report("cpu", "float32", passes=[passes.PassReport("FuseSiluMul")])
+    page.add(ir.parse("def f(x: f32[T, 8], *, T: dim(1, 64)):\n    y: f32[T, 8] = aten.silu(x)\n    return y\n"))
+    data = page.data([], report)
+    assert data["passes"][0]["diff"] is None
+    assert titles(data) == ["the graph"]
 
 
 @pytest.mark.parametrize(
