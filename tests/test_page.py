@@ -259,7 +259,7 @@ def test_a_value_leads_to_its_kernel_and_to_the_model_code(opened: Any) -> None:
     tab.go_back()
     tab.wait_for_function("document.querySelector('aside h2').textContent === 'gate_up'")
     tab.keyboard.press("Escape")
-    assert panel.is_hidden()
+    panel.wait_for(state="hidden")
 
 
 def test_a_value_of_a_hidden_layer_leads_to_the_one_shown(opened: Any) -> None:

@@ -47,6 +47,7 @@ function go(change) {
   for (const key of Object.keys(next)) if (!next[key]) delete next[key];
   const target = address(next);
   if (location.hash !== target) location.hash = target;
+  render();
 }
 
 document.addEventListener("click", (event) => {

@@ -7,7 +7,7 @@ function drawing(plan) {
     class: "drawing", viewBox: `-8 -8 ${plan.width + 16} ${plan.height + 16}`, width: plan.width + 16, height: plan.height + 16,
     role: "img", "aria-label": "The kernels of this part and the values between them",
   });
-  picture.style.minWidth = `${0.85 * plan.width}px`; // smaller than this, the names cannot be read
+  picture.style.minWidth = `${0.78 * plan.width}px`; // smaller than this, the names cannot be read
   picture.append(svg("defs", {}, svg("marker", { id: "tip", viewBox: "0 0 8 8", refX: 7, refY: 4, markerWidth: 8, markerHeight: 8, markerUnits: "userSpaceOnUse", orient: "auto" },
     svg("path", { d: "M0 0L8 4L0 8z" }))));
   for (const edge of plan.edges) {

@@ -10,7 +10,7 @@ function pipeline() {
     const cell = (count, kind) => el("span", { class: `count ${count ? kind : "none"}` }, String(count));
     return link({ view: `pass:${at}` }, { class: pass.found ? "step" : "step idle", "data-pass": at, title: pass.doc },
       el("span", { class: "label" }, pass.name), cell(pass.found, "found"), cell(pass.fused, "fused"), cell(pass.refused, "refused"),
-      el("span", { class: "time" }, pass.milliseconds.toFixed(1)), bar);
+      el("span", { class: "time" }, pass.milliseconds.toFixed(pass.milliseconds < 99.95 ? 1 : 0)), bar);
   });
   const kernels = [...KERNELS].map(([name, kernel]) => link({ open: `kernel:${name}` }, { class: "step two" }, el("span", { class: "label" }, name), el("span", { class: "count" }, `\u00d7${kernel.calls}`)));
   const facts = DATA.facts.map(([name, fact]) => [el("dt", {}, name), el("dd", {}, fact)]);
