@@ -18,6 +18,8 @@ from .graph import Graph, Region
 from .ops import op_name
 
 _ATTENTION = frozenset({"nn.attention", "nn.paged_attention"})
+# Operators that state which layer they belong to, and where.
+LAYER_ARGUMENT = {"cache": 1, "nn.attention": 3}
 _LAYER = re.compile(r"\bl(\d+)_")
 
 
@@ -117,18 +119,18 @@ class _Unfolding:
         if left.target != right.target or left.meta["type"] != right.meta["type"] or left.kwargs != right.kwargs:
             raise NotPeriodic(f"{left.name} and {right.name} differ")
         pairs = list(zip(_leaves(left.args), _leaves(right.args), strict=True))
-        for ours, theirs in pairs:
+        for place, (ours, theirs) in enumerate(pairs):
             handed_on = ours not in self.pair and theirs in self.pair if isinstance(ours, Node) else False
-            if not (handed_on or self.alike(left, ours, theirs)):
+            if not (handed_on or self.alike(left, place, ours, theirs)):
                 raise NotPeriodic(f"{left.name} and {right.name} differ in {ours} and {theirs}")
             yield theirs if handed_on else None
 
-    def alike(self, at: Node, ours: Any, theirs: Any) -> bool:
+    def alike(self, at: Node, place: int, ours: Any, theirs: Any) -> bool:
         if isinstance(ours, Node):
             return self.pair.get(ours, ours) is theirs
         if str(at.target) == "weight":
             return bool(ours == theirs) or self.learn(ours, theirs)
-        if str(at.target) == "cache" and isinstance(ours, int):
+        if LAYER_ARGUMENT.get(str(at.target)) == place:
             self.cache_step = self.cache_step or theirs - ours
             return bool(theirs - ours == self.cache_step)
         return type(ours) is type(theirs) and bool(ours == theirs)
@@ -165,9 +167,11 @@ class _Unfolding:
         shift = time * self.fold.period
         if str(node.target) == "weight":
             made.args = (self.weight_name(str(node.args[0]), shift),)
-        elif str(node.target) == "cache":
-            made.args = (node.args[0], int(str(node.args[1])) + time * self.cache_step)
-            made.name = f"{made.args[0]}_cache_{made.args[1]}"
+        elif str(node.target) in LAYER_ARGUMENT:
+            place = LAYER_ARGUMENT[str(node.target)]
+            layer = int(str(node.args[place])) + time * self.cache_step
+            made.args = (*made.args[:place], layer, *made.args[place + 1 :])
+            made.name = f"{node.args[0]}_cache_{layer}" if str(node.target) == "cache" else node.name
         if _layer(node.name) >= 0:
             made.name = _shifted(node.name, shift)
         repeated, region = node in self.pair, node.meta.get("region")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import sys
 import time
 from dataclasses import replace
@@ -79,18 +80,26 @@ def dump(
     out: Annotated[
         Path | None, typer.Option("-o", "--out", help="Write the graph after each pass, the kernels, the report here.")
     ] = None,
+    html: Annotated[
+        Path | None, typer.Option(metavar="PAGE.html", help="Write one page to look at all of it in a browser.")
+    ] = None,
     device: Device = None,
     dtype: Dtype = None,
     max_seq_len: MaxSeqLen = None,
 ) -> None:
-    """Show what a model is compiled to: its lowered graph on stdout, or numbered files in a directory. No weights are read."""
+    """Show what a model is compiled to: its lowered graph on stdout, numbered files, or a page. No weights are read."""
     _quiet()
-    lowered, _ = _lower(model, device, dtype, max_seq_len, out)
-    if out is None:
-        print(lowered.folded, end="")
-    else:
-        last = max(out.glob("[0-9][0-9][0-9]_*.txt"))
+    if html and html.suffix != ".html":
+        raise OptionError(f"--html {html}: the name of the page must end with .html")
+    lowered, _ = _lower(model, device, dtype, max_seq_len, out or html)
+    if out is not None:
+        last, page = max(out.glob("[0-9][0-9][0-9]_*.txt")), out / "index.html"
         print(f"lowered graph: {last}\nkernels:       {out / 'kernels'}\nreport:        {out / 'report.txt'}")
+        if html is not None:
+            html.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(page, html)
+        html = html or page
+    print(f"page:          {html}\n" if html else lowered.folded, end="")
 
 
 @app.command()

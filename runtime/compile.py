@@ -61,7 +61,8 @@ def compile(
             application of it by its number from 0 (``"FuseRope#3"``).
         expect: how often passes must have fused, by name (``{"MergeQKV": 30}``), and ``"kernels_per_layer"``.
         verify: check every graph between the passes (types, names, text round trip).
-        dump: a directory for the text after each pass, the kernels and the report.
+        dump: a directory for the text after each pass, the kernels, the report and a page to look at all of it; or
+            a file that ends with ``.html`` for the page alone.
         progress: show progress bars on stderr.
 
     Raises:

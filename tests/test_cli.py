@@ -112,6 +112,18 @@ def test_dump_prints_the_lowered_graph(
     assert "nn.paged_attention" in str(graph)
 
 
+def test_dump_writes_a_page_alone_or_beside_the_files(
+    tiny: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    page, out = tmp_path / "pages" / "page.html", tmp_path / "out"
+    assert call(monkeypatch, "dump", tiny[0], "--html", str(page), "--device", "cpu") == 0
+    assert str(page) in capsys.readouterr().out
+    assert [item.name for item in tmp_path.rglob("*") if item.is_file()] == ["page.html"]
+    assert call(monkeypatch, "dump", tiny[0], "-o", str(out), "--html", str(page), "--device", "cpu") == 0
+    assert page.read_text() == (out / "index.html").read_text()
+    assert "LlamaForCausalLM" in page.read_text()
+
+
 ERRORS = [
     pytest.param(["run", "package:no_such_package", "x"], 1, "pip install --no-deps no-such-package", id="package"),
     pytest.param(["run", "./no/such/directory", "x"], 1, "no such directory", id="directory"),
@@ -122,6 +134,7 @@ ERRORS = [
     pytest.param(["run", "TINY", "x", "--dtype", "int3"], 1, "dtype int3 is not supported", id="dtype"),
     pytest.param(["opt", "GRAPH", "-p", "NoSuchPass"], 1, "no pass is named NoSuchPass", id="pass"),
     pytest.param(["opt", "NOGRAPH", "-p", "FuseSiluMul"], 1, "line 1", id="text"),
+    pytest.param(["dump", "TINY", "--html", "page.txt"], 1, "must end with .html", id="page"),
     pytest.param(["run"], 2, "Missing argument", id="usage"),
     pytest.param(["opt", "no-such-file", "-p", "FuseSiluMul"], 2, "no-such-file", id="file"),
 ]
