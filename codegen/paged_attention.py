@@ -131,7 +131,7 @@ def _prefill_tile(spec: AttentionSpec) -> _Tile:
         block_m = 32 if width <= 64 else 16
         return _Tile(block_m, 16, _even_share(group, block_m), num_warps=8, num_stages=2, maxnreg=255)
     if width <= 64:
-        return _Tile(128, 64, _even_share(group, 128), num_warps=8, num_stages=3)
+        return _Tile(128, 64, _even_share(group, 128), num_warps=8, num_stages=3, maxnreg=128)
     if width <= 128:
         return _Tile(64, 32, _even_share(group, 64), num_warps=4, num_stages=3, maxnreg=255)
     return _Tile(64, 32, _even_share(group, 64), num_warps=8, num_stages=2)
