@@ -62,11 +62,20 @@ def drop_batch_dim(graph: Graph) -> tuple[Graph, PassReport]:
             return convert(value)
         if isinstance(value, (list, tuple)):
             return [mapped(item, convert) for item in value]
+        if isinstance(value, dict):
+            return {name: mapped(item, convert) for name, item in value.items()}
         return value
 
+    def again(node: Node, convert: Any) -> Node:
+        """The same call on converted operands."""
+        made = new.call_function(node.target, tuple(mapped(node.args, convert)), mapped(node.kwargs, convert))
+        made.name = new._graph_namespace.create_name(node.name, None)
+        made.meta = dict(node.meta)
+        return made
+
     def without(node: Node) -> Any:
-        """Arguments of the operator without the leading dim."""
-        rank = max(len(flat_types(item.meta["type"])[0].shape) for item in node_inputs(node.args) if known[item][1])
+        """Arguments of the operator, positional and by name, without the leading dim."""
+        rank = max(len(flat_types(item.meta["type"])[0].shape) for item in node.all_input_nodes if known[item][1])
 
         def convert(item: Node) -> Node:
             made, dropped = known[item]
@@ -77,7 +86,7 @@ def drop_batch_dim(graph: Graph) -> tuple[Graph, PassReport]:
                 return emit(aten("reshape"), (made, list(kind.shape[1:])), {}, f"{item.name}_row", "")
             raise _Refused
 
-        return mapped(node.args, convert)
+        return mapped(node.args, convert), mapped(node.kwargs, convert)
 
     for node in old.nodes:
         source = node.meta.get("source", "")
@@ -116,22 +125,14 @@ def drop_batch_dim(graph: Graph) -> tuple[Graph, PassReport]:
                 made.meta = {**node.meta, "type": base.meta["type"][node.args[1]]}
                 known[node] = (made, dropped)
             elif touched and (name in POINTWISE or name in _FROM_THE_RIGHT) and not _on_batch(node):
-                known[node] = (emit(node.target, without(node), dict(node.kwargs), node.name, source), True)
+                known[node] = (emit(node.target, *without(node), node.name, source), True)
             elif touched:
                 raise _Refused
             else:
-                made = new.call_function(
-                    node.target, tuple(mapped(node.args, lambda item: known[item][0])), dict(node.kwargs)
-                )
-                made.name = new._graph_namespace.create_name(node.name, None)
-                made.meta = dict(node.meta)
-                known[node] = (made, False)
+                known[node] = (again(node, lambda item: known[item][0]), False)
         except _Refused:
             report.refused.append(Refusal(node.name, f"{name} is not known to work without its leading dim"))
-            made = new.call_function(node.target, tuple(mapped(node.args, keep)), dict(node.kwargs))
-            made.name = new._graph_namespace.create_name(node.name, None)
-            made.meta = dict(node.meta)
-            known[node] = (made, False)
+            known[node] = (again(node, keep), False)
     new.eliminate_dead()
     return new, report
 
