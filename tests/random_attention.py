@@ -69,7 +69,7 @@ def draw_style(b: Builder, c: Choices, size: int) -> dict[str, Any]:
     key = ("tables", pairing, width)
     if key not in b.shared or c.chance(30):
         b.shared[key] = tables(b, c, pairing, width)
-    wrong = c.of("", "uneven", "unsigned", "swapped") if c.chance(12) else ""
+    wrong = c.of("", "uneven", "unsigned", "swapped") if c.chance(25) else ""
     return {"pairing": pairing, "width": width, "tables": b.shared[key], "wrong": wrong}
 
 
@@ -105,15 +105,15 @@ def tables(b: Builder, c: Choices, pairing: str, width: int) -> tuple[Node, Node
 def rotated(b: Builder, c: Choices, x: Node, style: dict[str, Any], turned: bool) -> Node:
     """Rotary embedding of ``[..., T, heads, d]``, or of ``[..., heads, T, d]`` if ``turned``."""
     width, size = style["width"], last(x)
-    part = b("slice.Tensor", x, -1, 0, width) if width < size else x
+    direct = style["pairing"] == "split" and c.of(True, False)
+    part = b("slice.Tensor", x, -1, 0, width) if width < size and not direct else x
     cos, sin = (b("unsqueeze", item, -3 if turned else -2) for item in style["tables"])
     spell = {"half": _half, "interleaved": _interleaved, "split": _split}[style["pairing"]]
-    y = b.like(spell(b, c, part, cos, sin, style["wrong"]), x)
+    y = b.like(spell(b, c, part, cos, sin, width, style["wrong"]), x)
     return b("cat", [y, b("slice.Tensor", x, -1, width, size)], -1) if width < size else y
 
 
-def _half(b: Builder, c: Choices, x: Node, cos: Node, sin: Node, wrong: str) -> Node:
-    width = last(x)
+def _half(b: Builder, c: Choices, x: Node, cos: Node, sin: Node, width: int, wrong: str) -> Node:
     cut = width // 2 - 1 if wrong == "uneven" else width // 2
     low, high = b("slice.Tensor", x, -1, 0, cut), b("slice.Tensor", x, -1, cut, width)
     other = b("abs" if wrong == "unsigned" else "neg", high)
@@ -122,8 +122,7 @@ def _half(b: Builder, c: Choices, x: Node, cos: Node, sin: Node, wrong: str) -> 
     return b.commuted(c, "add.Tensor", left, b.commuted(c, "mul.Tensor", turned, sin))
 
 
-def _interleaved(b: Builder, c: Choices, x: Node, cos: Node, sin: Node, wrong: str) -> Node:
-    width = last(x)
+def _interleaved(b: Builder, c: Choices, x: Node, cos: Node, sin: Node, width: int, wrong: str) -> Node:
     even, odd = b("slice.Tensor", x, -1, 0, width, 2), b("slice.Tensor", x, -1, 1, width, 2)
     other = b("abs" if wrong == "unsigned" else "neg", odd)
     pairs = b("stack", [even, other] if wrong == "swapped" else [other, even], -1)
@@ -132,8 +131,7 @@ def _interleaved(b: Builder, c: Choices, x: Node, cos: Node, sin: Node, wrong: s
     return b.commuted(c, "add.Tensor", left, b.commuted(c, "mul.Tensor", turned, sin))
 
 
-def _split(b: Builder, c: Choices, x: Node, cos: Node, sin: Node, wrong: str) -> Node:
-    width = last(x)
+def _split(b: Builder, c: Choices, x: Node, cos: Node, sin: Node, width: int, wrong: str) -> Node:
     low, high = b("slice.Tensor", x, -1, 0, width // 2), b("slice.Tensor", x, -1, width // 2, width)
     first = b("sub.Tensor", b.commuted(c, "mul.Tensor", low, cos), b.commuted(c, "mul.Tensor", high, sin))
     second = b.commuted(c, "add.Tensor", b.commuted(c, "mul.Tensor", high, cos), b.commuted(c, "mul.Tensor", low, sin))

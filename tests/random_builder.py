@@ -15,7 +15,7 @@ from fuseline.ir.ops import aten, resolve
 from fuseline.ir.types import DTYPES, Size
 
 T = Dim.named("T")
-_INFER = Inference()
+INFER = Inference()
 Option = TypeVar("Option")
 
 
@@ -62,7 +62,7 @@ class Builder:
         target = resolve(op) if op.startswith("nn.") else aten(op)
         stem = op.removeprefix("nn.").partition(".")[0]
         node = self.graph.create_node("call_function", target, args, kwargs, name=stem)
-        node.meta["type"] = _INFER(target, args, kwargs)
+        node.meta["type"] = INFER(target, args, kwargs)
         return node
 
     def weight(self, c: Choices, *shape: int, dtype: str = "") -> Node:

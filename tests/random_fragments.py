@@ -29,7 +29,7 @@ def embedding(b: Builder, c: Choices) -> Node:
 
 def head(b: Builder, c: Choices, h: Node) -> object:
     """The final norm and the logits as ``[T, vocabulary]``; rarely with another value beside them."""
-    if c.chance(70):
+    if c.chance(50):
         h = norm(b, c, h)
     tied = c.chance(30)
     table = b.shared["embedding"] if tied else b.weight(c, c.of(VOCABULARY, 1, 97), b.width)

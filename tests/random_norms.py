@@ -15,7 +15,11 @@ def norm(b: Builder, c: Choices, x: Node, on_heads: bool = False) -> Node:
             return written_layer(b, c, x)
         case "torch rms":
             weight = c.of(b.weight(c, last(x)), None)
-            n = b("rms_norm", x, [last(x)], weight, *c.of((1e-5,), (1e-2,), ()))
+            eps = c.of((1e-5,), (1e-2,), ())
+            heads = shape_of(x)[-2]
+            if on_heads and isinstance(heads, int) and c.chance(30):
+                return b("rms_norm", x, [heads, last(x)], None, *eps)
+            n = b("rms_norm", x, [last(x)], weight, *eps)
             return scaled(b, c, n, x) if weight is None else n
         case "torch layer":
             return torch_layer(b, c, x, on_heads)
@@ -111,7 +115,7 @@ def written_layer(b: Builder, c: Choices, x: Node) -> Node:
 
 def torch_layer(b: Builder, c: Choices, x: Node, on_heads: bool) -> Node:
     """``torch.nn.LayerNorm``, over the last dim or over heads and their dim together."""
-    shape = shape_of(x)[-2:] if on_heads and c.chance(25) and isinstance(shape_of(x)[-2], int) else [last(x)]
+    shape = shape_of(x)[-2:] if on_heads and c.chance(50) and isinstance(shape_of(x)[-2], int) else [last(x)]
     sizes = [size for size in shape if isinstance(size, int)]
     match c.of("both", "weight", "none", "bias"):
         case "both":
