@@ -68,12 +68,13 @@ def drop_batch_dim(graph: Graph) -> tuple[Graph, PassReport]:
 
     def again(node: Node, convert: Any) -> Node:
         """The same call on converted operands."""
-        made = new.call_function(node.target, tuple(mapped(node.args, convert)), mapped(node.kwargs, convert))
+        target: Any = node.target
+        made = new.call_function(target, tuple(mapped(node.args, convert)), mapped(node.kwargs, convert))
         made.name = new._graph_namespace.create_name(node.name, None)
         made.meta = dict(node.meta)
         return made
 
-    def without(node: Node) -> Any:
+    def without(node: Node) -> tuple[Any, Any]:
         """Arguments of the operator, positional and by name, without the leading dim."""
         rank = max(len(flat_types(item.meta["type"])[0].shape) for item in node.all_input_nodes if known[item][1])
 
@@ -125,7 +126,8 @@ def drop_batch_dim(graph: Graph) -> tuple[Graph, PassReport]:
                 made.meta = {**node.meta, "type": base.meta["type"][node.args[1]]}
                 known[node] = (made, dropped)
             elif touched and (name in POINTWISE or name in _FROM_THE_RIGHT) and not _on_batch(node):
-                known[node] = (emit(node.target, *without(node), node.name, source), True)
+                args, kwargs = without(node)
+                known[node] = (emit(node.target, args, kwargs, node.name, source), True)
             elif touched:
                 raise _Refused
             else:

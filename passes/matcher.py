@@ -57,9 +57,16 @@ def _further(rest: tuple[Any, ...], root: Node, found: Match, roots: tuple[Node,
                     yield from _further(rest[1:], root, deeper, (*roots, user))
 
 
+def is_rounding(node: Any) -> bool:
+    """Whether a value is a cast to a float type; one to integers cuts off the fraction."""
+    if not isinstance(node, Node) or node.op != "call_function" or op_name(node.target) != "aten.to.dtype":
+        return False
+    return isinstance(node.args[0], Node) and type_of(node).dtype in _FLOAT_WIDTH
+
+
 def through_casts(node: Any) -> Any:
     """The value before casts."""
-    while isinstance(node, Node) and node.op == "call_function" and op_name(node.target) == "aten.to.dtype":
+    while is_rounding(node):
         node = node.args[0]
     return node
 
@@ -128,8 +135,8 @@ def _match_call(pattern: Call, value: Any, so_far: Match) -> Iterator[Match]:
         return
     casts: list[Node] = []
     if not (pattern.target != "getitem" and op_name(pattern.target) == "aten.to.dtype"):
-        node = value
-        while node.op == "call_function" and op_name(node.target) == "aten.to.dtype" and isinstance(node.args[0], Node):
+        node: Any = value
+        while is_rounding(node):
             casts.append(node)
             node = node.args[0]
         value = node

@@ -99,7 +99,7 @@ def mlp(b: Builder, c: Choices, h: Node) -> Node:
 def casts(b: Builder, c: Choices, x: Node) -> Node:
     """There and back: through a wider or narrower type, or through one that cuts off the fraction."""
     through = c.of("f64", "f32", "bf16" if b.dtype == "bf16" else "f64", "i64")
-    if through == "i64":
+    if through == "i64" and c.chance(40):
         x = b("mul.Tensor", x, 3.0)
     return b.cast(b.cast(x, through), b.dtype)
 
