@@ -37,7 +37,7 @@ class Recipe:
 def recipe(seed: int) -> Recipe:
     """The recipe of a seed."""
     c = Choices(f"recipe {seed}")
-    count = c.of(1, 1, 1, 1, 2, 2, 3)
+    count = c.of(1, 1, 1, 1, 1, 2, 2, 3)
     return Recipe(
         seed=seed,
         fragments=tuple((number, c.of(*KINDS)) for number in range(count)),
