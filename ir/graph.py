@@ -52,7 +52,8 @@ class Graph(torch.fx.Graph):
         mapping: dict[Node, Node] = {}
         for node in self.nodes:
             made = twin.node_copy(node, lambda old: mapping[old])
-            made.name = node.name
+            if made.name != node.name:
+                made.name = node.name
             made.meta = dict(node.meta)
             mapping[node] = made
         return twin

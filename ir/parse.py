@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import ast
-import io
 import math
 import operator
-import tokenize
+import re
 from typing import Any
 
 from torch.fx import Node
@@ -14,7 +13,7 @@ from torch.fx import Node
 from .errors import VerificationError
 from .graph import Graph, Region
 from .ops import resolve
-from .types import DTYPES, Dim, TensorType, Type, parse_size
+from .types import DTYPES, Dim, Size, TensorType, Type, parse_size
 
 
 class ParseError(VerificationError):
@@ -30,12 +29,22 @@ def parse(text: str) -> Graph:
     return _Parser(text).graph
 
 
-def _comments(text: str) -> dict[int, str]:
-    found: dict[int, str] = {}
-    for token in tokenize.generate_tokens(io.StringIO(text).readline):
-        if token.type == tokenize.COMMENT:
-            found[token.start[0]] = token.string.removeprefix("#").removeprefix(" ")
-    return found
+# A line up to the first # that stands outside of strings, and what follows it.
+_COMMENT = re.compile(r"""(?:[^"'#]|"(?:[^"\\]|\\.)*"|'(?:[^'\\]|\\.)*')*# ?(.*)""")
+
+
+def _comments(lines: list[str]) -> dict[int, str]:
+    found = ((number, _COMMENT.fullmatch(line)) for number, line in enumerate(lines, 1) if "#" in line)
+    return {number: match[1] for number, match in found if match}
+
+
+def _size(tree: ast.expr) -> Size:
+    match tree:
+        case ast.Constant(value=int(number)):
+            return number
+        case ast.Name(id=name):
+            return Dim.named(name)
+    return parse_size(ast.unparse(tree))
 
 
 class _Parser:
@@ -45,10 +54,9 @@ class _Parser:
         self.values: dict[str, Node] = {}
         try:
             tree = ast.parse(text)
-            self.comments = _comments(text)
-        except (SyntaxError, tokenize.TokenError) as error:
-            number = getattr(error, "lineno", None) or 1
-            raise ParseError(f"line {number}: not Python syntax: {error}") from error
+        except SyntaxError as error:
+            raise ParseError(f"line {error.lineno or 1}: not Python syntax: {error}") from error
+        self.comments = _comments(self.lines)
         if len(tree.body) != 1 or not isinstance(tree.body[0], ast.FunctionDef):
             raise ParseError("line 1: a graph is exactly one function definition")
         function = tree.body[0]
@@ -104,7 +112,7 @@ class _Parser:
         if tree.value.id not in DTYPES:
             raise self._fail(tree, f"unknown element type {tree.value.id}")
         try:
-            shape = tuple(parse_size(ast.unparse(size)) for size in sizes)
+            shape = tuple(map(_size, sizes))
         except ValueError as error:
             raise self._fail(tree, str(error)) from error
         return TensorType(tree.value.id, shape, placement)

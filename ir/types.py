@@ -49,6 +49,8 @@ class Dim:
         return sum(values[name] * factor for name, factor in self.terms) + self.offset
 
     def __str__(self) -> str:
+        if len(self.terms) == 1 and self.terms[0][1] == 1 and not self.offset:
+            return self.terms[0][0]
         parts = [f"{factor:+d}*{name}" for name, factor in self.terms]
         text = re.sub(r"([+-])1\*", r"\1", "".join(parts)).removeprefix("+")
         return text if not self.offset else f"{text}{self.offset:+d}"

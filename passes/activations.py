@@ -125,6 +125,17 @@ class FuseSiluMul:
         (_gated("aten.silu(g)", up="1"), "rejected: gate and up differ in type"),
         (_gated("aten.silu(g)", result="(y, a)"), "rejected: a is also used by output"),
         (_gated("aten.relu(g)"), "unchanged"),
+        (
+            """\
+def f(g: f32[T, 8], u: f32[T, 8], *, T: dim(1, 64)):
+    a: f32[T, 8] = aten.silu(g)
+    i: i64[T, 8] = aten.to.dtype(a, i64)
+    w: f32[T, 8] = aten.to.dtype(i, f32)
+    y: f32[T, 8] = aten.mul.Tensor(u, w)
+    return y
+""",
+            "unchanged",
+        ),
     ]
 
 

@@ -64,11 +64,21 @@ def drop_batch_dim(graph: Graph, report: PassReport) -> Graph:
             return convert(value)
         if isinstance(value, (list, tuple)):
             return [mapped(item, convert) for item in value]
+        if isinstance(value, dict):
+            return {name: mapped(item, convert) for name, item in value.items()}
         return value
 
-    def without(node: Node) -> Any:
-        """Arguments of the operator without the leading dim."""
-        rank = max(len(flat_types(item.meta["type"])[0].shape) for item in node_inputs(node.args) if known[item][1])
+    def again(node: Node, convert: Any) -> Node:
+        """The same call on converted operands."""
+        target: Any = node.target
+        made = new.call_function(target, tuple(mapped(node.args, convert)), mapped(node.kwargs, convert))
+        made.name = new._graph_namespace.create_name(node.name, None)
+        made.meta = dict(node.meta)
+        return made
+
+    def without(node: Node) -> tuple[Any, Any]:
+        """Arguments of the operator, positional and by name, without the leading dim."""
+        rank = max(len(flat_types(item.meta["type"])[0].shape) for item in node.all_input_nodes if known[item][1])
 
         def convert(item: Node) -> Node:
             made, dropped = known[item]
@@ -79,7 +89,7 @@ def drop_batch_dim(graph: Graph, report: PassReport) -> Graph:
                 return emit(aten("reshape"), (made, list(kind.shape[1:])), {}, f"{item.name}_row", "")
             raise _Refused
 
-        return mapped(node.args, convert)
+        return mapped(node.args, convert), mapped(node.kwargs, convert)
 
     for node in old.nodes:
         source = node.meta.get("source", "")
@@ -118,22 +128,15 @@ def drop_batch_dim(graph: Graph, report: PassReport) -> Graph:
                 made.meta = {**node.meta, "type": base.meta["type"][node.args[1]]}
                 known[node] = (made, dropped)
             elif touched and (name in POINTWISE or name in _FROM_THE_RIGHT) and not _on_batch(node):
-                known[node] = (emit(node.target, without(node), dict(node.kwargs), node.name, source), True)
+                args, kwargs = without(node)
+                known[node] = (emit(node.target, args, kwargs, node.name, source), True)
             elif touched:
                 raise _Refused
             else:
-                made = new.call_function(
-                    node.target, tuple(mapped(node.args, lambda item: known[item][0])), dict(node.kwargs)
-                )
-                made.name = new._graph_namespace.create_name(node.name, None)
-                made.meta = dict(node.meta)
-                known[node] = (made, False)
+                known[node] = (again(node, lambda item: known[item][0]), False)
         except _Refused:
             report.refuse(node.name, f"{name} is not known to work without its leading dim", node)
-            made = new.call_function(node.target, tuple(mapped(node.args, keep)), dict(node.kwargs))
-            made.name = new._graph_namespace.create_name(node.name, None)
-            made.meta = dict(node.meta)
-            known[node] = (made, False)
+            known[node] = (again(node, keep), False)
     return new
 
 

@@ -57,16 +57,23 @@ def matches(pattern: Pattern, root: Node, trail: Trail | None = None) -> Iterato
         yield from search.further(pattern.results[1:], root, found, (found.calls.get(pattern.results[0], root),))
 
 
+def is_rounding(node: Any) -> bool:
+    """Whether a value is a cast to a float type; one to integers cuts off the fraction."""
+    if not isinstance(node, Node) or node.op != "call_function" or op_name(node.target) != "aten.to.dtype":
+        return False
+    return isinstance(node.args[0], Node) and type_of(node).dtype in _FLOAT_WIDTH
+
+
 def through_casts(node: Any) -> Any:
     """The value before casts."""
-    while _is_cast(node):
+    while is_rounding(node):
         node = node.args[0]
     return node
 
 
 def before_widening(node: Any) -> Any:
     """The value before casts to a wider float type: operators of ours compute in fp32 anyway."""
-    while _is_cast(node):
+    while is_rounding(node):
         source = node.args[0]
         narrow, wide = type_of(source).dtype, type_of(node).dtype
         if _FLOAT_WIDTH.get(narrow, 9) >= _FLOAT_WIDTH.get(wide, 0):
@@ -133,7 +140,7 @@ class _Search:
             return
         casts: list[Node] = []
         if isinstance(value, Node) and (pattern.target == "getitem" or op_name(pattern.target) != "aten.to.dtype"):
-            while _is_cast(value):
+            while is_rounding(value):
                 casts.append(value)
                 value = value.args[0]
         wanted = operator.getitem if pattern.target == "getitem" else pattern.target
@@ -159,15 +166,6 @@ class _Search:
             return
         for found in self.match(*pairs[0], so_far, owner):
             yield from self.match_all(pairs[1:], found, owner)
-
-
-def _is_cast(value: Any) -> bool:
-    return (
-        isinstance(value, Node)
-        and value.op == "call_function"
-        and op_name(value.target) == "aten.to.dtype"
-        and isinstance(value.args[0], Node)
-    )
 
 
 def _same_literal(pattern: Any, value: Any) -> bool:

@@ -45,7 +45,7 @@ def page_attention(graph: Graph, report: PassReport) -> Graph:
                 insert_before(graph, node, infer, cache_write, (store, rows, slots), name=name, source="PageAttention")
             )
         args = (q, *written, tables, starts, lengths, block_size, *rest)
-        paged = insert_before(graph, node, infer, paged_attention, args)
+        paged = insert_before(graph, node, infer, paged_attention, args, node.kwargs)
         line = node.meta.get("source", "")
         paged.meta["source"] = f"PageAttention; {line}" if line else "PageAttention"
         back = _reshaped(graph, node, paged, list(type_of(node).shape), infer)

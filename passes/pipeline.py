@@ -29,11 +29,11 @@ _DECLARED: tuple[Any, ...] = (
     outer.OuterByRows,
     outer.ColumnFromRow,
     activations.LinearFromAddmm,
+    norms.FuseWrittenLayerNorm,  # before the RMS norm that is a part of it
     norms.FuseRMSNorm,
     norms.FuseNormScale,
     norms.FuseTorchRMSNorm,
     norms.FuseLayerNorm,
-    norms.FuseWrittenLayerNorm,
     rotary.FuseRope,
     rotary.FuseInterleavedRope,
     rotary.FuseSplitRope,

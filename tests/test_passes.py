@@ -95,6 +95,45 @@ def test_page_attention_writes_before_it_reads() -> None:
     assert call in text
 
 
+SLIDING = """\
+def f(x: f32[T, 2, 4], *, T: dim(1, 64)):
+    w: f32[2] = weight("sinks")
+    b: f32[1, T, 2, 4] = aten.reshape(x, [1, T, 2, 4])
+    o: f32[1, T, 2, 4] = nn.attention(b, b, b, 0, 0.5, kind="sliding", window=2, sinks=w)
+    s: f32[T, 2, 4] = aten.select.int(o, -4, 0)
+    return s
+"""
+
+
+def test_what_attention_is_given_by_name_is_kept() -> None:
+    """Otherwise a window would be forgotten, or a weight of the old graph stand in the new one."""
+    after, _ = run("DropBatchDim", SLIDING)
+    call = 'nn.attention(x, x, x, 0, 0.5, kind="sliding", window=2, sinks=w)'
+    assert call in str(after)
+    same_numbers(SLIDING, after)
+    after, _ = run("PageAttention", str(after))
+    assert '16, 0.5, kind="sliding", window=2, sinks=w)' in str(after)
+
+
+def test_a_written_layer_norm_is_no_rms_norm_of_a_difference() -> None:
+    text = """\
+def f(x: f32[T, 8], *, T: dim(1, 64)):
+    m: f32[T, 1] = aten.mean.dim(x, [-1], True)
+    c: f32[T, 8] = aten.sub.Tensor(x, m)
+    s: f32[T, 8] = aten.pow.Tensor_Scalar(c, 2)
+    v: f32[T, 1] = aten.mean.dim(s, [-1], True)
+    e: f32[T, 1] = aten.add.Tensor(v, 1e-05)
+    r: f32[T, 1] = aten.rsqrt(e)
+    n: f32[T, 8] = aten.mul.Tensor(c, r)
+    w: f32[8] = weight("w")
+    y: f32[T, 8] = aten.mul.Tensor(w, n)
+    return y
+"""
+    after = passes.run(ir.parse(text), [name for name in passes.PIPELINE if name != "SelectRows"])
+    assert "y: f32[T, 8] = nn.layer_norm(x, w, None, 1e-05)" in str(after)
+    same_numbers(text, after)
+
+
 def test_page_attention_takes_the_block_size_from_the_graph() -> None:
     after, _ = run("PageAttention", QKV.replace("T: dim(1, 64)", "T: dim(1, 64), kv_block: option(32)"))
     assert "context_lens, 32, 0.5)" in str(after)
