@@ -1,0 +1,83 @@
+"""The smallest graph on which a pass changes the numbers, written as a text file and a pytest file that fails."""
+
+from __future__ import annotations
+
+import math
+import re
+import tempfile
+from collections.abc import Iterable
+from pathlib import Path
+
+from ..ir.dump import dump
+from ..ir.graph import Graph
+from .comparison import TOLERANCE, Comparison, distances
+from .cuts import ball
+from .pipeline import steps
+
+FOLDER = "fuseline-verification"
+_RADII = (1, 2, 3, 4, 6, 9, 14)
+
+_TEST = '''\
+"""{title}. Fails until the pass is mended."""
+
+from pathlib import Path
+
+from fuseline import ir, passes
+from fuseline.passes.comparison import TOLERANCE, Comparison, distances
+
+
+def test_{stem}() -> None:
+    before = ir.parse(Path(__file__).with_name("{stem}.txt").read_text())
+    (step,) = passes.steps(before, ["{name}"], check=True)
+    comparison = Comparison.of(before)
+    errors = distances(comparison.results(before), comparison.results(step.graph))
+    assert max(errors) <= TOLERANCE, f"relative RMSE {{max(errors):.1e}}"
+'''
+
+
+def error_of(name: str, before: Graph) -> float:
+    """How far a pass moves the results of a graph; infinite if it fails on it or leaves it malformed."""
+    comparison = Comparison.of(before)
+    try:
+        expected = comparison.results(before)
+    except Exception:  # the graph itself cannot be run, so it shows nothing
+        return 0.0
+    try:
+        (step,) = steps(before, [name], check=True)
+        return max(distances(expected, comparison.results(step.graph)), default=0.0)
+    except Exception:
+        return math.inf
+
+
+def smallest(name: str, graph: Graph, site: str, cuts: Iterable[Graph] = ()) -> Graph | None:
+    """The smallest graph tried on which the pass changes the numbers: one of ``cuts``, what lies around the site, or all."""
+    around = (ball(graph, site, radius) for radius in _RADII)
+    for candidate in (*cuts, *(item for item in around if item is not None), graph):
+        if not error_of(name, candidate) <= TOLERANCE:
+            return candidate
+    return None
+
+
+def write_pass(name: str, site: str, graph: Graph, title: str, folder: Path | None) -> tuple[Path, Path]:
+    """Write ``<Pass>_<site>.txt`` and ``test_<Pass>_<site>.py``."""
+    stem = f"{name}_{re.sub(r'[^A-Za-z0-9_]+', '_', site)[:60]}"
+    return write(folder, stem, dump(graph), _TEST.format(title=title, stem=stem, name=name))
+
+
+def write(folder: Path | None, stem: str, text: str, test: str) -> tuple[Path, Path]:
+    """Write a text and its test to the folder: by default ``fuseline-verification/`` in the current directory, or a
+    temporary one where that cannot be written."""
+    folder = _writable(folder)
+    files = folder / f"{stem}.txt", folder / f"test_{stem}.py"
+    for path, content in zip(files, (text, test)):
+        path.write_text(content)
+    return files
+
+
+def _writable(folder: Path | None) -> Path:
+    wanted = Path(FOLDER) if folder is None else folder
+    try:
+        wanted.mkdir(parents=True, exist_ok=True)
+        return wanted.resolve()
+    except OSError:
+        return Path(tempfile.mkdtemp(prefix=f"{FOLDER}-"))
