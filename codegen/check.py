@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 import statistics
 from collections.abc import Callable, Mapping
 
@@ -10,10 +9,12 @@ import torch
 from torch import Tensor
 from torch.fx import Node
 
+from ..ir.draws import draw_floats
 from ..ir.graph import Graph, type_of
 from ..ir.interpret import bind_dims, interpret
 from ..ir.ops import op_name
 from ..ir.parse import parse
+from ..ir.twin import widened
 from .kernels import Kernel
 from .signature import fresh_outputs
 
@@ -56,7 +57,7 @@ def random_case(graph: Graph, tokens: int, sequences: int, seed: int, device: to
         elif role == "slots":
             case[node.name] = torch.randperm(dims["C"], generator=generator)[:tokens].to(device)
         elif kind.torch_dtype.is_floating_point:
-            case[node.name] = torch.randn(shape, generator=generator).to(kind.torch_dtype).to(device)
+            case[node.name] = draw_floats(kind, shape, generator).to(device)
         else:
             bound = _bound(node, dims)
             case[node.name] = torch.randint(0, bound, shape, generator=generator).to(kind.torch_dtype).to(device)
@@ -120,14 +121,8 @@ def _arguments(graph: Graph, case: Mapping[str, Tensor], order: tuple[int, ...])
 
 def reference(graph: Graph, case: Mapping[str, Tensor]) -> tuple[Tensor, ...]:
     """What the kernel should compute, with all floats in fp32."""
-    wide = parse(widened(graph))
     inputs = {name: (value.float() if value.is_floating_point() else value).clone() for name, value in case.items()}
-    return interpret(wide, inputs, {})
-
-
-def widened(graph: Graph) -> str:
-    """The text of the graph with all narrow floats made fp32."""
-    return re.sub(r"\b(bf16|f16)\b", "f32", str(graph))
+    return interpret(widened(graph), inputs, {})
 
 
 def errors(

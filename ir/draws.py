@@ -21,7 +21,8 @@ _FAR = 300
 _UNBOUNDED = 1 << 30
 
 _VIEWS = frozenset(
-    "aten.reshape aten.unsqueeze aten.expand aten.transpose.int aten.to.dtype aten.select.int aten.squeeze.dim".split()
+    "aten.reshape aten.unsqueeze aten.expand aten.transpose.int aten.to.dtype aten.select.int aten.slice.Tensor "
+    "aten.squeeze.dim aten.gather".split()
 )
 
 
@@ -83,18 +84,25 @@ def draw_input(node: Node, dims: Mapping[str, int], seed: int) -> Tensor:
     kind = type_of(node)
     shape = kind.concrete(dims)
     if kind.torch_dtype.is_floating_point:
-        value = torch.randn(shape, generator=generator) + 0.25
-        place = row_axis(kind)
-        if place is not None:
-            column = [1] * len(shape)
-            column[place] = -1
-            value = value * _magnitudes(shape[place]).reshape(column)
-        return value.to(kind.torch_dtype)
+        return draw_floats(kind, shape, generator)
     bound = 2 if kind.dtype == "bool" else index_bound(node)
     if node.name == "positions":
         first = max(0, min(_FAR, bound - shape[-1])) if seed % 2 else 0
         return (torch.arange(shape[-1]) + first).expand(shape).to(kind.torch_dtype).contiguous()
     return torch.randint(0, max(1, min(bound, 1 << 20)), shape, generator=generator).to(kind.torch_dtype)
+
+
+def draw_floats(kind: TensorType, shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
+    """Rows that differ in magnitude and have a mean; without rows, a matrix of about ``1 / sqrt(fan_in)`` or a vector."""
+    value = torch.randn(shape, generator=generator) + 0.25
+    place = row_axis(kind)
+    if place is not None:
+        column = [1] * len(shape)
+        column[place] = -1
+        value *= _magnitudes(shape[place]).reshape(column)
+    elif len(shape) > 1:
+        value /= math.sqrt(shape[-1])
+    return value.to(kind.torch_dtype)
 
 
 def row_axis(kind: TensorType) -> int | None:
@@ -110,6 +118,9 @@ def index_bound(node: Node) -> int:
         table = user.args[0] if user.args else None
         if name in ("aten.embedding", "aten.index_select") and isinstance(table, Node) and table is not node:
             size = type_of(table).shape[0]
+            bound = min(bound, size if isinstance(size, int) else _UNBOUNDED)
+        elif name == "aten.gather" and user.args[2] is node and isinstance(table, Node):
+            size = type_of(table).shape[int(str(user.args[1]))]
             bound = min(bound, size if isinstance(size, int) else _UNBOUNDED)
         elif name in ("aten.add.Tensor", "aten.sub.Tensor") and isinstance(user.args[1], int):
             offset = user.args[1] if name == "aten.add.Tensor" else -user.args[1]

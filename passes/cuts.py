@@ -13,7 +13,7 @@ from typing import Any
 from torch.fx import Node
 
 from ..ir.dump import call_text
-from ..ir.graph import Graph, dims_of, is_constant, type_of
+from ..ir.graph import Graph, dims_of, flat_types, is_constant
 from ..ir.types import TensorType
 from .comparison import is_comparable
 
@@ -45,16 +45,23 @@ class Side:
 
 
 def changed(before: Side, after: Side) -> Iterator[str]:
-    """The names of values that both graphs have and that ``after`` computes in another way."""
+    """The names of values that both graphs have and that ``after`` computes in another way, or from other operands."""
     for node in after.graph.calls():
         old = before.named.get(node.name)
-        if old is not None and old.op == "call_function" and _alike(old, node) and call_text(old) != call_text(node):
+        if old is None or old.op != "call_function" or not _alike(old, node):
+            continue
+        if call_text(old) != call_text(node) or not all(map(_alike_types, old.all_input_nodes, node.all_input_nodes)):
             yield node.name
 
 
 def _alike(left: Node, right: Node) -> bool:
     """Whether two nodes may be the same value: one tensor of floats in the same shape, up to dims of 1."""
-    return is_comparable(left) and is_comparable(right) and _squeezed(type_of(left)) == _squeezed(type_of(right))
+    return is_comparable(left) and is_comparable(right) and _alike_types(left, right)
+
+
+def _alike_types(left: Node, right: Node) -> bool:
+    pairs = zip(flat_types(left.meta["type"]), flat_types(right.meta["type"]))
+    return all(_squeezed(old) == _squeezed(new) for old, new in pairs)
 
 
 def _squeezed(kind: TensorType) -> tuple[object, ...]:

@@ -4,17 +4,16 @@ from __future__ import annotations
 
 import math
 import re
-import tempfile
 from collections.abc import Iterable
 from pathlib import Path
 
 from ..ir.dump import dump
 from ..ir.graph import Graph
+from ..ir.reproduction import write_reproduction
 from .comparison import TOLERANCE, Comparison, distances
 from .cuts import ball
 from .pipeline import steps
 
-FOLDER = "fuseline-verification"
 _RADII = (1, 2, 3, 4, 6, 9, 14)
 
 _TEST = '''\
@@ -61,23 +60,4 @@ def smallest(name: str, graph: Graph, site: str, cuts: Iterable[Graph] = ()) -> 
 def write_pass(name: str, site: str, graph: Graph, title: str, folder: Path | None) -> tuple[Path, Path]:
     """Write ``<Pass>_<site>.txt`` and ``test_<Pass>_<site>.py``."""
     stem = f"{name}_{re.sub(r'[^A-Za-z0-9_]+', '_', site)[:60]}"
-    return write(folder, stem, dump(graph), _TEST.format(title=title, stem=stem, name=name))
-
-
-def write(folder: Path | None, stem: str, text: str, test: str) -> tuple[Path, Path]:
-    """Write a text and its test to the folder: by default ``fuseline-verification/`` in the current directory, or a
-    temporary one where that cannot be written."""
-    folder = _writable(folder)
-    files = folder / f"{stem}.txt", folder / f"test_{stem}.py"
-    for path, content in zip(files, (text, test)):
-        path.write_text(content)
-    return files
-
-
-def _writable(folder: Path | None) -> Path:
-    wanted = Path(FOLDER) if folder is None else folder
-    try:
-        wanted.mkdir(parents=True, exist_ok=True)
-        return wanted.resolve()
-    except OSError:
-        return Path(tempfile.mkdtemp(prefix=f"{FOLDER}-"))
+    return write_reproduction(folder, stem, dump(graph), _TEST.format(title=title, stem=stem, name=name))

@@ -17,6 +17,7 @@ from transformers import PreTrainedModel
 from .. import passes
 from ..codegen.kernels import emit_kernels
 from ..codegen.launch import load_launches
+from ..codegen.verification import verify_kernels
 from ..ir.capture import MAX_STEP_TOKENS, capture
 from ..ir.errors import ExpectationError
 from ..ir.graph import Graph, type_of
@@ -67,12 +68,15 @@ def compile(
             model's ``max_position_embeddings``. max_step_tokens: tokens in one step, prefill included.
         kv_cache: block size and number of tokens of the KV cache.
         expect: how often passes must have fired, by name; ``{"MergeQKV": 30}``.
-        verify: check every graph between the passes (types, names, text round trip).
+        verify: check every graph between the passes (types, names, text round trip), compare the numbers of each with
+            those of the graph before it, and those of each kernel with its region's reference: in fp32, on random inputs
+            and weights. A reproduction of a mismatch goes to ``dump``, else to ``fuseline-verification/``.
         dump: a directory for the text after each pass, the kernels and the report.
         progress: show progress bars on stderr.
 
     Raises:
         UnsupportedModelError: the model cannot be compiled without the risk of wrong answers.
+        VerificationError: with ``verify``, a pass or a kernel computes other numbers; names it, the site and the error.
         ExpectationError: ``expect`` was not met. OptionError: an option makes no sense or is not available yet.
     """
     kv_cache = kv_cache or KVCacheConfig()
@@ -102,7 +106,10 @@ def compile(
         record.graph("capture", graph)
     names = list(passes.PASSES.pipeline) if not _is_lowered(graph) else []
     with report.timed("passes"):
-        for step in show(passes.steps(graph, names, check=verify), "passes", len(names)):
+        running = passes.steps(graph, names, check=verify)
+        if verify:
+            running = passes.verified(graph, running, names, dump)
+        for step in show(running, "passes", len(names)):
             graph = step.graph
             report.passes.append(step.report)
             if record:
@@ -113,6 +120,9 @@ def compile(
     with report.timed("codegen"):
         kernels = emit_kernels(graph)
     report.kernels(graph, kernels)
+    if verify:
+        with report.timed("verify kernels"), _spinner(progress, "verify kernels"):
+            report.verification = str(verify_kernels(kernels, place, dump))
     launches = load_launches(kernels) if place.type == "cuda" else None
     with report.timed("load weights"), _spinner(progress, "load weights"):
         values = bones.load()
