@@ -7,7 +7,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -107,12 +106,8 @@ def _twin(kernel: Kernel) -> Kernel:
 
 
 def _work(kernel: Kernel) -> int:
-    """Numbers that the kernel reads from tensors of fixed size: small kernels are interpreted first."""
-    return sum(math.prod(kind.shape) for node in kernel.graph.inputs() for kind in [type_of(node)] if _is_fixed(kind))
-
-
-def _is_fixed(kind: Any) -> bool:
-    return all(isinstance(size, int) for size in kind.shape)
+    """Numbers that the kernel reads, for one token: small kernels are interpreted first."""
+    return sum(math.prod(size for size in type_of(n).shape if isinstance(size, int)) for n in kernel.graph.inputs())
 
 
 def _tolerance(graph: Graph, device: torch.device) -> float:

@@ -6,7 +6,7 @@ what lies around a value, for a reproduction.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence, Set
 from dataclasses import dataclass
 from typing import Any
 
@@ -68,16 +68,16 @@ def _squeezed(kind: TensorType) -> tuple[object, ...]:
     return (kind.dtype, *(size for size in kind.shape if size != 1))
 
 
-def pair(before: Side, after: Side, name: str) -> tuple[Graph, Graph] | None:
+def pair(before: Side, after: Side, name: str, shared: Set[str]) -> tuple[Graph, Graph] | None:
     """The value of that name as a graph of its own, before and after, on the same inputs; nothing if there is no small one.
 
     The inputs are the nearest values that both graphs have such that everything the value depends on before passes
-    through them, and none of them depends on another.
+    through them, and none of them depends on another. ``shared`` are the ``shared_values`` of the two.
     """
     opened: set[str] = set()
     for _ in range(_ROUNDS):
-        new = _cone(after, name, lambda node: node.name not in opened and _shared(before, node))
-        old = _cone(before, name, lambda node: new is not None and node.name in new.inputs)
+        new = _cone(after, name, shared - opened)
+        old = None if new is None else _cone(before, name, new.inputs)
         if new is None or old is None:
             return None
         inner = {item for item in new.inputs if before.named[item].op != "placeholder"}
@@ -100,7 +100,7 @@ class _Cone:
     inputs: frozenset[str]
 
 
-def _cone(side: Side, name: str, given: Callable[[Node], bool]) -> _Cone | None:
+def _cone(side: Side, name: str, given: Set[str]) -> _Cone | None:
     """What a value is computed from, down to values that are given; nothing if it is too much."""
     nodes: set[Node] = set()
     inputs: set[str] = set()
@@ -109,7 +109,7 @@ def _cone(side: Side, name: str, given: Callable[[Node], bool]) -> _Cone | None:
         node = stack.pop()
         if node in nodes or node.name in inputs:
             continue
-        if node.op == "placeholder" or (nodes and given(node)):
+        if node.op == "placeholder" or (nodes and node.name in given):
             inputs.add(node.name)
             continue
         nodes.add(node)
@@ -119,9 +119,13 @@ def _cone(side: Side, name: str, given: Callable[[Node], bool]) -> _Cone | None:
     return _Cone(frozenset(nodes), frozenset(inputs))
 
 
-def _shared(before: Side, node: Node) -> bool:
-    old = before.named.get(node.name)
-    return old is not None and not is_constant(node) and _alike(old, node)
+def shared_values(before: Side, after: Side) -> frozenset[str]:
+    """The names of values that stand for the same before and after, and are no constants."""
+    return frozenset(
+        name
+        for name, node in after.named.items()
+        if name in before.named and not is_constant(node) and _alike(before.named[name], node)
+    )
 
 
 def ball(graph: Graph, name: str, radius: int) -> Graph | None:

@@ -8,16 +8,20 @@ by sequence, which also covers passes that change the inputs.
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from torch.fx import Node
+
+from ..ir.draws import row_axis
 from ..ir.dump import call_text, dump
 from ..ir.errors import FuselineError, VerificationError
-from ..ir.graph import Graph
+from ..ir.graph import Graph, type_of
 from ..ir.verify import excerpt
 from .comparison import TOLERANCE, Comparison, Result, distances, is_blind, is_comparable, returning
-from .cuts import Side, changed, fingerprint, pair
+from .cuts import Side, changed, fingerprint, pair, shared_values
 from .ledger import PassReport
 from .pipeline import NEEDED, Step, apply
 from .reproduction import smallest, write_pass
@@ -88,7 +92,11 @@ class Verification:
             self._expected: list[Result] | None = self._comparison.results(graph)
         except Exception:  # random numbers are not always valid: then only the cuts are compared
             self._expected = None
-        self.blind = self._expected is None or is_blind(self._expected)
+        if self._expected is None or is_blind(self._expected):
+            warnings.warn(
+                f"verify: {graph.name} gives no numbers on random inputs; passes are checked value by value only",
+                stacklevel=3,
+            )
 
     def check(self, number: int, step: Step) -> None:
         """Compare the graph after a pass with the one before; ``number`` is the number of the pass.
@@ -121,8 +129,9 @@ class Verification:
         if [node.name for node in before.inputs()] != [node.name for node in after.inputs()]:
             return None
         old, new = Side.of(before), Side.of(after)
+        shared = shared_values(old, new)
         for value in changed(old, new):
-            cut = pair(old, new, value)
+            cut = pair(old, new, value, shared)
             if cut is None:
                 continue
             key = fingerprint(cut)
@@ -171,8 +180,8 @@ class Verification:
 
     def _first_difference(self, before: Graph, after: Graph) -> str:
         """The first value that both graphs have and that differs, else the result."""
-        old = {node.name: node for node in before.calls() if is_comparable(node)}
-        common = [node.name for node in after.calls() if node.name in old and is_comparable(node)]
+        old, new = ({node.name for node in item.calls() if _has_rows(node)} for item in (before, after))
+        common = [node.name for node in before.calls() if node.name in old & new]
         try:
             left, right = (self._comparison.results(returning(item, common)) for item in (before, after))
         except Exception:
@@ -219,7 +228,7 @@ class Verification:
         old, new = Side.of(self._before), Side.of(after)
         if found.value not in new.named or call_text(old.named[found.value]) == call_text(new.named[found.value]):
             return False
-        cut = pair(old, new, found.value)
+        cut = pair(old, new, found.value, shared_values(old, new))
         return cut is not None and not self._error(*cut) <= TOLERANCE
 
 
@@ -228,6 +237,10 @@ def _distance(comparison: Comparison, expected: Sequence[Result], after: Graph) 
         return max(distances(expected, comparison.results(after)), default=0.0)
     except Exception:  # an operator refuses values that it took before
         return math.inf
+
+
+def _has_rows(node: Node) -> bool:
+    return is_comparable(node) and row_axis(type_of(node)) is not None
 
 
 def _how_to_skip(name: str, application: int | None, number: int) -> str:

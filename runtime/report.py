@@ -130,7 +130,7 @@ class Report:
             ("weights", f"{self.weight_bytes / 1e6:.0f} MB"),
             ("KV cache", f"{self.cache_tokens} tokens, {self.cache_bytes / 1e6:.0f} MB"),
             ("self-check", f"concatenated sequences agree to {self.self_check:.0e}"),
-            ("verified", self.verification or "not asked for"),
+            ("verified", self.verification or "no"),
             ("seconds", ", ".join(f"{name} {value:.1f}" for name, value in self.seconds.items())),
         ]
 
