@@ -148,12 +148,18 @@ def _has_rows(graph: Graph) -> bool:
     return any(node.name == "rows" for node in graph.inputs())
 
 
-def returning(graph: Graph, values: Sequence[Node | str]) -> Graph:
-    """The graph with other values as its results, by name."""
+def returning(graph: Graph, names: Sequence[str]) -> Graph:
+    """The graph with other values as its results, by name, and without what they do not need."""
     twin = graph.copy()
     nodes = {node.name: node for node in twin.nodes}
-    twin.output_node().args = ([nodes[item if isinstance(item, str) else item.name] for item in values],)
+    results = [nodes[name] for name in names]
+    twin.output_node().args = (results[0] if len(results) == 1 else results,)
     twin.eliminate_dead()
+    for node in twin.inputs():
+        if not node.users and node.name not in _PAGING:
+            twin.erase_node(node)
+    used = dims_of(node.meta["type"] for node in twin.nodes if node.op != "output")
+    twin.dims = {name: bounds for name, bounds in twin.dims.items() if name in used}
     return twin
 
 

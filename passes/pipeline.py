@@ -29,11 +29,11 @@ _DECLARED: tuple[Any, ...] = (
     outer.OuterByRows,
     outer.ColumnFromRow,
     activations.LinearFromAddmm,
+    norms.FuseWrittenLayerNorm,  # holds an RMS norm of what is left of the mean
     norms.FuseRMSNorm,
     norms.FuseNormScale,
     norms.FuseTorchRMSNorm,
     norms.FuseLayerNorm,
-    norms.FuseWrittenLayerNorm,
     rotary.FuseRope,
     rotary.FuseInterleavedRope,
     rotary.FuseSplitRope,

@@ -8,9 +8,9 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from ..ir.dump import dump
-from ..ir.graph import Graph
+from ..ir.graph import Graph, node_inputs
 from ..ir.reproduction import write_reproduction
-from .comparison import TOLERANCE, Comparison, distances
+from .comparison import TOLERANCE, Comparison, distances, returning
 from .cuts import ball
 from .pipeline import steps
 
@@ -49,11 +49,14 @@ def error_of(name: str, before: Graph) -> float:
 
 
 def smallest(name: str, graph: Graph, site: str, cuts: Iterable[Graph] = ()) -> Graph | None:
-    """The smallest graph tried on which the pass changes the numbers: one of ``cuts``, what lies around the site, or all."""
+    """The smallest graph tried on which the pass changes the numbers: one of ``cuts``, what lies around the site, or all;
+    with one result if one is enough."""
     around = (ball(graph, site, radius) for radius in _RADII)
     for candidate in (*cuts, *(item for item in around if item is not None), graph):
         if not error_of(name, candidate) <= TOLERANCE:
-            return candidate
+            results = [node.name for node in node_inputs(candidate.output_node().args[0])]
+            single = (returning(candidate, [result]) for result in results[::-1]) if len(results) > 1 else ()
+            return next((item for item in single if not error_of(name, item) <= TOLERANCE), candidate)
     return None
 
 
