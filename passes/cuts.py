@@ -6,7 +6,7 @@ what lies around a value, for a reproduction.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence, Set
+from collections.abc import Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass
 from typing import Any
 
@@ -76,8 +76,8 @@ def pair(before: Side, after: Side, name: str, shared: Set[str]) -> tuple[Graph,
     """
     opened: set[str] = set()
     for _ in range(_ROUNDS):
-        new = _cone(after, name, shared - opened)
-        old = None if new is None else _cone(before, name, new.inputs)
+        new = _cone(after.named, name, shared - opened)
+        old = None if new is None else _cone(before.named, name, new.inputs)
         if new is None or old is None:
             return None
         inner = {item for item in new.inputs if before.named[item].op != "placeholder"}
@@ -100,11 +100,11 @@ class _Cone:
     inputs: frozenset[str]
 
 
-def _cone(side: Side, name: str, given: Set[str]) -> _Cone | None:
+def _cone(named: Mapping[str, Node], name: str, given: Set[str]) -> _Cone | None:
     """What a value is computed from, down to values that are given; nothing if it is too much."""
     nodes: set[Node] = set()
     inputs: set[str] = set()
-    stack = [side.named[name]]
+    stack = [named[name]]
     while stack:
         node = stack.pop()
         if node in nodes or node.name in inputs:
@@ -157,6 +157,12 @@ def ball(graph: Graph, name: str, radius: int) -> Graph | None:
     if not results:
         return None
     return _graph(graph, _Cone(frozenset(needed), frozenset(inputs)), results)
+
+
+def narrowed(graph: Graph, result: str, given: Set[str]) -> Graph | None:
+    """The part of a graph that makes one of its values, with others given as inputs; nothing if there is no such part."""
+    cone = _cone({node.name: node for node in graph.nodes}, result, given)
+    return None if cone is None else _graph(graph, cone, [result])
 
 
 def _is_read(node: Node, inside: set[Node]) -> bool:

@@ -8,10 +8,10 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from ..ir.dump import dump
-from ..ir.graph import Graph, node_inputs
+from ..ir.graph import Graph, is_constant
 from ..ir.reproduction import write_reproduction
-from .comparison import TOLERANCE, Comparison, distances, returning
-from .cuts import ball
+from .comparison import TOLERANCE, Comparison, distances, is_comparable
+from .cuts import ball, narrowed
 from .pipeline import steps
 
 _RADII = (1, 2, 3, 4, 6, 9, 14)
@@ -49,15 +49,33 @@ def error_of(name: str, before: Graph) -> float:
 
 
 def smallest(name: str, graph: Graph, site: str, cuts: Iterable[Graph] = ()) -> Graph | None:
-    """The smallest graph tried on which the pass changes the numbers: one of ``cuts``, what lies around the site, or all;
-    with one result if one is enough."""
+    """The smallest graph found on which the pass changes the numbers; nothing if it does not on all of them.
+
+    Tried are ``cuts``, what lies around the site, and the whole. The first that fails is reduced to one result, and as
+    many of its values as can be are given as inputs.
+    """
     around = (ball(graph, site, radius) for radius in _RADII)
     for candidate in (*cuts, *(item for item in around if item is not None), graph):
         if not error_of(name, candidate) <= TOLERANCE:
-            results = [node.name for node in node_inputs(candidate.output_node().args[0])]
-            single = (returning(candidate, [result]) for result in results[::-1]) if len(results) > 1 else ()
-            return next((item for item in single if not error_of(name, item) <= TOLERANCE), candidate)
+            return _reduced(name, candidate)
     return None
+
+
+def _reduced(name: str, graph: Graph) -> Graph:
+    inner = [node.name for node in graph.calls() if is_comparable(node) and not is_constant(node)]
+
+    def fails(result: str, given: frozenset[str]) -> bool:
+        part = narrowed(graph, result, given)
+        return part is not None and not error_of(name, part) <= TOLERANCE
+
+    result = next((item for item in inner if fails(item, frozenset())), None)
+    if result is None:
+        return graph
+    given: frozenset[str] = frozenset()
+    for item in reversed(inner[: inner.index(result)]):
+        if fails(result, given | {item}):
+            given |= {item}
+    return narrowed(graph, result, given) or graph
 
 
 def write_pass(name: str, site: str, graph: Graph, title: str, folder: Path | None) -> tuple[Path, Path]:
