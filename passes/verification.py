@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 from torch.fx import Node
@@ -20,6 +20,7 @@ from ..ir.dump import call_text, dump
 from ..ir.errors import FuselineError, VerificationError
 from ..ir.graph import Graph, type_of
 from ..ir.verify import excerpt
+from .bisection import first_wrong
 from .comparison import TOLERANCE, Comparison, Result, distances, is_blind, is_comparable, returning
 from .cuts import Side, changed, fingerprint, pair, shared_values
 from .ledger import PassReport
@@ -53,20 +54,9 @@ def verified(
         except Exception as error:
             if isinstance(error, FuselineError) and not isinstance(error, VerificationError):
                 raise
-            raise verification.failed(name, error) from error
+            raise verification.failed(number, name, error) from error
         verification.check(number, step)
         yield step
-
-
-@dataclass
-class _Sites(PassReport):
-    """A report that remembers the site of each application."""
-
-    sites: list[str] = field(default_factory=list)
-
-    def allows(self, site: str) -> bool:
-        self.sites.append(site)
-        return super().allows(site)
 
 
 @dataclass(frozen=True)
@@ -111,18 +101,20 @@ class Verification:
                 raise self._blame(number, step, found)
         self._before = after
 
-    def failed(self, name: str, error: Exception) -> VerificationError:
+    def failed(self, number: int, name: str, error: Exception) -> VerificationError:
         """What to raise for a pass that fails, or leaves a malformed graph."""
-        why = f"{name} fails or leaves a malformed graph: {type(error).__name__}: {error}"
-        files = write_pass(name, "graph", self._before, f"{name} fails or leaves a malformed graph", self._folder)
-        return VerificationError(
-            f"{why}\n{_how_to_skip(name, None, 0)}\nReproduction: {files[0]}, {files[1]}",
-            pass_name=name,
-            site="graph",
-            error=math.inf,
-            tolerance=TOLERANCE,
-            files=files,
-        )
+
+        def is_wrong(limit: int) -> bool:
+            try:
+                apply(name, self._before, PassReport(name, limit=limit), check=True)
+            except Exception:
+                return True
+            return False
+
+        application, site = first_wrong(self._before, PassReport(name), is_wrong, "graph")
+        proof = smallest(name, self._before, site.partition("+")[0]) or self._before
+        title = f"{name} fails or leaves a malformed graph at {site}"
+        return self._error_of(number, name, application, site, math.inf, title, proof, str(error))
 
     def _by_cuts(self, name: str, before: Graph, after: Graph) -> _Mismatch | None:
         """The first value that is computed in another way and to another number, if a graph proves that the pass did it."""
@@ -190,39 +182,42 @@ class Verification:
         return next((name for name, error in errors if not error <= TOLERANCE), before.output_node().prev.name)
 
     def _blame(self, number: int, step: Step, found: _Mismatch) -> VerificationError:
-        application, site = self._application(step, found)
-        excerpted = next((node for node in self._before.calls() if node.name == found.value), None)
-        title = f"{step.name} changes the numbers at {site}: relative RMSE {found.error:.1e}, {TOLERANCE:.0e} allowed"
-        files = write_pass(step.name, found.value, found.proof, title, self._folder)
-        which = "" if application is None else f"It is application {application} of {step.name}, pass {number}. "
-        lines = "" if excerpted is None else f"\n{excerpt(excerpted)}"
+        def is_wrong(limit: int) -> bool:
+            report = PassReport(step.name, off=step.report.off, limit=limit)
+            return self._differs(apply(step.name, self._before, report), found)
+
+        application, site = first_wrong(self._before, step.report, is_wrong, found.value)
+        title = f"{step.name} changes the numbers at {site}: relative RMSE {found.error:.1e} in fp32, {TOLERANCE:.0e} allowed"
+        node = next((node for node in self._before.calls() if node.name == found.value), None)
+        lines = "" if node is None else excerpt(node)
+        return self._error_of(number, step.name, application, site, found.error, title, found.proof, lines)
+
+    def _error_of(
+        self,
+        number: int,
+        name: str,
+        application: int | None,
+        site: str,
+        error: float,
+        title: str,
+        proof: Graph,
+        detail: str,
+    ) -> VerificationError:
+        files = write_pass(name, site, proof, title, self._folder)
+        which = "" if application is None else f"It is application {application} of {name}, pass {number}. "
         return VerificationError(
-            f"{title} (in fp32, on random inputs and weights).{lines}\n"
-            f"{which}{_how_to_skip(step.name, application, number)}\nReproduction: {files[0]}, {files[1]}",
-            pass_name=step.name,
+            f"{title}\n{detail}\n{which}{_how_to_skip(name, application, number)}\n"
+            f"Reproduction: {files[0]}, {files[1]}",
+            pass_name=name,
             site=site,
             application=application,
-            error=found.error,
+            error=error,
             tolerance=TOLERANCE,
             files=files,
         )
 
-    def _application(self, step: Step, found: _Mismatch) -> tuple[int | None, str]:
-        """The number and the site of the application that brings the mismatch, by bisection; the value itself if the
-        pass does not number what it does."""
-        whole = _Sites(step.name, off=step.report.off)
-        apply(step.name, self._before, whole)
-        low, high = 0, whole.applications  # `low` applications are right, `high` are wrong
-        if not high or self._is_wrong(step, found, 0):
-            return None, found.value
-        while high - low > 1:
-            middle = (low + high) // 2
-            low, high = (low, middle) if self._is_wrong(step, found, middle) else (middle, high)
-        return low, whole.sites[low]
-
-    def _is_wrong(self, step: Step, found: _Mismatch, limit: int) -> bool:
-        report = PassReport(step.name, off=step.report.off, limit=limit)
-        after = apply(step.name, self._before, report)
+    def _differs(self, after: Graph, found: _Mismatch) -> bool:
+        """Whether a mismatch is there in another graph after the pass."""
         if not found.local:
             return not self._whole_error(after) <= TOLERANCE
         old, new = Side.of(self._before), Side.of(after)
