@@ -14,13 +14,12 @@ from ..ir.graph import Graph, type_of
 from ..ir.interpret import bind_dims, interpret
 from ..ir.ops import op_name
 from ..ir.parse import parse
-from ..ir.twin import widened
+from ..ir.twin import widened, windows_of
 from .kernels import Kernel
 from .signature import fresh_outputs
 
 # Relative RMSE against the reference computed in fp32.
 TOLERANCE = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1.5e-2}
-_BLOCK = 16
 
 
 def random_case(graph: Graph, tokens: int, sequences: int, seed: int, device: torch.device | str) -> dict[str, Tensor]:
@@ -35,10 +34,12 @@ def random_case(graph: Graph, tokens: int, sequences: int, seed: int, device: to
     )
     starts = [0, *cuts, tokens]
     older = torch.randint(0, 40, (sequences,), generator=generator).tolist()
+    older[0] += max(windows_of(graph), default=0)  # keys that the window hides
+    block = _block_size(graph)
     lengths = [last - first + past for first, last, past in zip(starts, starts[1:], older)]
-    blocks = [-(-length // _BLOCK) for length in lengths]
-    dims = {"T": tokens, "S": sequences, "B": max(blocks), "C": (sum(blocks) + 2) * _BLOCK, "R": min(tokens, 5)}
-    order = torch.randperm(dims["C"] // _BLOCK, generator=generator).tolist()
+    blocks = [-(-length // block) for length in lengths]
+    dims = {"T": tokens, "S": sequences, "B": max(blocks), "C": (sum(blocks) + 2) * block, "R": min(tokens, 5)}
+    order = torch.randperm(sum(blocks) + 2, generator=generator).tolist()
     tables = torch.zeros(sequences, dims["B"], dtype=torch.int32)
     for row, count in enumerate(blocks):
         tables[row, :count] = torch.tensor([order.pop() for _ in range(count)], dtype=torch.int32)
@@ -62,6 +63,12 @@ def random_case(graph: Graph, tokens: int, sequences: int, seed: int, device: to
             bound = _bound(node, dims)
             case[node.name] = torch.randint(0, bound, shape, generator=generator).to(kind.torch_dtype).to(device)
     return case
+
+
+def _block_size(graph: Graph) -> int:
+    """Tokens in a block of the cache."""
+    sizes = [int(str(node.args[6])) for node in graph.calls() if op_name(node.target) == "nn.paged_attention"]
+    return sizes[0] if sizes else 16
 
 
 def _role(node: Node) -> str:

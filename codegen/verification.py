@@ -20,7 +20,9 @@ from .check import TOLERANCE, errors, random_case
 from .kernels import Kernel, kernel_file
 from .launch import load_launch
 
+# The interpreter takes about a minute for a kernel that reads ten million numbers.
 _SECONDS = 60.0
+_LARGEST = 4_000_000
 _GPU_CASES = ((1, 1), (3, 3), (67, 4))
 
 _TEST = '''\
@@ -68,10 +70,10 @@ def verify_kernels(kernels: Sequence[Kernel], device: torch.device, folder: str 
     elif find_spec("triton") is None:
         return KernelsChecked(0, {kernel.name: "triton is not installed" for kernel in kernels})
     else:
-        twins = [_twin(kernel) for kernel in sorted(kernels, key=_work)]
+        twins = [_twin(kernel) for kernel in sorted(kernels, key=_work) if _work(kernel) <= _LARGEST]
         sources = {twin.name: twin.source for twin in twins}
         found = interpreted.interpret_kernels(sources, {twin.name: dump(twin.graph) for twin in twins}, _SECONDS)
-        why = f"too large to be interpreted within {_SECONDS:.0f} s"
+        why = "too large to be interpreted"
         left_out = {kernel.name: why for kernel in kernels if kernel.name not in found}
     for kernel in kernels:
         tolerance = _tolerance(kernel.graph, device)

@@ -177,6 +177,12 @@ def test_compile_verifies_passes_and_kernels(tmp_path: Path, monkeypatch: pytest
         assert {path.parent for path in caught.value.files} == {tmp_path / "fuseline-verification"}
 
 
+@pytest.mark.parametrize("block", [8, 32])
+def test_attention_is_checked_with_any_size_of_a_block(block: int, tmp_path: Path) -> None:
+    kernels = [kernel for kernel in emit_kernels(stages("llama", block)[-1]) if kernel.name == "attention"]
+    assert verify_kernels(kernels, CPU, tmp_path).checked == 1
+
+
 def test_without_triton_the_report_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("fuseline.codegen.verification.find_spec", lambda name: None)
     kernels = emit_kernels(stages("llama", 16)[-1])
