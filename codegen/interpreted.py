@@ -17,6 +17,9 @@ from pathlib import Path
 # Tokens and sequences of each case: decode of two, and a ragged step of more rows than one program takes.
 CASES = ((2, 2), (37, 3))
 
+Outcome = tuple[float, str]
+"""An error, and why the kernel could not be run, if so."""
+
 # The package without its front door, which imports transformers and takes seconds.
 _START = """
 import sys, types
@@ -28,8 +31,9 @@ main()
 """
 
 
-def interpret_kernels(sources: Mapping[str, str], graphs: Mapping[str, str], seconds: float) -> dict[str, float]:
-    """The largest relative RMSE of each kernel against the reference of its region, over ``CASES``; fp32.
+def interpret_kernels(sources: Mapping[str, str], graphs: Mapping[str, str], seconds: float) -> dict[str, Outcome]:
+    """The largest relative RMSE of each kernel against the reference of its region, over ``CASES``, in fp32; infinite, with
+    the reason, if it cannot be run.
 
     Args:
         sources, graphs: the file of each kernel and the text of its region, by the kernel's name.
@@ -53,16 +57,16 @@ def interpret_kernels(sources: Mapping[str, str], graphs: Mapping[str, str], sec
     return dict(_read(done.stdout))
 
 
-def _read(printed: str | bytes | None) -> Iterator[tuple[str, float]]:
+def _read(printed: str | bytes | None) -> Iterator[tuple[str, Outcome]]:
     text = printed.decode() if isinstance(printed, bytes) else printed or ""
     for line in text.splitlines(keepends=True):
         if line.endswith("\n"):
-            name, error = json.loads(line)
-            yield name, float(error)
+            name, error, why = json.loads(line)
+            yield name, (float(error), why)
 
 
-def interpret_one(path: str, text: str) -> float:
-    """The largest error of one kernel file; infinite if it cannot be run. Only where Triton interprets."""
+def interpret_one(path: str, text: str) -> Outcome:
+    """The outcome of one kernel file. Only where Triton interprets."""
     from ..ir.parse import parse
     from .check import errors, random_case
     from .kernels import Kernel
@@ -74,12 +78,11 @@ def interpret_one(path: str, text: str) -> float:
         launch = load_kernel_file(path).launch
         found = [max(errors(graph, launch, order, random_case(graph, *case, seed=7, device="cpu"))) for case in CASES]
     except Exception as error:
-        print(f"{graph.name}: {type(error).__name__}: {error}", file=sys.stderr)
-        return math.inf
-    return max(math.inf if math.isnan(error) else error for error in found)
+        return math.inf, f"{type(error).__name__}: {error}"
+    return max(math.inf if math.isnan(error) else error for error in found), ""
 
 
 def main() -> None:
     """Print the error of each kernel that stdin names as soon as it is known, one line of JSON each."""
     for name, path, text in json.load(sys.stdin):
-        print(json.dumps([name, interpret_one(path, text)]), flush=True)
+        print(json.dumps([name, *interpret_one(path, text)]), flush=True)

@@ -66,7 +66,7 @@ def verify_kernels(kernels: Sequence[Kernel], device: torch.device, folder: str 
     """
     left_out: dict[str, str] = {}
     if device.type == "cuda":
-        found = {kernel.name: _on_gpu(kernel, device) for kernel in kernels}
+        found = {kernel.name: (_on_gpu(kernel, device), "") for kernel in kernels}
     elif find_spec("triton") is None:
         return KernelsChecked(0, {kernel.name: "triton is not installed" for kernel in kernels})
     else:
@@ -77,8 +77,9 @@ def verify_kernels(kernels: Sequence[Kernel], device: torch.device, folder: str 
         left_out = {kernel.name: why for kernel in kernels if kernel.name not in found}
     for kernel in kernels:
         tolerance = _tolerance(kernel.graph, device)
-        if kernel.name in found and not found[kernel.name] <= tolerance:
-            raise _blame(kernel, found[kernel.name], tolerance, device, folder)
+        error, why = found.get(kernel.name, (0.0, ""))
+        if not error <= tolerance:
+            raise _blame(kernel, error, why, tolerance, device, folder)
     return KernelsChecked(len(found), left_out)
 
 
@@ -88,7 +89,7 @@ def error_of(graph: Graph, device: torch.device) -> float:
     if device.type == "cuda":
         return _on_gpu(kernel, device)
     twin = _twin(kernel)
-    return interpreted.interpret_kernels({twin.name: twin.source}, {twin.name: dump(twin.graph)}, 600.0)[twin.name]
+    return interpreted.interpret_kernels({twin.name: twin.source}, {twin.name: dump(twin.graph)}, 600.0)[twin.name][0]
 
 
 def _on_gpu(kernel: Kernel, device: torch.device) -> float:
@@ -118,16 +119,17 @@ def _tolerance(graph: Graph, device: torch.device) -> float:
 
 
 def _blame(
-    kernel: Kernel, error: float, tolerance: float, device: torch.device, folder: str | Path | None
+    kernel: Kernel, error: float, why: str, tolerance: float, device: torch.device, folder: str | Path | None
 ) -> VerificationError:
     text = dump(kernel.graph)
     title = f"The kernel {kernel.name} differs from its region: relative RMSE {error:.1e}, {tolerance:.0e} allowed"
     stem = f"kernel_{kernel.name}"
     test = _TEST.format(title=title, stem=stem, device=device.type, tolerance=tolerance)
     files = write_reproduction(None if folder is None else Path(folder), stem, text, test)
+    reason = f"It cannot be run: {why}. " if why else ""
     regions = ", ".join(sorted({view.nodes[-1].name for view in kernel.views}))
     return VerificationError(
-        f"{title} (it makes {regions}). It was emitted for\n{text}Reproduction: {files[0]}, {files[1]}",
+        f"{title} (it makes {regions}). {reason}It was emitted for\n{text}Reproduction: {files[0]}, {files[1]}",
         pass_name="codegen",
         site=kernel.name,
         error=error,

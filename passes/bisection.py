@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass, field
 
 from ..ir.graph import Graph
@@ -32,7 +33,8 @@ def first_wrong(
         default: the site to name without a number.
     """
     whole = _Sites(report.name, off=report.off)
-    apply(report.name, graph, whole)
+    with suppress(Exception):  # a pass that fails has counted what it did until then
+        apply(report.name, graph, whole)
     low, high = 0, whole.applications  # `low` applications are right, `high` are wrong
     if not high or is_wrong(0):
         return None, default

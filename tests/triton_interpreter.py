@@ -5,7 +5,7 @@ Triton decides at import which of the two it does, so one process cannot do both
 
 import hashlib
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
 from multiprocessing import get_context
@@ -24,17 +24,16 @@ def interpreter() -> Iterator[ProcessPoolExecutor]:
         yield pool
 
 
-Interpret = Callable[[Mapping[str, str], Mapping[str, str], float], dict[str, float]]
-
-
 @contextmanager
 def shared_interpreter(folder: Path) -> Iterator[None]:
     """Within, ``verify=True`` has kernels interpreted in one process, and those of equal text once."""
-    known: dict[tuple[str, str], float] = {}
+    known: dict[tuple[str, str], interpreted.Outcome] = {}
 
     with interpreter() as pool:
 
-        def interpret_kernels(sources: Mapping[str, str], graphs: Mapping[str, str], _: float) -> dict[str, float]:
+        def interpret_kernels(
+            sources: Mapping[str, str], graphs: Mapping[str, str], _: float
+        ) -> dict[str, interpreted.Outcome]:
             jobs = {}
             for name, source in sources.items():
                 if (source, graphs[name]) not in known:
