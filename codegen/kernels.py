@@ -15,7 +15,7 @@ from ..ir.types import DTYPES
 from .grouped_linear import GroupedLinearSpec, grouped_linear_source
 from .matmul import matmul_source
 from .paged_attention import AttentionSpec, paged_attention_source
-from .region import cut_out, regions_of
+from .region import RegionView, cut_out, regions_of
 from .rows import rows_source
 from .signature import fresh_outputs
 
@@ -32,6 +32,7 @@ class Kernel:
     source: str
     graph: Graph
     regions: list[Region] = field(default_factory=list)
+    views: list[RegionView] = field(default_factory=list, repr=False)
 
     @property
     def order(self) -> tuple[int, ...]:
@@ -59,6 +60,7 @@ def emit_kernels(graph: Graph) -> list[Kernel]:
                 small.name = f"{small.name}_{count}"
             found[text] = Kernel(small.name, kernel_file(small), small)
         found[text].regions.append(view.region)
+        found[text].views.append(view)
     return list(found.values())
 
 

@@ -184,9 +184,11 @@ def store(tile: Tile, output: Node, result: Node, at: Position) -> None:
     """Write a result to memory: to its own tensor, or to the slots of a cache."""
     value = tile.value(result, at)
     if output is result:
-        tile.writer.line(
-            f"tl.store({output.name}_ptr + {flat_index(at.coords, type_of(output).shape)}, {value}, mask={at.mask})"
-        )
+        shape = type_of(output).shape
+        where = flat_index(at.coords, shape)
+        if shape[-1] == 1 and at.coords[-1] != where:
+            where = f"{where} + {at.coords[-1]}"  # zero under the mask: the pointers need the shape of the tile
+        tile.writer.line(f"tl.store({output.name}_ptr + {where}, {value}, mask={at.mask})")
         return
     cache, _, slots = output.args
     assert isinstance(cache, Node) and isinstance(slots, Node)

@@ -1,5 +1,10 @@
 """The errors Fuseline raises on purpose: each says what went wrong, where, and what to do about it."""
 
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
 
 class FuselineError(Exception):
     """Base of every error that Fuseline raises on purpose."""
@@ -10,7 +15,31 @@ class UnsupportedModelError(FuselineError, ValueError):
 
 
 class VerificationError(FuselineError, ValueError):
-    """A graph is malformed, or a compiled graph does not compute what its source computes."""
+    """A graph is malformed, or a compiled graph does not compute what its source computes.
+
+    Where a pass or a kernel is to blame: ``pass_name`` (``"codegen"`` for a kernel), ``site`` (the value or the kernel),
+    ``application`` (its number within the pass, if it has one), the relative RMSE ``error`` measured, the ``tolerance``,
+    and the ``files`` of a reproduction.
+    """
+
+    def __init__(
+        self,
+        message: str,
+        *,
+        pass_name: str = "",
+        site: str = "",
+        application: int | None = None,
+        error: float = math.nan,
+        tolerance: float = math.nan,
+        files: tuple[Path, ...] = (),
+    ) -> None:
+        super().__init__(message)
+        self.pass_name = pass_name
+        self.site = site
+        self.application = application
+        self.error = error
+        self.tolerance = tolerance
+        self.files = files
 
 
 class ExpectationError(FuselineError, ValueError):

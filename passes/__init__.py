@@ -5,6 +5,7 @@ from .pipeline import NEEDED, PASSES, RULES, Step, apply, run, steps
 from .registry import GraphPass, UnknownPassError
 from .rule import Reject, Rule, rule
 from .switches import Switches, switches
+from .verification import verified
 
 register = PASSES.register
 
@@ -26,4 +27,5 @@ __all__ = [
     "run",
     "steps",
     "switches",
+    "verified",
 ]

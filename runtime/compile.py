@@ -60,13 +60,16 @@ def compile(
         skip: what is not to be done: a pass by name (``"FuseRope"``) or by its number in the dumps (``17``), or one
             application of it by its number from 0 (``"FuseRope#3"``).
         expect: how often passes must have fused, by name (``{"MergeQKV": 30}``), and ``"kernels_per_layer"``.
-        verify: check every graph between the passes (types, names, text round trip).
+        verify: check every graph between the passes (types, names, text round trip), compare the numbers of each with
+            those of the graph before it, and those of each kernel with its region's reference: in fp32, on random inputs
+            and weights. A reproduction of a mismatch goes to ``dump``, else to ``fuseline-verification/``.
         dump: a directory for the text after each pass, the kernels, the report and a page to look at all of it; or
             a file that ends with ``.html`` for the page alone.
         progress: show progress bars on stderr.
 
     Raises:
         UnsupportedModelError: the model cannot be compiled without the risk of wrong answers.
+        VerificationError: with ``verify``, a pass or a kernel computes other numbers; names it, the site and the error.
         ExpectationError: ``expect`` was not met (what ``dump`` asks for is written all the same).
         OptionError: an option makes no sense or is not available yet. UnknownPassError: ``skip`` names no pass.
     """

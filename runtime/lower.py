@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 
 from .. import passes
 from ..codegen.kernels import Kernel, emit_kernels
+from ..codegen.verification import verify_kernels
 from ..ir.capture import capture
 from ..ir.errors import VerificationError
 from ..ir.graph import Graph
@@ -30,6 +32,11 @@ class Wishes:
     verify: bool = False
     dump: Dump | None = None
     progress: Progress = field(default_factory=Progress)
+
+    @property
+    def folder(self) -> Path | None:
+        """Where the reproduction of a mismatch goes, if the caller named a place."""
+        return self.dump.page.parent if self.dump else None
 
 
 @dataclass(frozen=True)
@@ -64,6 +71,8 @@ def lower(source: Skeleton | Graph, options: Options, wishes: Wishes, report: Re
     names, done = _remaining(graph), []
     with report.timed("passes"):
         steps = passes.steps(graph, names, check=wishes.verify, skip=skip)
+        if wishes.verify:
+            steps = passes.verified(graph, steps, names, wishes.folder)
         for step in wishes.progress.bar(steps, "passes", len(names)):
             graph = step.graph
             done.append(step.report)
@@ -87,6 +96,10 @@ def lower(source: Skeleton | Graph, options: Options, wishes: Wishes, report: Re
     for kernel in kernels:
         kernel.regions = [copy for region in kernel.regions for copy in whole.copies[region]]
     report.kernels(whole.graph, kernels)
+    if wishes.verify:
+        with report.timed("verify kernels"), wishes.progress.line("verify kernels"):
+            checked = verify_kernels(kernels, options.device, wishes.folder)
+        report.verification = f"every pass keeps the numbers; {checked}"
     if wishes.dump:
         wishes.dump.finish(kernels, report)
     check_expectations(wishes.expect or {}, report)

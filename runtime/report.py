@@ -68,6 +68,7 @@ class Report:
     cache_tokens: int = 0
     cache_bytes: int = 0
     self_check: float = 0.0
+    verification: str = ""
 
     @contextmanager
     def timed(self, what: str) -> Iterator[None]:
@@ -130,6 +131,7 @@ class Report:
             "weight_bytes": self.weight_bytes,
             "kv_cache": {"tokens": self.cache_tokens, "bytes": self.cache_bytes},
             "self_check_relative_rmse": self.self_check,
+            "verification": self.verification,
             "seconds": {name: round(value, 3) for name, value in self.seconds.items()},
         }
 
@@ -150,6 +152,7 @@ class Report:
             ("weights", f"{self.weight_bytes / 1e6:.0f} MB"),
             ("KV cache", f"{self.cache_tokens} tokens, {self.cache_bytes / 1e6:.0f} MB"),
             ("self-check", f"concatenated sequences agree to {self.self_check:.0e}"),
+            ("verified", self.verification or "no"),
             ("seconds", ", ".join(f"{name} {value:.1f}" for name, value in self.seconds.items())),
         ]
 

@@ -5,6 +5,7 @@ If this fails, a family is silently wrong. Prompts are longer than the windows o
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -12,6 +13,7 @@ import torch
 from families import FAMILIES, REQUIRED, make
 from transformers import PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+from triton_interpreter import shared_interpreter
 
 import fuseline
 from fuseline import ir
@@ -26,6 +28,12 @@ OTHERS = (
     "gpt2-no-scale qwen2_moe qwen2-window mixtral-jitter phi3-partial gemma2-small-softcap llama-yarn llama-llama3 "
     "llama-dynamic llama-relu2 llama-one-kv-head llama-tied llama-vocab-257 gpt_oss-yarn bert-decoder bart-decoder"
 ).split()
+
+
+@pytest.fixture(scope="module", autouse=True)
+def interpreted_once(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    with shared_interpreter(tmp_path_factory.mktemp("kernels")):
+        yield
 
 
 def compile(model: PreTrainedModel, **options: Any) -> fuseline.CompiledModel:
@@ -86,7 +94,7 @@ def test_required_family(name: str) -> None:
 @pytest.mark.parametrize("name", [name for name in OTHERS if FAMILIES[name].kind in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES])
 def test_other_family(name: str) -> None:
     model = make(name)
-    compiled = compile(model)
+    compiled = compile(model, verify=True)
     text = str(compiled.graph)
     assert str(ir.parse(text)) == text
     check_equal(model, compiled)

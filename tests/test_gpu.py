@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 from families import REQUIRED, make
+from mutations import MUTATIONS
 
 import fuseline
 from fuseline.ir.ops import op_name
@@ -72,3 +75,19 @@ def test_rounding_is_no_worse_than_eager(name: str, dtype: torch.dtype) -> None:
 def test_every_operator_of_a_step_is_in_a_kernel(name: str) -> None:
     compiled = fuseline.compile(make(name).cuda(), device="cuda", max_seq_len=64)
     assert compiled.report.other_operators == {}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=["fp32", "bf16", "fp16"])
+@pytest.mark.parametrize("name", REQUIRED)
+def test_verify_raises_no_false_alarm(name: str, dtype: torch.dtype) -> None:
+    compiled = fuseline.compile(make(name).to(dtype).cuda(), device="cuda", dtype=dtype, max_seq_len=64, verify=True)
+    assert f"{len(compiled.kernels)} kernels agree with their references" in compiled.report.verification
+
+
+@pytest.mark.parametrize(
+    "bug", ["last column of K dropped", "keys seen one too few", "partner of rope with the wrong sign"]
+)
+def test_verify_finds_a_wrong_kernel(bug: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    MUTATIONS[bug].switch(monkeypatch)
+    with pytest.raises(fuseline.VerificationError, match="The kernel"):
+        fuseline.compile(make("llama").cuda(), device="cuda", max_seq_len=64, verify=True, dump=tmp_path)

@@ -98,6 +98,21 @@ def test_a_wrong_kernel_is_noticed(pool: ProcessPoolExecutor, tmp_path: Path) ->
     assert max(pool.submit(interpreted, str(path), str(kernel.graph)).result()) > 1e-5
 
 
+ONE_COLUMN = """\
+def gate(x: f32[T, 48], *, T: dim(1, 64)):
+    w: f32[1, 48] = weight("w")
+    with kernel("gate"):
+        y: f32[T, 1] = aten.linear(x, w)
+        z: f32[T, 1] = aten.sigmoid(y)
+    return z
+"""
+
+
+def test_a_projection_to_one_column(pool: ProcessPoolExecutor, tmp_path: Path) -> None:
+    (kernel,) = emit_kernels(parse(ONE_COLUMN))
+    assert max(pool.submit(interpreted, str(write(kernel, tmp_path)), str(kernel.graph)).result()) <= 1e-5
+
+
 POINTWISE = """\
 def work(x: f32[T, 7], y: f32[T, 7], *, T: dim(1, 64)):
     with kernel("work"):

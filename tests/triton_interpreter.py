@@ -3,12 +3,16 @@
 Triton decides at import which of the two it does, so one process cannot do both.
 """
 
+import hashlib
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
 from multiprocessing import get_context
+from pathlib import Path
 from unittest import mock
+
+from fuseline.codegen import interpreted
 
 
 @contextmanager
@@ -18,3 +22,26 @@ def interpreter() -> Iterator[ProcessPoolExecutor]:
         with mock.patch.dict(os.environ, TRITON_INTERPRET="1", OMP_NUM_THREADS="1"):
             assert pool.submit(os.getenv, "TRITON_INTERPRET").result() == "1"
         yield pool
+
+
+@contextmanager
+def shared_interpreter(folder: Path) -> Iterator[None]:
+    """Within, ``verify=True`` has kernels interpreted in one process, and those of equal text once."""
+    known: dict[tuple[str, str], interpreted.Outcome] = {}
+
+    with interpreter() as pool:
+
+        def interpret_kernels(
+            sources: Mapping[str, str], graphs: Mapping[str, str], _: float
+        ) -> dict[str, interpreted.Outcome]:
+            jobs = {}
+            for name, source in sources.items():
+                if (source, graphs[name]) not in known:
+                    path = folder / f"{name}_{hashlib.sha256(source.encode()).hexdigest()[:16]}.py"
+                    path.write_text(source)
+                    jobs[name] = pool.submit(interpreted.interpret_one, str(path), graphs[name])
+            known.update({(sources[name], graphs[name]): job.result() for name, job in jobs.items()})
+            return {name: known[source, graphs[name]] for name, source in sources.items()}
+
+        with mock.patch.object(interpreted, "interpret_kernels", interpret_kernels):
+            yield

@@ -1,0 +1,506 @@
+"""Seeded compiler bugs, each modelled on one that compilers and serving engines have had, to be switched on one at a time.
+
+``MUTATIONS`` maps a name to a bug: ``family`` is a tiny model that it shows on, ``blamed`` the pass that is to blame
+(``"codegen"`` for a kernel), ``switch`` turns it on for as long as a ``pytest.MonkeyPatch`` lasts.
+"""
+
+from __future__ import annotations
+
+import inspect
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from types import ModuleType
+from typing import Any
+
+from pytest import MonkeyPatch
+
+from fuseline import passes
+from fuseline.codegen import coordinates, expressions, grouped_linear, kernels, matmul, paged_attention, rows, tile
+from fuseline.passes import batch_dim, duplicates, grouping, merge, paging, select_rows, transposes
+from fuseline.passes.names import aten, nn
+from fuseline.passes.pattern import read_pattern
+
+Switch = Callable[[MonkeyPatch], None]
+
+
+@dataclass(frozen=True)
+class Mutation:
+    """One bug. ``block`` is the block size of the KV cache that it is looked for with."""
+
+    family: str
+    blamed: str
+    switch: Switch
+    block: int = 16
+
+
+def edited(module: ModuleType, *changes: tuple[str, str]) -> ModuleType:
+    """A copy of a module whose source has each first text replaced by the second, everywhere."""
+    source = inspect.getsource(module)
+    for old, new in changes:
+        assert old in source, f"{module.__name__} holds no {old!r}"
+        source = source.replace(old, new)
+    twin = ModuleType(module.__name__)
+    twin.__package__, twin.__file__ = module.__package__, module.__file__
+    known = sys.modules[module.__name__]
+    try:
+        sys.modules[module.__name__] = twin  # dataclasses look their module up
+        exec(compile(source, str(module.__file__), "exec"), twin.__dict__)
+    finally:
+        sys.modules[module.__name__] = known
+    return twin
+
+
+def after(name: str, pattern: Callable[..., Any], when: object = ...) -> Switch:
+    """A rule puts something else in place of what it finds."""
+
+    def switch(patch: MonkeyPatch) -> None:
+        rule: Any = passes.PASSES[name]
+        changed = replace(rule, after=read_pattern(pattern), when=rule.when if when is ... else when)
+        patch.setitem(passes.PASSES._passes, name, changed)
+
+    return switch
+
+
+def in_pass(name: str, module: ModuleType, old: str, new: str) -> Switch:
+    """A line of a pass says something else."""
+    function = passes.PASSES[name].__name__  # type: ignore[attr-defined]
+    return lambda patch: patch.setitem(passes.PASSES._passes, name, getattr(edited(module, (old, new)), function))
+
+
+def in_kernels(function: str, *changes: tuple[str, str]) -> Switch:
+    """The text of all kernels of a kind says something else."""
+
+    def switch(patch: MonkeyPatch) -> None:
+        original = getattr(kernels, function)
+
+        def wrong(*args: Any) -> str:
+            text: str = original(*args)
+            for old, new in changes:
+                text = text.replace(old, new)
+            return text
+
+        patch.setattr(kernels, function, wrong)
+
+    return switch
+
+
+def in_printer(module: ModuleType, owner: str, method: str, old: str, new: str) -> Switch:
+    """A method that prints a part of a kernel says something else."""
+    return lambda patch: patch.setattr(
+        getattr(module, owner), method, vars(getattr(edited(module, (old, new)), owner))[method]
+    )
+
+
+def in_helper(name: str, old: str, new: str) -> Switch:
+    """A function that kernels call says something else."""
+    assert old in expressions.HELPERS[name]
+    return lambda patch: patch.setitem(expressions.HELPERS, name, expressions.HELPERS[name].replace(old, new))
+
+
+def in_attention(old: str, new: str) -> Switch:
+    """A line of the attention kernels says something else."""
+    assert old in paged_attention.TEMPLATE, old
+    return lambda patch: patch.setattr(paged_attention, "TEMPLATE", paged_attention.TEMPLATE.replace(old, new))
+
+
+def in_experts(old: str, new: str) -> Switch:
+    """A line of the kernels of experts says something else."""
+    assert old in grouped_linear.TEMPLATE, old
+    return lambda patch: patch.setattr(grouped_linear, "TEMPLATE", grouped_linear.TEMPLATE.replace(old, new))
+
+
+# What rules put in place of what they find; read as text, like the rules themselves.
+
+
+def epsilon_of_another_model(x, eps):
+    return nn.rms_norm(x, None, 1e-05)
+
+
+def no_scale(x, scale, eps):
+    return nn.rms_norm(x, None, eps)
+
+
+def no_bias(x, shape, scale, bias, eps):
+    return nn.layer_norm(x, scale, None, eps)
+
+
+def another_epsilon(x, shape, scale, bias, eps):
+    return nn.layer_norm(x, scale, bias, 1e-06)
+
+
+def no_mean(x, scale, eps):
+    return nn.rms_norm(x, scale, eps)
+
+
+def up_gated(gate, up):
+    return nn.silu_mul.default(up, gate)
+
+
+def tanh_for_erf(gate, up):
+    return nn.gelu_mul(gate, up, "tanh")
+
+
+def erf_for_tanh(gate, up):
+    return nn.gelu_mul(gate, up)
+
+
+def erf_gelu(x):
+    return aten.gelu(x)
+
+
+def interleaved(x, cos, sin, half, width):
+    return nn.rope(x, cos, sin, "interleaved")
+
+
+def sine_first(x, cos, sin, half, width):
+    return nn.rope(x, sin, cos, "half")
+
+
+def mixed_tables(x, cos, sin, half, width):
+    return nn.rope(x, aten.cat([cos, cos], -1), aten.cat([sin, cos], -1), "half")
+
+
+def partial_pairs(x, cos, sin, width, start, end, pairing):
+    return nn.rope(x, cos, sin, "interleaved")
+
+
+def sum_of_one(x, residual, scale, eps):
+    both = nn.add_rms_norm(x, residual, scale, eps)
+    return x, both[1]
+
+
+def results_swapped(x, residual, scale, eps):
+    both = nn.add_rms_norm(x, residual, scale, eps)
+    return both[1], both[0]
+
+
+def residual_dropped(x, residual, scale, eps):
+    both = nn.add_rms_norm(x, residual, scale, eps)
+    return both[0], nn.rms_norm(x, scale, eps)
+
+
+def addmm_without_bias(bias, x, w):
+    return aten.linear(x, aten.transpose.int(w, -2, -1))
+
+
+def bias_twice(bias, x, w):
+    return aten.add.Tensor(aten.linear(x, aten.transpose.int(w, -2, -1), bias), bias)
+
+
+_IN_RULES = {
+    "epsilon of another model": Mutation("llama", "FuseRMSNorm", after("FuseRMSNorm", epsilon_of_another_model)),
+    "norm without its scale": Mutation("llama", "FuseNormScale", after("FuseNormScale", no_scale)),
+    "layer norm without its bias": Mutation("gpt2-inverse-layer", "FuseLayerNorm", after("FuseLayerNorm", no_bias)),
+    "epsilon of another layer norm": Mutation(
+        "gpt2-inverse-layer", "FuseLayerNorm", after("FuseLayerNorm", another_epsilon)
+    ),
+    "layer norm without its mean": Mutation("cohere2", "FuseWrittenLayerNorm", after("FuseWrittenLayerNorm", no_mean)),
+    "gate and up swapped": Mutation("llama", "FuseSiluMul", after("FuseSiluMul", up_gated)),
+    "tanh approximation for erf": Mutation("llama-gelu", "FuseGeluMul", after("FuseGeluMul", tanh_for_erf)),
+    "erf for the tanh approximation": Mutation("gemma2", "FuseTanhGeluMul", after("FuseTanhGeluMul", erf_for_tanh)),
+    "another gelu": Mutation("gpt2-inverse-layer", "FuseTanhGelu", after("FuseTanhGelu", erf_gelu)),
+    "rope with the wrong pairing": Mutation("llama", "FuseRope", after("FuseRope", interleaved)),
+    "cosine and sine swapped": Mutation("qwen2", "FuseRope", after("FuseRope", sine_first)),
+    "one table of rope in place of the other": Mutation(
+        "gpt_oss", "FuseSplitRope", after("FuseSplitRope", mixed_tables)
+    ),
+    "partial rope with the wrong pairing": Mutation("phi", "FusePartialRope", after("FusePartialRope", partial_pairs)),
+    "a fused add with two users": Mutation("gpt_oss", "FuseAddRMSNorm", after("FuseAddRMSNorm", sum_of_one)),
+    "results of a fused add swapped": Mutation("gpt_oss", "FuseAddRMSNorm", after("FuseAddRMSNorm", results_swapped)),
+    "residual dropped": Mutation("gemma2", "FuseAddRMSNorm", after("FuseAddRMSNorm", residual_dropped)),
+    "bias dropped": Mutation("gpt2-inverse-layer", "LinearFromAddmm", after("LinearFromAddmm", addmm_without_bias)),
+    "bias added twice": Mutation("gpt2-inverse-layer", "LinearFromAddmm", after("LinearFromAddmm", bias_twice)),
+}
+
+_IN_PASSES = {
+    "equal calls told apart by their operands alone": Mutation(
+        "llama",
+        "MergeDuplicates",
+        in_pass(
+            "MergeDuplicates",
+            duplicates,
+            "return (type(value).__name__, value)",
+            "return value if isinstance(value, Node) else type(value).__name__",
+        ),
+    ),
+    "weights of one shape merged": Mutation(
+        "llama",
+        "MergeDuplicates",
+        in_pass(
+            "MergeDuplicates",
+            duplicates,
+            "(node.target, _key(node.args), _key(node.kwargs))",
+            '(node.target, str(node.meta["type"]) if not node.all_input_nodes else _key(node.args), _key(node.kwargs))',
+        ),
+    ),
+    "a number of tokens baked in": Mutation(
+        "llama",
+        "DropBatchDim",
+        in_pass(
+            "DropBatchDim",
+            batch_dim,
+            "target_shape = list(shape[1:]) if leading else list(shape)",
+            "target_shape = [19 if isinstance(size, Dim) else size for size in (shape[1:] if leading else shape)]",
+        ),
+    ),
+    "a reshape where a transpose is meant": Mutation(
+        "llama",
+        "SinkTransposes",
+        in_pass(
+            "SinkTransposes",
+            transposes,
+            'back = add(aten("transpose.int"), (moved, -3, -2))',
+            'back = add(aten("reshape"), (moved, list(type_of(node).shape)))',
+        ),
+    ),
+    "weights merged in another order than they are sliced": Mutation(
+        "llama",
+        "MergeQKV",
+        in_pass(
+            "MergeQKV",
+            merge,
+            "[node.args[1] for node in ordered]",
+            "[node.args[1] for node in sorted(ordered, key=lambda node: node.name)]",
+        ),
+    ),
+    "biases merged in another order": Mutation(
+        "qwen2",
+        "MergeQKV",
+        in_pass(
+            "MergeQKV",
+            merge,
+            "[node.args[2] for node in ordered]",
+            "[node.args[2] for node in ordered[:1] + ordered[:0:-1]]",
+        ),
+    ),
+    "bias lost in a merge": Mutation(
+        "qwen2",
+        "MergeQKV",
+        in_pass("MergeQKV", merge, "if len(first.args) > 2:", "if len(first.args) > 3:"),
+    ),
+    "gate twice": Mutation(
+        "llama",
+        "MergeGateUp",
+        in_pass("MergeGateUp", merge, "        start += width\n", "        start += 0\n"),
+    ),
+    "all layers share a cache": Mutation(
+        "llama",
+        "PageAttention",
+        in_pass("PageAttention", paging, "(role, layer), name=", "(role, 0), name="),
+    ),
+    "values in the cache of the keys": Mutation(
+        "llama",
+        "PageAttention",
+        in_pass("PageAttention", paging, '("v", v))', '("k", v))'),
+    ),
+    "positions used as slots": Mutation(
+        "llama",
+        "PageAttention",
+        in_pass("PageAttention", paging, "(store, rows, slots)", '(store, rows, graph.input("positions"))'),
+    ),
+    "window off by one": Mutation(
+        "gpt_oss",
+        "PageAttention",
+        in_pass(
+            "PageAttention", paging, "args = (q,", "rest[2:3] = [item + 1 for item in rest[2:3]]\n        args = (q,"
+        ),
+    ),
+    "window dropped": Mutation(
+        "gpt_oss",
+        "PageAttention",
+        in_pass("PageAttention", paging, "args = (q,", "rest = [rest[0], 'causal', 0, *rest[3:]]\n        args = (q,"),
+    ),
+    "softcap dropped": Mutation(
+        "gemma2",
+        "PageAttention",
+        in_pass("PageAttention", paging, "args = (q,", "rest = rest[:3]\n        args = (q,"),
+    ),
+    "sinks dropped": Mutation(
+        "gpt_oss",
+        "PageAttention",
+        in_pass("PageAttention", paging, "args = (q,", "rest = rest[:4]\n        args = (q,"),
+    ),
+    "scale applied twice": Mutation(
+        "llama",
+        "PageAttention",
+        in_pass("PageAttention", paging, "args = (q,", "rest[0] = rest[0] ** 2\n        args = (q,"),
+    ),
+    "a stale constant": Mutation(
+        "gpt2-inverse-layer",
+        "PageAttention",
+        in_pass("PageAttention", paging, "args = (q,", "rest = list(layers[0].args[4:])\n        args = (q,"),
+    ),
+    "a block size baked in": Mutation(
+        "llama",
+        "PageAttention",
+        in_pass("PageAttention", paging, 'graph.options.get("kv_block", 16)', "16"),
+        block=8,
+    ),
+    "the first rows in place of those asked for": Mutation(
+        "llama",
+        "SelectRows",
+        in_pass(
+            "SelectRows",
+            select_rows,
+            'aten("index_select"), (source, 0, rows)',
+            'aten("slice.Tensor"), (source, 0, 0, Dim.named("R"))',
+        ),
+    ),
+    "rows selected twice": Mutation(
+        "llama",
+        "SelectRows",
+        in_pass(
+            "SelectRows",
+            select_rows,
+            "    user.replace_input_with(source, made)\n",
+            "    made = insert_before(graph, user, infer, aten('index_select'), (source, 0, "
+            "insert_before(graph, user, infer, aten('flip'), (rows, [0]))), name='sampled')\n"
+            "    user.replace_input_with(source, made)\n",
+        ),
+    ),
+    "kernels torn apart": Mutation(
+        "llama",
+        "GroupKernels",
+        in_pass("GroupKernels", grouping, "    make_contiguous(graph)\n", ""),
+    ),
+    "a copied norm without its scale": Mutation(
+        "cohere2",
+        "GroupKernels",
+        in_pass(
+            "GroupKernels",
+            grouping,
+            "                user.replace_input_with(node, twin)\n\n\ndef _row",
+            "                twin.update_arg(1, None)\n                user.replace_input_with(node, twin)\n\n\ndef _row",
+        ),
+    ),
+}
+
+_IN_KERNELS = {
+    "last column of K dropped": Mutation(
+        "llama",
+        "codegen",
+        in_kernels("matmul_source", ("(k < 48)", "(k < 47)"), ("(k < 64)", "(k < 63)")),
+    ),
+    "last row not written": Mutation(
+        "llama",
+        "codegen",
+        in_kernels("matmul_source", ("row_ok = row < num_rows", "row_ok = row < num_rows - 1")),
+    ),
+    "a grid rounded down": Mutation(
+        "llama",
+        "codegen",
+        lambda patch: patch.setattr(
+            kernels,
+            "rows_source",
+            edited(rows, ("(triton.cdiv(num_rows, {block}),)", "(max(1, num_rows // {block}),)")).rows_source,
+        ),
+    ),
+    "a bias of other columns": Mutation(
+        "qwen2",
+        "codegen",
+        in_kernels("matmul_source", ("bias_ptr + n +", "bias_ptr + col[0] +"), ("bias_ptr + n,", "bias_ptr + col[0],")),
+    ),
+    "sigmoid of another slope": Mutation("llama", "codegen", in_helper("silu", "tl.exp(-x)", "tl.exp(-1.702 * x)")),
+    "constant of gelu mistyped": Mutation("gemma2", "codegen", in_helper("gelu_tanh", "0.044715", "0.0447")),
+    "angles of rope in half precision": Mutation(
+        "llama",
+        "codegen",
+        in_helper("quarter_turns", "x.to(tl.float64) * ", "x.to(tl.float16).to(tl.float64) * "),
+    ),
+    "partner of rope with the wrong sign": Mutation(
+        "llama",
+        "codegen",
+        in_printer(
+            tile, "Tile", "_rope", "tl.where({column} < {half}, -1.0, 1.0)", "tl.where({column} < {half}, 1.0, -1.0)"
+        ),
+    ),
+    "tables of rope without their row": Mutation(
+        "llama",
+        "codegen",
+        in_printer(
+            tile,
+            "Tile",
+            "_rope",
+            "place = at.at((*at.coords[:-2], column), bounds)",
+            "place = at.at(('0', column), bounds)",
+        ),
+    ),
+    "epsilon of a kernel": Mutation(
+        "llama",
+        "codegen",
+        lambda patch: [patch.setattr(m, "norm_epsilon", lambda node: "1e-05") for m in (rows, matmul)] and None,
+    ),
+    "mean of a layer norm over padded columns": Mutation(
+        "gpt2-inverse-layer",
+        "codegen",
+        in_kernels("matmul_source", ("[:, None] / 48", "[:, None] / 64")),
+    ),
+    "a slice that begins one early": Mutation(
+        "gpt_oss",
+        "codegen",
+        lambda patch: patch.setitem(
+            coordinates._VIEWS,
+            "aten.slice.Tensor",
+            edited(coordinates, ("+ {start})", "+ {start} - 1)"))._slice,
+        ),
+    ),
+    "keys seen one too few": Mutation(
+        "llama", "codegen", in_attention("(key[None, :] <= q_position", "(key[None, :] < q_position")
+    ),
+    "window of a kernel off by one": Mutation(
+        "gpt_oss",
+        "codegen",
+        lambda patch: patch.setattr(
+            paged_attention,
+            "_first_key",
+            edited(paged_attention, ("{spec.window} + 1, 0)", "{spec.window}, 0)"))._first_key,
+        ),
+    ),
+    "block table ignored": Mutation(
+        "llama",
+        "codegen",
+        in_attention("tl.load(table_ptr + key // CACHE_BLOCK, mask=live, other=0)", "key // CACHE_BLOCK"),
+    ),
+    "softcap without its scale": Mutation(
+        "gemma2",
+        "codegen",
+        lambda patch: patch.setattr(
+            paged_attention,
+            "_logits",
+            edited(paged_attention, ("spec.scale / spec.softcap!r", "1.0 / spec.softcap!r"))._logits,
+        ),
+    ),
+    "wrong key head of a group": Mutation(
+        "llama",
+        "codegen",
+        in_attention("kv_head = tl.program_id(1) // PARTS", "kv_head = 0 * tl.program_id(1) // PARTS"),
+    ),
+    "keys written at the rows of the step": Mutation(
+        "llama",
+        "codegen",
+        lambda patch: patch.setattr(
+            matmul,
+            "store",
+            edited(rows, ("slot = tile.looked_up(slots, at.coords[:1], at)", "slot = at.coords[0]")).store,
+        ),
+    ),
+    "bias of the first expert": Mutation(
+        "gpt_oss",
+        "codegen",
+        lambda patch: patch.setattr(
+            grouped_linear,
+            "_BIAS_ADD",
+            grouped_linear._BIAS_ADD.replace("expert * OUT + n", "n"),
+        ),
+    ),
+    "an expert's last pair left out": Mutation(
+        "gpt_oss",
+        "codegen",
+        in_experts(
+            "live = rank < tl.load(starts_ptr + expert + 1)", "live = rank < tl.load(starts_ptr + expert + 1) - 1"
+        ),
+    ),
+}
+
+MUTATIONS: dict[str, Mutation] = {**_IN_RULES, **_IN_PASSES, **_IN_KERNELS}
