@@ -50,7 +50,7 @@ class Builder:
         self.layers = 0
         self.stream: list[Node] = []  # values as wide as the residual stream, for later readers
         self.shared: dict[Any, Any] = {}  # what several fragments may use
-        self.names: dict[tuple[int, ...], list[str]] = {}
+        self.names: dict[TensorType, list[str]] = {}
 
     def _input(self, name: str) -> Node:
         node = self.graph.placeholder(name)
@@ -67,14 +67,15 @@ class Builder:
 
     def weight(self, c: Choices, *shape: int, dtype: str = "") -> Node:
         """A weight: a new one, or now and then one that another layer reads too, under a value of its own."""
-        known = self.names.setdefault(shape, [])
+        kind = TensorType(dtype or self.dtype, shape)
+        known = self.names.setdefault(kind, [])
         if known and c.chance(15):
             name = c.of(*known)
         else:
             name = f"w{sum(map(len, self.names.values()))}"
             known.append(name)
         node = self.graph.create_node("call_function", resolve("weight"), (name,), {}, name=name)
-        node.meta["type"] = TensorType(dtype or self.dtype, shape)
+        node.meta["type"] = kind
         return node
 
     def item(self, value: Node, index: int) -> Node:
