@@ -129,7 +129,7 @@ def f(x: f32[T, 8], *, T: dim(1, 64)):
     y: f32[T, 8] = aten.mul.Tensor(w, n)
     return y
 """
-    after = passes.run(ir.parse(text), [name for name in passes.PIPELINE if name != "SelectRows"])
+    after = passes.run(ir.parse(text), [name for name in passes.PASSES.pipeline if name != "SelectRows"])
     assert "y: f32[T, 8] = nn.layer_norm(x, w, None, 1e-05)" in str(after)
     same_numbers(text, after)
 
