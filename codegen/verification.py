@@ -19,6 +19,7 @@ from . import interpreted
 from .check import TOLERANCE, errors, random_case
 from .kernels import Kernel, kernel_file
 from .launch import load_launch
+from .signature import fresh_outputs
 
 # The interpreter takes about a minute for a kernel that reads ten million numbers.
 _SECONDS = 60.0
@@ -114,7 +115,8 @@ def _work(kernel: Kernel) -> int:
 
 
 def _tolerance(graph: Graph, device: torch.device) -> float:
-    kinds = [type_of(node).torch_dtype for node in graph.inputs()] if device.type == "cuda" else []
+    rounded = [*graph.inputs(), *fresh_outputs(graph)] if device.type == "cuda" else []
+    kinds = [type_of(node).torch_dtype for node in rounded]
     return max((TOLERANCE.get(kind, 0.0) for kind in kinds), default=0.0) or TOLERANCE[torch.float32]
 
 
