@@ -26,6 +26,8 @@ from .writes import WRITES, written
 
 _DROPPED = re.compile(r"_assert|sym_constrain|_set_grad_enabled|assert_async|_check")
 _LARGEST_CONSTANT = 4096
+# Inputs that passes add to the graph by these names.
+_LATER_INPUTS = ("slots", "block_tables", "query_starts", "context_lens", "rows")
 
 
 def convert(exported: torch.export.ExportedProgram, prefix: str) -> tuple[Graph, dict[int, tuple[str, int]]]:
@@ -49,6 +51,8 @@ class _Conversion:
         self.masks: dict[int, tuple[str, int]] = {}
         self.symbol = ""
         self.infer = Inference()
+        for name in _LATER_INPUTS:  # a weight or layer of the model may be called the same
+            self.graph._graph_namespace.create_name(name, None)
 
     def run(self) -> None:
         signature = {spec.arg.name: spec for spec in self.exported.graph_signature.input_specs}

@@ -108,8 +108,8 @@ def _merge(graph: Graph, linears: Sequence[Node], what: str, report: PassReport,
     layer = first.name.partition("_")[0] + "_" if first.name[0] == "l" and "_" in first.name else ""
     weight = add(aten("cat"), ([node.args[1] for node in ordered],), f"{layer}{what}_weight", "")
     operands: list[object] = [x, weight]
-    if len(first.args) > 2:
-        operands.append(add(aten("cat"), ([node.args[2] for node in ordered],), f"{layer}{what}_bias", ""))
+    if _bias(first) is not None:
+        operands.append(add(aten("cat"), ([_bias(node) for node in ordered],), f"{layer}{what}_bias", ""))
     line = first.meta.get("source", "").rpartition("; ")[2]
     note = f"{report.name}; {line}" if line else report.name
     merged = add(aten("linear"), tuple(operands), f"{layer}{what}", note)
@@ -127,10 +127,14 @@ def _merge(graph: Graph, linears: Sequence[Node], what: str, report: PassReport,
     report.fused.append(merged.name)
 
 
+def _bias(linear: Node) -> object:
+    return linear.args[2] if len(linear.args) > 2 else None
+
+
 def _reason_against(linears: Sequence[Node]) -> str:
     if len({node.args[0] for node in linears}) != 1:
         return "the projections read different rows"
-    if len({len(node.args) for node in linears}) != 1:
+    if len({_bias(node) is None for node in linears}) != 1:
         return "only some of the projections have a bias"
     if not all(is_constant(item) for node in linears for item in node.args[1:] if isinstance(item, Node)):
         return "a weight is computed from the tokens"

@@ -5,10 +5,12 @@ from __future__ import annotations
 import json
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from families import make
+from transformers import LlamaForCausalLM
 
 import fuseline
 from fuseline import ir
@@ -46,6 +48,28 @@ def test_dump_directory_holds_every_stage(model: torch.nn.Module, tmp_path: Path
     assert {path.stem for path in (tmp_path / "kernels").glob("*.py")} == {kernel.name for kernel in compiled.kernels}
     assert json.loads((tmp_path / "report.json").read_text())["captured"]["layers"] == 2
     assert (tmp_path / "mine.txt").read_text() == "kept"
+
+
+class Scaled(LlamaForCausalLM):
+    """A model with a weight that is called as an input of the paged graph is."""
+
+    def __init__(self, config: Any) -> None:
+        super().__init__(config)
+        self.slots = torch.nn.Parameter(torch.full((config.vocab_size,), 0.5))
+
+    def forward(self, input_ids: Any, attention_mask: Any = None, position_ids: Any = None, **kwargs: Any) -> Any:
+        out = super().forward(input_ids, attention_mask, position_ids, **kwargs)
+        out.logits = out.logits * self.slots
+        return out
+
+
+def test_a_weight_named_like_an_input_of_the_paged_graph_compiles(model: torch.nn.Module) -> None:
+    scaled = Scaled(model.config).eval()
+    compiled = fuseline.compile(scaled, device="cpu", max_seq_len=64)
+    prompt = torch.tensor([[5, 6, 7]])
+    with torch.no_grad():
+        expected = scaled(prompt).logits
+    assert float((compiled(prompt).logits - expected).norm() / expected.norm()) < 1e-5
 
 
 @pytest.mark.parametrize("stage", ["first", "last"])

@@ -61,6 +61,13 @@ def test_merge_gate_up_refuses_half_a_bias() -> None:
     assert [item.why for item in report.refused] == ["only some of the projections have a bias"]
 
 
+def test_a_bias_that_is_none_is_no_bias() -> None:
+    text = GATE_UP.format(up="x", bias=", None").replace("aten.linear(x, wg)", "aten.linear(x, wg, None)")
+    after, report = run("MergeGateUp", text)
+    assert report.fused == ["gate_up"]
+    same_numbers(text, after)
+
+
 QKV = """\
 def f(x: f32[T, 8], *, T: dim(1, 64)):
     wq: f32[16, 8] = weight("q")
