@@ -139,6 +139,8 @@ def paged_attention(
         begins = [_first_seen(lengths[index] - 1, kind, window) for index in group]
         rows = [starts[index] for index in group]
         ends = [lengths[index] for index in group]
+        if len(group) == len(q) == len(lengths):  # every row of the step, in order
+            return _decode(q, *caches, block_tables, begins, ends, scale)
         out[rows] = _decode(q[rows], *caches, block_tables[group], begins, ends, scale)
     return out
 
@@ -154,7 +156,7 @@ def _groups(sized: list[tuple[int, int]]) -> list[list[int]]:
         else:
             groups.append([index])
             widest = total = size
-    return groups
+    return [sorted(group) for group in groups]
 
 
 def _decode(
@@ -180,9 +182,8 @@ def _decode(
     low, high = torch.tensor(bounds, device=q.device).unsqueeze(-1).unbind(1)
     places = torch.arange(width * size, device=q.device)
     seen = (places >= low) & (places < high)
-    for row, (_, end) in enumerate(bounds):  # whatever lies there must not meet a weight of zero as a NaN
-        k[row, end:].zero_()
-        v[row, end:].zero_()
+    # Whatever lies past the end must not meet a weight of zero as a NaN.
+    torch._foreach_zero_([item[row, end:] for row, (_, end) in enumerate(bounds) for item in (k, v)])
     k, v = (item.to(q.dtype).transpose(1, 2) for item in (k, v))
     out = F.scaled_dot_product_attention(query, k, v, attn_mask=seen[:, None, None], scale=scale)
     return out.reshape(count, heads, -1)
