@@ -69,8 +69,14 @@ def capture(
     fix_frequencies(model, max_seq_len)
     flat = _FlatTokens(model)
     folded = _fold(flat, source) if fold else None
-    with shortened(model, folded) if folded else nullcontext():
-        trace = export(flat, source.mode, name, MAX_STEP_TOKENS)
+    try:
+        with shortened(model, folded) if folded else nullcontext():
+            trace = export(flat, source.mode, name, MAX_STEP_TOKENS)
+    except UnsupportedModelError:
+        if folded is None:
+            raise
+        # The model's code may count on all of its layers; if not, the message speaks of the whole model.
+        folded, trace = None, export(flat, source.mode, name, MAX_STEP_TOKENS)
     graph, masks_of = convert(trace.program, prefix="model.")
     refuse_mixing(graph)
     trace.check_conditions(name)
@@ -92,6 +98,8 @@ def _fold(flat: _FlatTokens, source: Skeleton) -> Fold | None:
     with source.mode:
         tokens = torch.zeros(7, dtype=torch.long)
     try:
-        return find_fold(source.model, lambda: flat(tokens, tokens), source.mode)
+        found = find_fold(source.model, lambda: flat(tokens, tokens), source.mode)
+        with shortened(source.model, found) if found else nullcontext():
+            return found
     except Exception:  # the model's own code
         return None

@@ -29,17 +29,19 @@ def pack_linears(graph: Graph, constants: dict[Node, Tensor]) -> tuple[dict[Node
     for node in graph.calls():
         if op_name(node.target) != "aten.linear":
             continue
-        weight = node.args[1]
+        weight, bias = node.args[1], node.args[2] if len(node.args) > 2 else None
         assert isinstance(weight, Node)
+        if isinstance(bias, Node) and bias not in constants:
+            continue  # it is computed in the step
         if weight not in packed:
             value = constants.get(weight)
             if value is None or value.device.type != "cpu" or value.dtype != torch.float32 or value.numel() < _SMALLEST:
                 continue
             packed[weight] = torch.ops.mkldnn._reorder_linear_weight(value)
-            if all(op_name(user.target) == "aten.linear" and user.args[1] is weight for user in weight.users):
-                del constants[weight]
-        bias = node.args[2] if len(node.args) > 2 else None
         linears[node] = _linear(packed[weight], constants[bias] if isinstance(bias, Node) else None)
+    for weight in packed:
+        if all(user in linears and user.all_input_nodes.count(weight) == 1 for user in weight.users):
+            del constants[weight]
     return linears, sum(4 * weight.numel() for weight in packed.values())
 
 

@@ -76,6 +76,19 @@ def test_layers_that_do_different_things_by_their_index_are_not_folded() -> None
     assert "fold_layers" not in captured(model).options
 
 
+def test_a_model_whose_code_counts_on_all_its_layers_is_captured_whole() -> None:
+    class Counting(modeling_llama.LlamaModel):
+        def forward(self, *args: Any, **kwargs: Any) -> Any:
+            assert len(self.layers) == 8
+            return super().forward(*args, **kwargs)
+
+    model = make_deep("llama", 8)
+    model.model.__class__ = Counting
+    graph = captured(model)
+    assert "fold_layers" not in graph.options
+    assert str(graph).count("nn.attention(") == 8
+
+
 def test_layers_that_read_from_far_back_are_not_folded() -> None:
     model = make_deep("llama", 8)
     kept: dict[int, torch.Tensor] = {}

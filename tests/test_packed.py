@@ -14,25 +14,29 @@ def f(tokens: i64[T], x: f32[T, 300], *, T: dim(1, 64)):
     small: f32[5, 300] = weight("small")
     w: f32[257, 300] = weight("w")
     b: f32[257] = weight("b")
+    v: f32[257, 300] = weight("v")
     e: f32[T, 300] = aten.embedding(table, tokens)
     a: f32[T, 300] = aten.add.Tensor(x, e)
     y: f32[T, 257] = aten.linear(a, w, b)
     s: f32[T, 5] = aten.linear(a, small)
+    h: f32[()] = aten.sum(a)
+    c: f32[257] = aten.mul.Tensor(b, h)
+    q: f32[T, 257] = aten.linear(a, v, c)
     z: f32[T, 301] = aten.linear(a, table)
-    return (y, s, z)
+    return (y, s, q, z)
 """
 
 
 def test_packed_projections_are_projections() -> None:
     graph = parse(GRAPH)
     generator = torch.Generator().manual_seed(0)
-    shapes = {"table": (301, 300), "small": (5, 300), "w": (257, 300), "b": (257,)}
+    shapes = {"table": (301, 300), "small": (5, 300), "w": (257, 300), "v": (257, 300), "b": (257,)}
     weights = {name: torch.randn(shape, generator=generator) for name, shape in shapes.items()}
     constants = fold_constants(graph, weights, torch.device("cpu"))
     linears, size = pack_linears(graph, constants)
     assert {node.name for node in linears} == {"y", "z"}
     # The embedding still reads its table row by row; the packed projection was the only reader of w.
-    assert {node.name for node in constants} == {"table", "small", "b"}
+    assert {node.name for node in constants} == {"table", "small", "v", "b"}
     assert size == 4 * 300 * (257 + 301)
     for tokens in (1, 2, 7, 61):
         x = torch.randn(tokens, 300, generator=generator)
