@@ -270,14 +270,14 @@ _IN_PASSES = {
         in_pass(
             "MergeQKV",
             merge,
-            "[node.args[2] for node in ordered]",
-            "[node.args[2] for node in ordered[:1] + ordered[:0:-1]]",
+            "[_bias(node) for node in ordered]",
+            "[_bias(node) for node in ordered[:1] + ordered[:0:-1]]",
         ),
     ),
     "bias lost in a merge": Mutation(
         "qwen2",
         "MergeQKV",
-        in_pass("MergeQKV", merge, "if len(first.args) > 2:", "if len(first.args) > 3:"),
+        in_pass("MergeQKV", merge, "if _bias(first) is not None:", "if len(first.args) > 3:"),
     ),
     "gate twice": Mutation(
         "llama",
