@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
 from torch.fx import Node
 
@@ -24,13 +25,47 @@ class Section:
     outputs: tuple[Node, ...]
 
 
+Order = Literal["halves", "neighbours"]
+
+
 @dataclass(frozen=True)
 class Plan:
-    """How the columns of a matmul are cut into tiles. ``head_dim`` is set if a tile is one head."""
+    """How the columns of a matmul are cut into tiles. ``head_dim`` is set if a tile lies within one head.
+
+    ``order`` says which columns of a head make a tile, so that it holds both values of each pair that is rotated:
+    ``"neighbours"`` follow each other; ``"halves"`` are pairs of column i and i + ``rotary`` / 2, and what is not
+    rotated. If the work on the result needs whole heads, as a norm over them does, it is ``apart``: a tile of a whole
+    head would leave most of the processors without work in decoding.
+    """
 
     anchor: Node
     sections: tuple[Section, ...]
     head_dim: int | None
+    order: Order = "neighbours"
+    rotary: int = 0
+    apart: bool = False
+
+    @property
+    def depth(self) -> int:
+        """The length of the sums."""
+        return self._weight_size(1)
+
+    @property
+    def lanes(self) -> int:
+        """Results that are combined with each other, column by column."""
+        return len(self.sections[0].lanes)
+
+    @property
+    def width(self) -> int:
+        """Columns that the tiles cover: those of one lane of each section."""
+        return sum(section.width for section in self.sections)
+
+    def _weight_size(self, dim: int) -> int:
+        weight = self.anchor.args[1]
+        assert isinstance(weight, Node)
+        size = type_of(weight).shape[dim]
+        assert isinstance(size, int)
+        return size
 
 
 def plan(graph: Graph) -> Plan:
@@ -65,7 +100,27 @@ def plan(graph: Graph) -> Plan:
         if op_name(node.target) == "aten.reshape" and type_of(node).rank == 3
     }
     head_dim = next(iter(heads), None)
-    return Plan(anchor, tuple(sections), head_dim if isinstance(head_dim, int) else None)
+    if not isinstance(head_dim, int):
+        return Plan(anchor, tuple(sections), None)
+    return Plan(anchor, tuple(sections), head_dim, *_order(set().union(*reach.values()), head_dim))
+
+
+def _order(work: set[Node], head_dim: int) -> tuple[Order, int, bool]:
+    """The order of the columns of a head, how many of them are rotated, and whether the work needs whole heads."""
+    norms = any(op_name(node.target) in ("nn.rms_norm", "nn.layer_norm") for node in work)
+    ropes = {_rotation(node) for node in work if op_name(node.target) == "nn.rope"}
+    if norms or len(ropes) > 1 or (ropes and head_dim % 2):
+        return "neighbours", 0, True
+    pairing, width = next(iter(ropes), ("interleaved", 0))
+    return ("halves", width, False) if pairing == "half" else ("neighbours", 0, False)
+
+
+def _rotation(rope: Node) -> tuple[str, int]:
+    cos, pairing = rope.args[1], rope.args[3] if len(rope.args) > 3 else "half"
+    assert isinstance(cos, Node)
+    width = type_of(cos).shape[-1]
+    assert isinstance(width, int)
+    return str(pairing), width
 
 
 def _descendants(root: Node) -> set[Node]:

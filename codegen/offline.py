@@ -79,7 +79,9 @@ def compile_variant(variant: dict[str, Any], capability: int) -> Resources:
     from triton.compiler import ASTSource
     from triton.runtime.jit import JITFunction
 
-    kernel, types, constexprs = variant["kernel"], variant["signature"], variant["constexprs"]
+    kernel, types, constexprs = variant["kernel"], variant["signature"], dict(variant["constexprs"])
+    if "PDL" in constexprs:
+        constexprs["PDL"] = capability >= 90  # programmatic dependent launch
     if not isinstance(kernel, JITFunction):
         raise FuselineError(f"{kernel.__name__}: interpreted (TRITON_INTERPRET is set); only check_file can compile it")
     unknown = set(kernel.arg_names) ^ (set(types) | set(constexprs))

@@ -11,7 +11,7 @@ from ..ir.graph import Graph, flat_types, type_of
 from ..ir.ops import op_name
 from ..ir.types import Dim, Size
 from .coordinates import flat_index, strides_of
-from .signature import file_text, parameters, pointer_types
+from .signature import file_text, kernel_text, parameters, pointer_types, types_text
 from .tile import Position, Tile
 from .writer import Writer
 
@@ -93,6 +93,14 @@ def norm_epsilon(node: Node) -> str:
 
 def rows_source(graph: Graph) -> str:
     """The file of a kernel of rows, without its header."""
+    kernel, launch = rows_kernel(graph, "launch")
+    return file_text(
+        [kernel], f"{launch}\n\n# Every specialisation that launch may use.\nVARIANTS = [{graph.name.upper()}]\n"
+    )
+
+
+def rows_kernel(graph: Graph, function: str) -> tuple[str, str]:
+    """A kernel of rows, and the host's part: its one variant, and the function that launches it."""
     outputs: list[Node] = list(graph.output_node().args[0])  # type: ignore[arg-type]
     results = [value_written(node) for node in outputs]
     lead = leading(type_of(results[0]).shape)
@@ -100,6 +108,9 @@ def rows_source(graph: Graph) -> str:
     writer = Writer({node.name for node in graph.nodes} | set(names) | {"num_rows", "row_ok"})
     writer.line("row = (tl.program_id(0) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS))[:, None].to(tl.int64)")
     writer.line("row_ok = row < num_rows")
+    writer.line("if PDL:")
+    writer.line("    tl.extra.cuda.gdc_launch_dependents()")
+    writer.line("    tl.extra.cuda.gdc_wait()")
     tile = RowTile(graph, writer)
     inner = list(lead[1:])
     coords = _split_row(writer, inner)
@@ -119,24 +130,21 @@ def rows_source(graph: Graph) -> str:
         if outputs[0] is results[0]
         else _rows_of(results[0], graph)
     )
-    kernel = f"{graph.name}_kernel"
-    launch = [
-        f"def launch({', '.join(names)}):",
-        f"    num_rows = {rows}",
-        "    if num_rows == 0:",
-        "        return",
-        f"    grid = (triton.cdiv(num_rows, {block}),)",
-        f"    {kernel}[grid]({', '.join(names)}, num_rows, BLOCK_ROWS={block}, num_warps={warps})",
-    ]
-    signature = {**pointer_types(graph), "num_rows": "i32"}
-    variants = [(signature, {"BLOCK_ROWS": block}, warps, 1)]
-    return file_text(
-        graph,
-        f"{', '.join(f'{n}_ptr' for n in names)}, num_rows, BLOCK_ROWS: tl.constexpr",
-        writer.text(),
-        launch,
-        variants,
-    )
+    constants = "BLOCK_ROWS: tl.constexpr, PDL: tl.constexpr"
+    arguments = f"{', '.join(f'{n}_ptr' for n in names)}, num_rows, {constants}"
+    launch = f"""\
+{graph.name.upper()} = {{
+    "kernel": {graph.name}_kernel, "signature": {types_text({**pointer_types(graph), "num_rows": "i32"})},
+    "constexprs": {{"BLOCK_ROWS": {block}, "PDL": False}}, "num_warps": {warps}, "num_stages": 1,
+}}
+
+
+def {function}({", ".join(names)}):
+    num_rows = {rows}
+    if num_rows:
+        run({graph.name.upper()}, (triton.cdiv(num_rows, {block}),), {", ".join(names)}, num_rows)
+"""
+    return kernel_text(f"{graph.name}_kernel", arguments, writer.text(), ["num_rows"]), launch
 
 
 def leading(shape: tuple[Size, ...]) -> tuple[Size, ...]:

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Mapping, Sequence
 
 from torch.fx import Node
 
@@ -12,8 +11,6 @@ from ..ir.ops import op_name
 from .expressions import helpers_used
 
 POINTERS = {"f32": "*fp32", "f16": "*fp16", "bf16": "*bf16", "i64": "*i64", "i32": "*i32", "bool": "*i1"}
-
-Variant = tuple[dict[str, str], dict[str, Any], int, int]
 
 
 def fresh_outputs(graph: Graph) -> list[Node]:
@@ -32,21 +29,39 @@ def pointer_types(graph: Graph) -> dict[str, str]:
     return {f"{node.name}_ptr": POINTERS[type_of(node).dtype] for node in [*graph.inputs(), *fresh_outputs(graph)]}
 
 
-def file_text(
-    graph: Graph, kernel_parameters: str, body: str, launch: Sequence[str], variants: Sequence[Variant]
-) -> str:
-    """Imports, helper functions, the kernel, its launcher, and the variants that the launcher may use."""
-    parts = ["import torch\nimport triton\nimport triton.language as tl\n"]
-    parts += helpers_used(body)
-    parts.append(f"@triton.jit\ndef {graph.name}_kernel({kernel_parameters}):\n{body}")
-    parts.append("\n".join(launch) + "\n")
-    entries = []
-    for signature, constants, warps, stages in variants:
-        types = ", ".join(f'"{name}": "{kind}"' for name, kind in signature.items())
-        values = ", ".join(f'"{name}": {value}' for name, value in constants.items())
-        entries.append(
-            f'    {{"kernel": {graph.name}_kernel, "signature": {{{types}}},\n'
-            f'     "constexprs": {{{values}}}, "num_warps": {warps}, "num_stages": {stages}}},\n'
-        )
-    parts.append("# Every specialisation that launch may use.\nVARIANTS = [\n" + "".join(entries) + "]\n")
-    return "\n\n".join(parts)
+_RUN = """\
+@functools.cache
+def overlaps(device):
+    \"\"\"Whether a kernel may begin before the one in front of it has ended, and waits for it by itself.\"\"\"
+    return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (9, 0)
+
+
+def run(variant, grid, *arguments):
+    constants = variant["constexprs"]
+    options = {"num_warps": variant["num_warps"], "num_stages": variant["num_stages"]}
+    if overlaps(arguments[0].device):
+        constants, options = {**constants, "PDL": True}, {**options, "launch_pdl": True}
+    return variant["kernel"][grid](*arguments, **constants, **options)
+"""
+
+
+def file_text(kernels: Sequence[str], *host: str) -> str:
+    """The file of the kernels: imports, the helper functions that they call, the kernels, and the host's part.
+
+    Kernels take ``PDL`` (programmatic dependent launch), and are launched through ``run``.
+    """
+    imports = "import functools\n\nimport torch\nimport triton\nimport triton.language as tl\n"
+    helpers = helpers_used("\n".join(kernels))
+    return "\n\n".join([imports, *helpers, *kernels, _RUN, *host])
+
+
+def kernel_text(name: str, parameters: str, body: str, unspecialised: Sequence[str] = ()) -> str:
+    """A kernel as text. Integers named ``unspecialised`` have no value or factor that a kernel is compiled for."""
+    names = ", ".join(f'"{item}"' for item in unspecialised)
+    decorator = f"@triton.jit(do_not_specialize=[{names}])" if names else "@triton.jit"
+    return f"{decorator}\ndef {name}({parameters}):\n{body}"
+
+
+def types_text(signature: Mapping[str, str]) -> str:
+    """The types of a kernel's parameters as the text of a dict."""
+    return "{" + ", ".join(f'"{name}": "{kind}"' for name, kind in signature.items()) + "}"

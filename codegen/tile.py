@@ -201,13 +201,11 @@ class Tile:
         else:
             partner = f"tl.where({column} < {width}, {column} ^ 1, {column})"
             sign = f"tl.where({column} % 2 == 0, -1.0, 1.0)"
-        partner = self.writer.assign("partner", partner)
         here = self.value(x, at)
         if self.home is not None and self.on_given(x):
-            # The other half of the head is in registers of other threads.
-            index = f"tl.broadcast_to({partner}, {here}.shape[0], {here}.shape[1])"
-            there = self.writer.assign("turned", f"tl.gather({here}, {index}, 1)")
+            there = self.rotated_partner(here)
         else:
+            partner = self.writer.assign("partner", partner)
             there = self.value(x, at.at((*at.coords[:-1], partner)))
         full = type_of(x).shape[-1]
         bounds = at.cols if full == width else " & ".join(filter(None, (at.cols, f"({column} < {width})")))
@@ -222,7 +220,8 @@ class Tile:
         bias = node.args[2] if op_name(node.target) == "nn.layer_norm" else None
         mean, deviation = self.statistics(node, read, at)
         x = read(at)
-        text = f"({x} - {mean}) * {deviation}" if mean else f"{x} * {deviation}"
+        text = f"({x} - {mean})" if mean else x
+        text = f"{text} * {deviation}" if deviation else text
         place = at.at(at.coords[-1:])
         scale = node.args[1] if op_name(node.target) != "nn.add_rms_norm" else node.args[2]
         if isinstance(scale, Node):
@@ -242,6 +241,10 @@ class Tile:
             return self._known[-1][key]
 
         return total(at) if which == 0 else self._norm(node, x, total, at)
+
+    def rotated_partner(self, here: str) -> str:
+        """The other value of each pair of a given tile that is rotated."""
+        raise NotImplementedError("rotating a tile of this kind")
 
     def _reduction(self, node: Node, source: Node, name: str, at: Position) -> str:
         raise NotImplementedError(f"{name} on this kind of tile")

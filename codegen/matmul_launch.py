@@ -1,0 +1,186 @@
+"""The host's part of an emitted matmul file: its tilings, which of them is for how many rows, and ``launch``."""
+
+from __future__ import annotations
+
+from torch.fx import Node
+
+from ..ir.graph import Graph, type_of
+from ..ir.ops import op_name
+from .columns import Plan, plan
+from .placement import tile_count
+from .rows import padded_width
+from .signature import fresh_outputs, parameters, pointer_types, types_text
+
+_TILINGS = '''\
+def row(block_n, block_k, num_warps):
+    """One row by block_n columns a program."""
+    return {
+        "kernel": $NAME$_row_kernel, "signature": $ROW_TYPES$,
+        "constexprs": {"BLOCK_N": block_n, "BLOCK_K": block_k, "PDL": False}, "num_warps": num_warps, "num_stages": 1,
+    }
+
+
+def tile(block_m, block_n, block_k, num_warps, num_stages):
+    """block_m rows by block_n columns a program."""
+    return {
+        "kernel": $NAME$_kernel, "signature": $TILE_TYPES$,
+        "constexprs": {"BLOCK_M": block_m, "BLOCK_N": block_n, "BLOCK_K": block_k, "PDL": False},
+        "num_warps": num_warps, "num_stages": num_stages,
+    }
+
+
+# What may be measured against each other; the product of the library comes without a kernel.
+LIBRARY = {}
+CONFIGS = [
+$CONFIGS$
+    LIBRARY,
+]
+# Which of them is for how many rows: each for up to so many, the last for all others.
+CHOICES = $CHOICES$
+VARIANTS = [*(CONFIGS[index] for _, index in CHOICES if CONFIGS[index])$EXTRA$]
+'''
+
+_LAUNCH = """\
+def launch($ARGUMENTS$, choices=CHOICES):
+    num_rows = $ROWS$.shape[0]
+    if num_rows == 0:
+        return
+    config = CONFIGS[next(index for most, index in choices if most is None or num_rows <= most)]
+    blocks = config.get("constexprs", {})
+$BODY$"""
+
+
+# What was fastest on an H100 for one kernel or another of models of 1 and 7 billion parameters, in bf16: (columns, depth,
+# warps) for one row, and (rows, columns, depth, warps, stages).
+_ROW = ((2, 2048, 8), (2, 4096, 4), (4, 1024, 2), (2, 1024, 4), (8, 512, 2), (2, 2048, 2))
+_FEW = ((16, 16, 512, 2, 3), (16, 16, 512, 2, 5), (16, 64, 128, 2, 5), (16, 16, 128, 2, 5), (16, 32, 128, 4, 5))
+_SOME = ((64, 32, 256, 4, 4), (64, 128, 128, 8, 4), (64, 16, 256, 4, 4), (64, 32, 128, 4, 3))
+_MANY = ((128, 128, 64, 8, 3), (128, 64, 64, 8, 4), (128, 256, 64, 8, 4))
+
+
+def launch_text(graph: Graph, core: Graph, first: Graph | None, inner: Graph, finish: list[Graph]) -> str:
+    """The text for a region: ``core`` is what the kernels of its product compute, all of it or the product alone.
+
+    ``first`` is the work before the product, ``inner`` the core without it, ``finish`` the work after the product.
+    """
+    layout = plan(core)
+    rows, few, some, many = row_tilings(layout), *tile_tilings(layout)
+    configs, choices = [], []
+    for most, kind, tilings in ((1, "row", rows), (16, "tile", few), (64, "tile", some), (None, "tile", many)):
+        choices.append((most, len(configs)))
+        configs += [f"    {kind}({', '.join(map(str, tiling))})," for tiling in tilings]
+    choices[-1] = (None, len(configs))
+    extra = [item.name.upper() for item in [*([first] if first else []), *finish]]
+    count = {"num_rows": "i32"}
+    words = {
+        "NAME": graph.name,
+        "ROW_TYPES": types_text({**pointer_types(core), **count}),
+        "TILE_TYPES": types_text({**pointer_types(inner), **count}),
+        "CONFIGS": "\n".join(configs),
+        "CHOICES": str(choices),
+        "EXTRA": "".join(f", {name}" for name in extra),
+        "ARGUMENTS": ", ".join(parameters(graph)),
+        "ROWS": _row_input(core, layout.anchor),
+        "BODY": "".join(f"    {line}\n" for line in _body(layout, core, first, inner, finish)),
+    }
+    text = f"{_TILINGS}\n\n{_LAUNCH}"
+    for name, value in words.items():
+        text = text.replace(f"${name}$", value)
+    return text
+
+
+def _body(layout: Plan, core: Graph, first: Graph | None, inner: Graph, finish: list[Graph]) -> list[str]:
+    """The lines that launch one row, a tiling, or the product of the library."""
+    anchor, tiles = layout.anchor, tile_count(layout, 'blocks["BLOCK_N"]')
+    apart = list(core.output_node().args[0]) == [anchor] and bool(finish)  # type: ignore[arg-type]
+    device = f"{_row_input(core, anchor)}.device"
+    done = [f"launch_{item.name}({', '.join(parameters(item))})" for item in finish] if apart else []
+    lines = [_empty(anchor, device)] if apart else []
+    row = f"run(config, ({tiles} * num_rows,), {', '.join(parameters(core))}, num_rows)"
+    lines += ['if config and "BLOCK_M" not in blocks:', *_indented([row, *done, "return"])]
+    if first:
+        lines += [_empty(fresh_outputs(first)[0], device), f"launch_{first.name}({', '.join(parameters(first))})"]
+    grid = f'({tiles}, triton.cdiv(num_rows, blocks["BLOCK_M"]))'
+    tile = f"run(config, {grid}, {', '.join(parameters(inner))}, num_rows)"
+    lines += ["if config:", *_indented([tile, *done, "return"])]
+    return lines + _library(inner, finish, "" if apart else device)
+
+
+def _indented(lines: list[str]) -> list[str]:
+    return [f"    {line}" for line in lines]
+
+
+def _library(inner: Graph, finish: list[Graph], device: str) -> list[str]:
+    """The lines for the library's product; its result is there already if no device is given."""
+    anchor = next(node for node in inner.calls() if op_name(node.target) == "aten.linear")
+    x, weight, *bias = anchor.args
+    product = f"{x}, {weight}.t()"
+    added = bias[0] if bias and bias[0] is not None else None
+    if added is None and len(finish) == 1:
+        added = _summand(finish[0], anchor)  # the library adds it where it would add a bias
+        finish = [] if added is not None else finish
+    into = anchor.name if finish else fresh_outputs(inner)[0].name
+    lines = [_empty(anchor, device)] if finish and device else []
+    lines.append(
+        f"torch.mm({product}, out={into})" if added is None else f"torch.addmm({added}, {product}, out={into})"
+    )
+    return lines + [f"launch_{item.name}({', '.join(parameters(item))})" for item in finish]
+
+
+def _summand(finish: Graph, anchor: Node) -> Node | None:
+    """What is added to the product, if that is all that happens to it."""
+    calls = list(finish.calls())
+    if len(calls) != 1 or op_name(calls[0].target) != "aten.add.Tensor" or len(fresh_outputs(finish)) != 1:
+        return None
+    inputs = calls[0].all_input_nodes
+    others = [node for node in inputs if node.name != anchor.name]
+    alike = len({type_of(node) for node in [*inputs, calls[0]]}) == 1
+    return others[0] if len(inputs) == 2 and len(others) == 1 and alike and not calls[0].kwargs else None
+
+
+def _empty(node: Node, device: str) -> str:
+    kind = type_of(node)
+    return f"{node.name} = torch.empty(num_rows, {kind.shape[1]}, dtype={kind.torch_dtype}, device={device})"
+
+
+def row_tilings(layout: Plan) -> list[tuple[int, ...]]:
+    """``(BLOCK_N, BLOCK_K, num_warps)`` for one row, the likeliest to be fast first."""
+    wide = _bytes(layout) > 2
+    deepest = padded_width(layout.depth)
+    found = []
+    for block_n, block_k, warps in _ROW:
+        block_k = min(deepest, block_k // (2 if wide else 1))
+        tiling = (max(2, block_n // layout.lanes), block_k, warps)
+        # Unrolled loops: a few turns keep the kernel small.
+        if tiling not in found and -(-layout.depth // block_k) <= 16:
+            found.append(tiling)
+    return found or [(2, min(deepest, 4096), 4)]
+
+
+def tile_tilings(layout: Plan) -> tuple[list[tuple[int, ...]], list[tuple[int, ...]], list[tuple[int, ...]]]:
+    """``(BLOCK_M, BLOCK_N, BLOCK_K, num_warps, num_stages)`` for few, some and many rows, the likeliest first."""
+    wide, lanes = _bytes(layout) > 2, layout.lanes
+    if wide:
+        broad = max(16, min(64, padded_width(layout.head_dim))) if layout.head_dim else 128 // lanes
+        return [(16, 32, 64, 4, 3)], [(32, broad, 32, 8, 2)], [(32, broad, 32, 8, 2)]
+    most = padded_width(layout.head_dim) if layout.head_dim else 256
+    few, some, many = (
+        list(dict.fromkeys((m, max(16, min(n // lanes, most)), k, warps, stages) for m, n, k, warps, stages in tilings))
+        for tilings in (_FEW, _SOME, _MANY)
+    )
+    return few, some, many
+
+
+def _bytes(layout: Plan) -> int:
+    weight = layout.anchor.args[1]
+    assert isinstance(weight, Node)
+    return type_of(weight).torch_dtype.itemsize
+
+
+def _row_input(graph: Graph, anchor: Node) -> str:
+    """An input or result whose first dim is the number of rows."""
+    rows = type_of(anchor).shape[0]
+    for node in graph.inputs():
+        if type_of(node).shape[:1] == (rows,):
+            return node.name
+    raise AssertionError("a matmul reads rows")

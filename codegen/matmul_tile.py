@@ -1,0 +1,114 @@
+"""A tile of a matmul: the rows that feed the product, and the work on its result."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from torch.fx import Node
+
+from ..ir.graph import Graph, type_of
+from ..ir.ops import op_name
+from .columns import Plan
+from .rows import norm_epsilon
+from .tile import Position, Tile
+from .writer import Writer
+
+NORMS = ("nn.rms_norm", "nn.layer_norm")
+
+
+class MatmulTile(Tile):
+    """A tile of a matmul: rows by a block of columns, or by columns of one head.
+
+    ``k_loop`` opens a loop over the columns of the rows, ``block_m`` is the number of rows as Triton text.
+    """
+
+    def __init__(self, graph: Graph, writer: Writer, layout: Plan, k_loop: str, block_m: str) -> None:
+        super().__init__(graph, writer)
+        self.statistics = self._loop_statistics
+        self.scalars |= {"tile", "head", "BLOCK_N"}
+        self.row_mask = "" if block_m == "1" else "row_ok"
+        self.folded: Node | None = None
+        self._layout = layout
+        self._k_loop = k_loop
+        self._depth = layout.depth
+        self._block_m = block_m
+        self._found: dict[Node, tuple[str, str]] = {}
+
+    @property
+    def at_k(self) -> Position:
+        """Where the rows are read in the loop over ``k``."""
+        return Position(("row", "k[None, :]"), self.row_mask, f"(k < {self._depth})[None, :]")
+
+    def _loop_statistics(self, node: Node, read: Callable[[Position], str], at: Position) -> tuple[str, str]:
+        return self._found[node]
+
+    def prepare_norms(self) -> None:
+        """Print what the norms before the product need before its loop.
+
+        An RMS norm right in front of the product needs nothing: its deviation is one factor for a whole row, found in
+        the same loop and applied to the result.
+        """
+        for node in self.graph.calls():
+            if node is self._layout.anchor:
+                return
+            if op_name(node.target) not in NORMS:
+                continue
+            if node is self._layout.anchor.args[0] and op_name(node.target) == "nn.rms_norm":
+                self.folded = node
+                self._found[node] = ("", "")
+            else:
+                self._found[node] = self._prepare(node)
+
+    def _prepare(self, node: Node) -> tuple[str, str]:
+        """Print the loops over ``k`` that find a norm's mean and deviation."""
+        source = node.args[0]
+        assert isinstance(source, Node)
+        mean = ""
+        centre = ""
+        if op_name(node.target) == "nn.layer_norm":
+            total = self._sum(source, lambda x: x, "")
+            mean = self.writer.assign("mean", f"{total}[:, None] / {self._depth}")
+            centre = mean
+        squares = self._sum(source, lambda x: f"{x} * {x}", centre)
+        return mean, self.writer.assign(
+            "inverse", f"1.0 / tl.sqrt({squares}[:, None] / {self._depth} + {norm_epsilon(node)})"
+        )
+
+    def _sum(self, source: Node, function: Callable[[str], str], centre: str) -> str:
+        total = self.writer.assign("total", f"tl.zeros(({self._block_m},), tl.float32)")
+        with self.writer.block(self._k_loop):
+            self.enter()
+            self.writer.line("k = k0 + tl.arange(0, BLOCK_K)")
+            x = self.value(source, self.at_k)
+            if centre:
+                x = self.writer.assign("centred", f"tl.where({self.at_k.mask}, {x} - {centre}, 0.0)")
+            self.writer.line(f"{total} += tl.sum({function(x)}, 1)")
+            self.leave()
+        return total
+
+    def begin_squares(self) -> None:
+        """Print the sums of the folded norm before the loop of the product."""
+        if self.folded is not None:
+            self.writer.line("squares = tl.zeros((1, BLOCK_K), tl.float32)")
+
+    def add_squares(self) -> None:
+        """Print what the folded norm adds up in the loop of the product."""
+        if self.folded is not None:
+            source = self.folded.args[0]
+            assert isinstance(source, Node)
+            x = self.value(source, self.at_k)
+            self.writer.line(f"squares += {x} * {x}")
+
+    def scale_by_norm(self, accumulators: list[str]) -> None:
+        """Print the folded norm's factor and apply it to the product."""
+        if self.folded is not None:
+            total = f"tl.sum(squares, 1)[:, None] / {self._depth}"
+            self.writer.line(f"inverse = 1.0 / tl.sqrt({total} + {norm_epsilon(self.folded)})")
+            for name in accumulators:
+                self.writer.line(f"{name} *= inverse")
+
+    def rotated_partner(self, here: str) -> str:
+        """The other value of each pair: it is in registers of other threads."""
+        index = "lane ^ (BLOCK_N // 2)" if self._layout.order == "halves" else "lane ^ 1"
+        wide = f"tl.broadcast_to({index}, {here}.shape[0], {here}.shape[1])"
+        return self.writer.assign("turned", f"tl.gather({here}, {wide}, 1)")

@@ -1,0 +1,99 @@
+"""Measure the tilings of an emitted matmul against each other on the GPU, and choose for every number of rows."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from types import ModuleType
+
+import torch
+from torch import Tensor
+
+Choices = tuple[tuple[int | None, int], ...]
+"""Each for up to so many rows which of a file's ``CONFIGS``; the last, without a bound, for all others."""
+
+ROWS = (1, 2, 4, 8, 16, 32, 64)
+"""Numbers of rows that are measured: those of decoding. Others take the next larger."""
+
+
+@dataclass(frozen=True)
+class Timing:
+    """``micros`` of one launch of ``CONFIGS[config]`` on so many rows."""
+
+    rows: int
+    config: int
+    micros: float
+
+
+def candidates(module: ModuleType, rows: int) -> list[int]:
+    """The tilings of a file that make sense for so many rows, as indices of ``CONFIGS``."""
+    found = []
+    for index, config in enumerate(module.CONFIGS):
+        blocks = config.get("constexprs")
+        if blocks is None:  # the library's product
+            fits = rows >= 32
+        elif "BLOCK_M" in blocks:
+            fits = rows > 1 and min(rows, 64) <= blocks["BLOCK_M"] <= max(16, 2 * rows)
+        else:
+            fits = rows <= 4
+        if fits:
+            found.append(index)
+    return found
+
+
+def measure(
+    module: ModuleType, arguments: Callable[[int], Sequence[Sequence[Tensor]]], rows_of: Sequence[int] = ROWS
+) -> list[Timing]:
+    """Time every candidate. ``arguments(rows)`` are several sets for ``module.launch``, which together should exceed the
+    cache of the GPU; a candidate that cannot be launched, or spills, is left out.
+    """
+    work = [(rows, config) for rows in rows_of for config in candidates(module, rows)]
+    with ThreadPoolExecutor(8) as pool:
+        fits = list(pool.map(lambda item: _compiles(module, arguments(item[0])[0], item[1]), work))
+    return [
+        Timing(rows, config, _micros(module, arguments(rows), config)) for (rows, config), fit in zip(work, fits) if fit
+    ]
+
+
+def choose(module: ModuleType, timings: Sequence[Timing]) -> Choices:
+    """The fastest tiling for each number of rows that was measured; above them what the file says itself."""
+    found: list[tuple[int | None, int]] = []
+    for rows in sorted({timing.rows for timing in timings}):
+        best = min((item for item in timings if item.rows == rows), key=lambda item: item.micros)
+        found.append((rows, best.config))
+    largest = found[-1][0] if found else 0
+    assert largest is not None
+    found += [(most, config) for most, config in module.CHOICES if most is None or most > largest]
+    return tuple(found)
+
+
+def _compiles(module: ModuleType, arguments: Sequence[Tensor], config: int) -> bool:
+    from triton.compiler.errors import CompilationError
+    from triton.runtime.errors import OutOfResources, PTXASError
+
+    try:
+        compiled = module.launch(*arguments, choices=((None, config),))
+    except (CompilationError, OutOfResources, PTXASError):
+        return False
+    return getattr(compiled, "n_spills", 0) in (0, None)
+
+
+def _micros(module: ModuleType, sets: Sequence[Sequence[Tensor]], config: int, repeats: int = 5) -> float:
+    """Median microseconds of a launch, from replays of a CUDA graph that launches once with each set."""
+    graph = torch.cuda.CUDAGraph()
+    choices = ((None, config),)
+    with torch.cuda.graph(graph):
+        for values in sets:
+            module.launch(*values, choices=choices)
+    graph.replay()
+    times = []
+    for _ in range(repeats):
+        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        begin.record()
+        graph.replay()
+        end.record()
+        end.synchronize()
+        times.append(1e3 * begin.elapsed_time(end) / len(sets))
+    return statistics.median(times)
