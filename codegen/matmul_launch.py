@@ -11,6 +11,8 @@ from .placement import tile_count
 from .rows import padded_width
 from .signature import fresh_outputs, parameters, pointer_types, types_text
 
+Tiling = tuple[int, ...]
+
 _TILINGS = '''\
 def row(block_n, block_k, num_warps):
     """One row by block_n columns a program."""
@@ -65,7 +67,8 @@ def launch_text(graph: Graph, core: Graph, first: Graph | None, inner: Graph, fi
     """
     layout = plan(core)
     rows, few, some, many = row_tilings(layout), *tile_tilings(layout)
-    configs, choices = [], []
+    configs: list[str] = []
+    choices: list[tuple[int | None, int]] = []
     for most, kind, tilings in ((1, "row", rows), (16, "tile", few), (64, "tile", some), (None, "tile", many)):
         choices.append((most, len(configs)))
         configs += [f"    {kind}({', '.join(map(str, tiling))})," for tiling in tilings]
@@ -143,11 +146,11 @@ def _empty(node: Node, device: str) -> str:
     return f"{node.name} = torch.empty(num_rows, {kind.shape[1]}, dtype={kind.torch_dtype}, device={device})"
 
 
-def row_tilings(layout: Plan) -> list[tuple[int, ...]]:
+def row_tilings(layout: Plan) -> list[Tiling]:
     """``(BLOCK_N, BLOCK_K, num_warps)`` for one row, the likeliest to be fast first."""
     wide = _bytes(layout) > 2
     deepest = padded_width(layout.depth)
-    found = []
+    found: list[Tiling] = []
     for block_n, block_k, warps in _ROW:
         block_k = min(deepest, block_k // (2 if wide else 1))
         tiling = (max(2, block_n // layout.lanes), block_k, warps)
@@ -157,17 +160,19 @@ def row_tilings(layout: Plan) -> list[tuple[int, ...]]:
     return found or [(2, min(deepest, 4096), 4)]
 
 
-def tile_tilings(layout: Plan) -> tuple[list[tuple[int, ...]], list[tuple[int, ...]], list[tuple[int, ...]]]:
+def tile_tilings(layout: Plan) -> tuple[list[Tiling], list[Tiling], list[Tiling]]:
     """``(BLOCK_M, BLOCK_N, BLOCK_K, num_warps, num_stages)`` for few, some and many rows, the likeliest first."""
     wide, lanes = _bytes(layout) > 2, layout.lanes
     if wide:
-        broad = max(16, min(64, padded_width(layout.head_dim))) if layout.head_dim else 128 // lanes
+        broad = max(16, min(64, padded_width(layout.head_dim))) if layout.head_dim else 64
         return [(16, 32, 64, 4, 3)], [(32, broad, 32, 8, 2)], [(32, broad, 32, 8, 2)]
     most = padded_width(layout.head_dim) if layout.head_dim else 256
-    few, some, many = (
-        list(dict.fromkeys((m, max(16, min(n // lanes, most)), k, warps, stages) for m, n, k, warps, stages in tilings))
-        for tilings in (_FEW, _SOME, _MANY)
-    )
+    found: list[list[Tiling]] = []
+    for tilings in (_FEW, _SOME, _MANY):
+        narrowed = [(m, max(16, min(n // lanes, most)), k, warps, stages) for m, n, k, warps, stages in tilings]
+        # The weights of all lanes are in registers together.
+        found.append([item for item in dict.fromkeys(narrowed) if lanes * item[1] * item[2] <= 128 * 32 * item[3]])
+    few, some, many = found
     return few, some, many
 
 

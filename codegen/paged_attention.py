@@ -90,6 +90,8 @@ def paged_attention_source(spec: AttentionSpec) -> str:
         "SINKS_DOC": ", sinks [NUM_HEADS]" if spec.sinks else "",
         "TYPE": f"*{_TYPES[spec.dtype]}",
         "DECODE_BLOCK_N": str(decode.block_n),
+        # A tile of partials that leaves room for the rows.
+        "BLOCK_S": str(max(1, (8192 if decode.block_m <= 32 else 4096) // (decode.block_m * pad_dv))),
         "SPAN": 'table_width * SHAPE["CACHE_BLOCK"]'
         if spec.window is None
         else f'min(table_width * SHAPE["CACHE_BLOCK"], {spec.window})',

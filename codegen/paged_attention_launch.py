@@ -9,42 +9,45 @@ QKV = {
 DECODE = {
     "kernel": decode,
     "signature": {**QKV, "out_ptr": "$TYPE$", "num_seqs": "i32", "table_width": "i32", "num_splits": "i32"},
-    "constexprs": {**SHAPE, $DECODE_TILE$, "SPLIT": False, "lse_ptr": None},
+    "constexprs": {
+        **SHAPE, $DECODE_TILE$, "BLOCK_S": $BLOCK_S$, "SPLIT": False, "PDL": False,
+        "partial_ptr": None, "lse_ptr": None, "arrived_ptr": None,
+    },
     $DECODE_OPTIONS$,
 }
 DECODE_SPLIT = {
-    "kernel": decode,
-    "signature": {
-        **QKV, "out_ptr": "*fp32", "lse_ptr": "*fp32", "num_seqs": "i32", "table_width": "i32", "num_splits": "i32",
-    },
-    "constexprs": {**SHAPE, $DECODE_TILE$, "SPLIT": True},
-    $DECODE_OPTIONS$,
-}
-COMBINE = {
-    "kernel": combine,
-    "signature": {
-        "partial_ptr": "*fp32", "lse_ptr": "*fp32", "starts_ptr": "*i32", "lengths_ptr": "*i32", "out_ptr": "$TYPE$",
-        "num_seqs": "i32", "num_splits": "i32",
-    },
-    "constexprs": {
-        **{name: SHAPE[name] for name in ("NUM_HEADS", "V_HEAD_DIM", "PAD_DV")},
-        "BLOCK_N": DECODE["constexprs"]["BLOCK_N"], "BLOCK_S": 16,
-    },
-    "num_warps": 4, "num_stages": 1, "maxnreg": 128,
+    **DECODE,
+    "signature": {**DECODE["signature"], "partial_ptr": "*fp32", "lse_ptr": "*fp32", "arrived_ptr": "*i32"},
+    "constexprs": {**SHAPE, $DECODE_TILE$, "BLOCK_S": $BLOCK_S$, "SPLIT": True, "PDL": False},
 }
 PREFILL = {
     "kernel": prefill,
     "signature": {**QKV, "out_ptr": "$TYPE$", "num_seqs": "i32", "table_width": "i32"},
-    "constexprs": {**SHAPE, $PREFILL_TILE$},
+    "constexprs": {**SHAPE, $PREFILL_TILE$, "PDL": False},
     $PREFILL_OPTIONS$,
 }
 $CHOICE$
 
 
+@functools.cache
+def overlaps(device):
+    """Whether a kernel may begin before the one in front of it has ended, and waits for it by itself."""
+    return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (9, 0)
+
+
 def run(variant, grid, **arguments):
-    """Launch exactly what VARIANTS describes."""
+    """Launch what VARIANTS describes."""
     options = {name: variant[name] for name in ("num_warps", "num_stages", "maxnreg")}
-    variant["kernel"][grid](**{**variant["constexprs"], **arguments}, **options, enable_fp_fusion=True)
+    constants = variant["constexprs"]
+    if overlaps(arguments["q_ptr"].device):
+        constants, options = {**constants, "PDL": True}, {**options, "launch_pdl": True}
+    variant["kernel"][grid](**{**constants, **arguments}, **options, enable_fp_fusion=True)
+
+
+@functools.cache
+def counters(device, count):
+    """Zeros that splits count their arrival in; the last of them leaves zero again."""
+    return torch.zeros(count, dtype=torch.int32, device=device)
 
 
 @functools.cache
@@ -100,15 +103,15 @@ def launch(q, k_cache, v_cache, block_tables, query_starts, context_lens, out,$S
     rows = (tokens, SHAPE["NUM_HEADS"], num_splits)
     partial = torch.empty(*rows, SHAPE["V_HEAD_DIM"], dtype=torch.float32, device=q.device)
     lse = torch.empty(rows, dtype=torch.float32, device=q.device)
-    run(DECODE_SPLIT, grid, **inputs, out_ptr=partial, lse_ptr=lse, num_splits=num_splits)
+    arrived = counters(q.device, triton.next_power_of_2(tokens * programs(DECODE)))
     run(
-        COMBINE, (tokens, SHAPE["NUM_HEADS"]), partial_ptr=partial, lse_ptr=lse, starts_ptr=query_starts,
-        lengths_ptr=context_lens, out_ptr=out, num_seqs=num_seqs, num_splits=num_splits,
+        DECODE_SPLIT, grid, **inputs, out_ptr=out, partial_ptr=partial, lse_ptr=lse, arrived_ptr=arrived,
+        num_splits=num_splits,
     )
 '''
 
 ONE_CHOICE = """\
-VARIANTS = [DECODE, DECODE_SPLIT, COMBINE, PREFILL]
+VARIANTS = [DECODE, DECODE_SPLIT, PREFILL]
 
 
 def prefill_variant(device):
@@ -118,11 +121,11 @@ HOPPER_CHOICE = """\
 # Hopper reads operands of a product from shared memory, which leaves registers for larger tiles.
 PREFILL_HOPPER = {
     **PREFILL,
-    "constexprs": {**SHAPE, $HOPPER_TILE$},
+    "constexprs": {**SHAPE, $HOPPER_TILE$, "PDL": False},
     $HOPPER_OPTIONS$,
     "capabilities": (90,),
 }
-VARIANTS = [DECODE, DECODE_SPLIT, COMBINE, PREFILL, PREFILL_HOPPER]
+VARIANTS = [DECODE, DECODE_SPLIT, PREFILL, PREFILL_HOPPER]
 
 
 @functools.cache

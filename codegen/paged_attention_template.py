@@ -98,31 +98,68 @@ def keys_per_split(begin, end, num_splits, BLOCK_N: tl.constexpr):
     return tl.cdiv(tl.cdiv(end - begin, num_splits), BLOCK_N) * BLOCK_N
 
 
+@triton.jit
+def join_splits(
+    partial_ptr, lse_ptr, rows, row_live, live_splits, num_splits,
+    BLOCK_M: tl.constexpr, BLOCK_S: tl.constexpr, V_HEAD_DIM: tl.constexpr, PAD_DV: tl.constexpr,
+):
+    """The partials of some rows, weighted by their log-sum-exps. Other programs wrote them: they are not in this L1."""
+    dv = tl.arange(0, PAD_DV)
+    acc = tl.zeros((BLOCK_M, PAD_DV), tl.float32)
+    top = tl.full((BLOCK_M,), -float("inf"), tl.float32)
+    total = tl.zeros((BLOCK_M,), tl.float32)
+    for start in range(0, live_splits, BLOCK_S):
+        split = start + tl.arange(0, BLOCK_S)
+        live = row_live[:, None] & (split < live_splits)[None, :]
+        place = rows[:, None] * num_splits + split[None, :]
+        lse = tl.load(lse_ptr + place, mask=live, other=-float("inf"), cache_modifier=".cg")
+        new_top = tl.maximum(top, tl.max(lse, 1))
+        # Rows that are none keep -inf; shifting by 0 instead keeps -inf - -inf from being NaN.
+        shift = tl.where(new_top == -float("inf"), 0.0, new_top)
+        weights = tl.exp2(lse - shift[:, None])
+        decay = tl.exp2(top - shift)
+        mask = live[:, :, None] & (dv < V_HEAD_DIM)[None, None, :]
+        source = partial_ptr + place[:, :, None] * V_HEAD_DIM + dv[None, None, :]
+        parts = tl.load(source, mask=mask, other=0.0, cache_modifier=".cg")
+        acc = acc * decay[:, None] + tl.sum(parts * weights[:, :, None], 1)
+        total = total * decay + tl.sum(weights, 1)
+        top = new_top
+    return acc / tl.where(total == 0.0, 1.0, total)[:, None]
+
+
 @triton.jit(do_not_specialize=["num_seqs", "table_width", "num_splits"])
 def decode(
-    q_ptr, k_ptr, v_ptr, tables_ptr, starts_ptr, lengths_ptr,$SINKS_ARG$ out_ptr, lse_ptr,
+    q_ptr, k_ptr, v_ptr, tables_ptr, starts_ptr, lengths_ptr,$SINKS_ARG$ out_ptr, partial_ptr, lse_ptr, arrived_ptr,
     num_seqs, table_width, num_splits,
     NUM_HEADS: tl.constexpr, NUM_KV_HEADS: tl.constexpr, HEAD_DIM: tl.constexpr, V_HEAD_DIM: tl.constexpr,
     CACHE_BLOCK: tl.constexpr, PAD_D: tl.constexpr, PAD_DV: tl.constexpr,
-    HEADS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, SPLIT: tl.constexpr,
+    HEADS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_S: tl.constexpr, SPLIT: tl.constexpr,
+    PDL: tl.constexpr,
 ):
     """One query, HEADS query heads of one KV head, one split of the keys.
 
-    The heads are the rows of the dot, so a key is loaded once for all of them. With SPLIT, out is this split's fp32
-    partial [T, NUM_HEADS, num_splits, V_HEAD_DIM] and lse its base-2 log-sum-exp; `combine` joins them.
+    The heads are the rows of the dot, so a key is loaded once for all of them. With SPLIT, each split leaves its fp32
+    partial [T, NUM_HEADS, num_splits, V_HEAD_DIM] and its base-2 log-sum-exp, and the last one to arrive joins them.
     """
     GROUP: tl.constexpr = NUM_HEADS // NUM_KV_HEADS
     PARTS: tl.constexpr = (GROUP + HEADS - 1) // HEADS
+    if PDL:
+        tl.extra.cuda.gdc_launch_dependents()
     token = tl.program_id(0)
     kv_head = tl.program_id(1) // PARTS
     split = tl.program_id(2)
-    seq, begin, end = locate_query(token, starts_ptr, lengths_ptr, num_seqs)
+    # Tables and lengths are there before the first kernel of a step: only queries, keys and values are waited for.
+    seq, first, last = locate_query(token, starts_ptr, lengths_ptr, num_seqs)
+    begin, end, live_splits = first, last, 1
     if SPLIT:
-        length = keys_per_split(begin, end, num_splits, BLOCK_N)
-        begin += split * length
-        end = tl.minimum(end, begin + length)
-        if begin >= end:
-            return
+        length = keys_per_split(first, last, num_splits, BLOCK_N)
+        live_splits = tl.maximum(tl.cdiv(last - first, tl.maximum(length, 1)), 1)
+        begin = first + split * length
+        end = tl.minimum(last, begin + length)
+    if PDL:
+        tl.extra.cuda.gdc_wait()
+    if split >= live_splits:
+        return
 
     in_group = tl.program_id(1) % PARTS * HEADS + tl.arange(0, BLOCK_M)
     row_live = (tl.arange(0, BLOCK_M) < HEADS) & (in_group < GROUP)
@@ -140,43 +177,26 @@ $DECODE_INIT$
         NUM_KV_HEADS, HEAD_DIM, V_HEAD_DIM, CACHE_BLOCK, BLOCK_N, PAD_D, PAD_DV, False,
     )
     acc = acc / tl.where(total == 0.0, 1.0, total)[:, None]
-    out_row = row
-    if SPLIT:
-        out_row = row * num_splits + split
-        tl.store(lse_ptr + out_row, top + tl.log2(total), mask=row_live)
     out_mask = row_live[:, None] & (dv < V_HEAD_DIM)[None, :]
-    tl.store(out_ptr + out_row[:, None] * V_HEAD_DIM + dv[None, :], acc.to(out_ptr.dtype.element_ty), mask=out_mask)
-
-
-@triton.jit(do_not_specialize=["num_seqs", "num_splits"])
-def combine(
-    partial_ptr, lse_ptr, starts_ptr, lengths_ptr, out_ptr, num_seqs, num_splits,
-    NUM_HEADS: tl.constexpr, V_HEAD_DIM: tl.constexpr, PAD_DV: tl.constexpr,
-    BLOCK_N: tl.constexpr, BLOCK_S: tl.constexpr,
-):
-    """Join the partials of one query and head, weighted by their log-sum-exps. BLOCK_N must be that of `decode`."""
-    token = tl.program_id(0)
-    seq, begin, end = locate_query(token, starts_ptr, lengths_ptr, num_seqs)
-    live_splits = tl.cdiv(end - begin, tl.maximum(keys_per_split(begin, end, num_splits, BLOCK_N), 1))
-    dv = tl.arange(0, PAD_DV)
-    row = token.to(tl.int64) * NUM_HEADS + tl.program_id(1)
-    acc = tl.zeros((PAD_DV,), tl.float32)
-    top = -float("inf")
-    total = 0.0
-    for start in range(0, live_splits, BLOCK_S):
-        split = start + tl.arange(0, BLOCK_S)
-        live = split < live_splits
-        lse = tl.load(lse_ptr + row * num_splits + split, mask=live, other=-float("inf"))
-        new_top = tl.maximum(top, tl.max(lse, 0))
-        weights = tl.exp2(lse - new_top)
-        decay = tl.exp2(top - new_top)
-        mask = live[:, None] & (dv < V_HEAD_DIM)[None, :]
-        source = partial_ptr + (row * num_splits + split)[:, None] * V_HEAD_DIM + dv[None, :]
-        acc = acc * decay + tl.sum(tl.load(source, mask=mask, other=0.0) * weights[:, None], 0)
-        total = total * decay + tl.sum(weights, 0)
-        top = new_top
-    acc = acc / tl.where(total == 0.0, 1.0, total)
-    tl.store(out_ptr + row * V_HEAD_DIM + dv, acc.to(out_ptr.dtype.element_ty), mask=dv < V_HEAD_DIM)
+    if SPLIT:
+        if live_splits > 1:
+            place = row * num_splits + split
+            tl.store(lse_ptr + place, top + tl.log2(total), mask=row_live)
+            tl.store(partial_ptr + place[:, None] * V_HEAD_DIM + dv[None, :], acc, mask=out_mask)
+            # One thread announces what all have written.
+            tl.debug_barrier()
+            counter = arrived_ptr + token * tl.num_programs(1) + tl.program_id(1)
+            before = tl.atomic_add(counter, 1, sem="acq_rel", scope="gpu")
+            if before + 1 < live_splits:
+                return
+            tl.debug_barrier()
+            tl.store(counter, 0)  # as the next launch expects it
+            acc = join_splits(
+                partial_ptr, lse_ptr, row, row_live, live_splits, num_splits, BLOCK_M, BLOCK_S, V_HEAD_DIM, PAD_DV
+            )
+    tl.store(
+        out_ptr + row[:, None] * V_HEAD_DIM + dv[None, :], acc.to(out_ptr.dtype.element_ty), mask=out_mask
+    )
 
 
 @triton.jit(do_not_specialize=["num_seqs", "table_width"])
@@ -185,12 +205,15 @@ def prefill(
     num_seqs, table_width,
     NUM_HEADS: tl.constexpr, NUM_KV_HEADS: tl.constexpr, HEAD_DIM: tl.constexpr, V_HEAD_DIM: tl.constexpr,
     CACHE_BLOCK: tl.constexpr, PAD_D: tl.constexpr, PAD_DV: tl.constexpr,
-    HEADS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    HEADS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, PDL: tl.constexpr,
 ):
     """BLOCK_M // HEADS neighbouring queries of one sequence, times HEADS query heads of one KV head."""
     GROUP: tl.constexpr = NUM_HEADS // NUM_KV_HEADS
     PARTS: tl.constexpr = (GROUP + HEADS - 1) // HEADS
     BLOCK_Q: tl.constexpr = BLOCK_M // HEADS
+    if PDL:
+        tl.extra.cuda.gdc_launch_dependents()
+        tl.extra.cuda.gdc_wait()
     program = tl.program_id(0)
     kv_head = tl.program_id(1) // PARTS
     # Counting one partly filled block for each sequence before it, sequence s begins at program starts[s]//BLOCK_Q + s.
