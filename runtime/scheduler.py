@@ -133,3 +133,4 @@ class Scheduler:
         self.pool.free(sequence.block_table)
         sequence.block_table.clear()
         sequence.num_computed = 0
+        sequence.admissions += 1
