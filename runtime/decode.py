@@ -66,12 +66,12 @@ class DecodeSteps:
         """Write the rows of the sequences, all but their block tables; returns where those stand."""
         count, block_size = len(sequences), self.static.block_size
         places = tables.places(sequences)
-        positions = np.fromiter((item.num_computed for item in sequences), np.int64, count)
+        positions = np.array([item.num_computed for item in sequences], np.int64)
         staged.positions[:count] = positions
         staged.contexts[:count] = positions + 1
         columns = positions // block_size
         staged.slots[:count] = tables.rows[places, columns].astype(np.int64) * block_size + positions % block_size
-        sources = np.fromiter((item.row if item.num_unknown else -1 for item in sequences), np.int64, count)
+        sources = np.array([item.row for item in sequences], np.int64)
         here = np.flatnonzero(sources < 0)
         if len(here):
             staged.known[here] = [sequences[row].last_token for row in here.tolist()]

@@ -181,18 +181,17 @@ class Engine:
         try:
             while scheduler.has_work:
                 chunks = scheduler.schedule()
-                ends = [chunk.reaches_end for chunk in chunks]
                 logits = self._runner.run(chunks, all_rows=True)
                 self._count(chunks)
                 row = 0
-                for chunk, end in zip(chunks, ends, strict=True):
+                for chunk in chunks:
                     sequence = chunk.sequence
                     if sequence.id not in scores:
                         scores[sequence.id] = logits.new_empty(len(sequence.prompt), logits.shape[-1])
                     # Copied: a model may hand out the same memory at every step.
                     scores[sequence.id][chunk.start : chunk.stop] = logits[row : row + chunk.length]
                     row += chunk.length
-                    if end:
+                    if chunk.reaches_end:
                         scheduler.remove(sequence)
         finally:
             scheduler.clear()
@@ -234,7 +233,7 @@ class Engine:
         self._count(chunks)
         for row, sequence in enumerate(flight.sequences):
             sequence.expect(row)
-            if sequence.is_closing:
+            if sequence.num_tokens >= sequence.max_tokens:
                 # Whoever gets its blocks writes to them after this step, which is launched already.
                 self.scheduler.remove(sequence)
         return flight
@@ -244,30 +243,36 @@ class Engine:
         tokens, finite = flight.choices.wait()
         events: list[TokenEvent] = []
         ended: list[Sequence] = []
-        for row, (sequence, token) in enumerate(zip(flight.sequences, tokens, strict=True)):
+        if not all(finite):
+            # Rows of requests that are over, aborted or ended by the token before, may hold anything.
+            for row, sequence in enumerate(flight.sequences):
+                if not finite[row] and sequence.id in self._live:
+                    raise not_finite(row, len(tokens))
+        for sequence, token in zip(flight.sequences, tokens, strict=True):
             if sequence.id not in self._live:
-                continue  # aborted, or ended by its token before this one
-            if not finite[row]:
-                raise not_finite(row, len(tokens))
+                continue
             sequence.append(token)
             events.append(TokenEvent(sequence.id, token, sequence.finish_reason))
             if sequence.finish_reason is not None:
                 ended.append(sequence)
                 self.abort(sequence.id)
                 # The step launched meanwhile has fed this token back for nothing.
-                self._decode_tokens -= sequence.num_unknown
+                self._decode_tokens -= sequence.num_tokens - len(sequence.prompt) - len(sequence.output)
         self._tokens += len(events)
         return events, ended
 
     def _count(self, chunks: list[Chunk]) -> None:
         """Take chunks as computed once they are launched: what reads their results is launched later."""
-        self._steps += 1
-        for sequence, start, length in chunks:
-            if start >= len(sequence.prompt) and length == 1:
-                self._decode_tokens += 1
+        decoded = prefilled = 0
+        for sequence, start, length, _ in chunks:
+            if length == 1 and start >= len(sequence.prompt):
+                decoded += 1
             else:
-                self._prefill_tokens += length
+                prefilled += length
             sequence.num_computed += length
+        self._steps += 1
+        self._decode_tokens += decoded
+        self._prefill_tokens += prefilled
 
     def _validate_room(self, num_tokens: int, name: str = "the request") -> None:
         needed = self.pool.blocks_for(num_tokens)

@@ -55,7 +55,7 @@ class Runner:
         of the step launched before.
         """
         sampled = [chunk.sequence for chunk in chunks if chunk.reaches_end]
-        if self._decode and len(sampled) == len(chunks) and all(chunk.length == 1 for chunk in chunks):
+        if self._decode and len(sampled) == len(chunks) == sum([chunk.length for chunk in chunks]):
             logits = self._decode.run(sampled, self._tables)
         else:
             logits = self.run(chunks)
@@ -105,7 +105,7 @@ class Runner:
 
     def _feed(self, chunks: list[Chunk], tokens: torch.Tensor, query_starts: npt.NDArray[np.int64]) -> torch.Tensor:
         """Put in the tokens that only the device knows; each is the last of its sequence."""
-        unknown = [row for row, chunk in enumerate(chunks) if chunk.sequence.num_unknown and chunk.reaches_end]
+        unknown = [row for row, chunk in enumerate(chunks) if chunk.sequence.row >= 0 and chunk.reaches_end]
         if not unknown:
             return tokens
         sources = np.fromiter((chunks[row].sequence.row for row in unknown), np.int64, len(unknown))
