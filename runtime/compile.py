@@ -14,6 +14,7 @@ from ..codegen.launch import load_launches
 from ..ir.graph import Graph, type_of
 from ..ir.skeleton import skeleton
 from .compiled import CompiledModel
+from .decode import DecodeSteps
 from .dumps import Dump
 from .engine import Engine
 from .executor import Executor, cache_bytes_per_token, fold_constants, new_caches
@@ -21,8 +22,11 @@ from .lower import Wishes, lower
 from .options import KVCacheConfig, OptionError, Options, refuse_later, resolve, resolve_device, resolve_dtype
 from .packed import pack_linears
 from .progress import Progress
+from .replay import GraphReplay, NotCapturable
 from .report import Report
 from .selfcheck import check_concatenation, check_source, source_prompts
+from .static_step import StaticStep
+from .tables import table_width
 
 # Legal reordering of sums moves fp32 logits by about 1e-6 and rounded ones by a few percent; real mixing by far more.
 _CHECK_TOLERANCE = {torch.float32: 1e-4, torch.float16: 5e-2, torch.bfloat16: 1e-1}
@@ -40,6 +44,8 @@ def compile(
     quantization: object = None,
     tensor_parallel: int = 1,
     schedule: str = "auto",
+    graphs: bool | None = None,
+    lookahead: bool | None = None,
     skip: Sequence[str | int] = (),
     expect: Mapping[str, int] | None = None,
     verify: bool = False,
@@ -57,6 +63,9 @@ def compile(
         max_batch_size: sequences in one step. max_seq_len: tokens of a sequence, prompt and answer; defaults to the
             model's ``max_position_embeddings``. max_step_tokens: tokens in one step, prefill included.
         kv_cache: block size and number of tokens of the KV cache.
+        graphs: run steps that only decode as CUDA graphs, recorded here for a few batch sizes that others are padded
+            to; the default on a GPU. On the CPU the same padded steps are plain calls, for tests.
+        lookahead: launch each step before the tokens of the last are known to the host; the default on a GPU.
         skip: what is not to be done: a pass by name (``"FuseRope"``) or by its number in the dumps (``17``), or one
             application of it by its number from 0 (``"FuseRope#3"``).
         expect: how often passes must have fused, by name (``{"MergeQKV": 30}``), and ``"kernels_per_layer"``.
@@ -131,6 +140,12 @@ def compile(
             max(_CHECK_TOLERANCE[kind], _CHECK_TOLERANCE.get(own, 0.0)),
         )
     blocks = _pool_blocks(graph, options, block)
+    executor = on_cache((blocks + 1) * block)
+    dtype_of_logits = type_of(_result(graph)).torch_dtype
+    decode = None
+    if place.type == "cuda" if graphs is None else graphs:
+        with report.timed("graphs"), show.line("graphs"):
+            decode = _recorded(_decode_steps(executor, options, block, blocks, vocab, dtype_of_logits), report)
     report.memory(
         sum(item.numel() * item.element_size() for item in constants.values()) + packed_bytes,
         blocks,
@@ -138,7 +153,7 @@ def compile(
         cache_bytes_per_token(graph),
     )
     engine = Engine(
-        on_cache(blocks * block),
+        executor,
         num_blocks=blocks,
         block_size=block,
         max_batch_size=options.max_batch_size,
@@ -146,11 +161,37 @@ def compile(
         max_step_tokens=options.max_step_tokens,
         vocab_size=vocab,
         device=place,
+        logits_dtype=dtype_of_logits,
+        decode=decode,
+        lookahead=place.type == "cuda" if lookahead is None else lookahead,
     )
     compiled = CompiledModel(graph, kernels, report, engine, options, bones.model.generation_config, config)
     if record:
         record.finish(kernels, report)
     return compiled
+
+
+def _decode_steps(
+    executor: Executor, options: Options, block_size: int, scratch: int, vocab: int, dtype: torch.dtype
+) -> DecodeSteps:
+    """Decode steps of a model whose block number ``scratch`` belongs to no sequence."""
+    width, batch, device = table_width(options.max_seq_len, block_size), options.max_batch_size, options.device
+    static = StaticStep(batch, width, block_size, scratch, dtype, device)
+    return DecodeSteps(executor.into, static, batch, torch.empty(batch, vocab, dtype=dtype, device=device))
+
+
+def _recorded(decode: DecodeSteps, report: Report) -> DecodeSteps | None:
+    """Decode steps that are replayed as CUDA graphs where there is a GPU; None if they cannot be recorded."""
+    report.graphs = f"decode in {len(decode.buckets)} sizes up to {decode.buckets[-1]}"
+    if decode.static.device.type != "cuda":
+        report.graphs += ", as plain calls"
+        return decode
+    try:
+        decode.prepare(lambda compute, sizes: GraphReplay(compute, sizes, decode.static.device))
+    except NotCapturable as why:
+        report.graphs = f"none: {why}"
+        return None
+    return decode
 
 
 def _result(graph: Graph) -> Any:

@@ -12,9 +12,10 @@ from typing import NamedTuple
 import torch
 
 from ..ir.errors import InvalidRequestError
+from .decode import DecodeSteps
 from .pool import BlockPool, PoolError
-from .runner import Runner
-from .sampler import sample
+from .runner import Flight, Runner
+from .sampler import not_finite
 from .scheduler import Chunk, Scheduler
 from .sequence import FinishReason, SamplingParams, Sequence, validate_prompt
 from .step import Model
@@ -51,6 +52,9 @@ class Engine:
 
     A request's tokens do not depend on what it is batched with, as far as the model's logits do not.
     If a step raises, every request not yet finished ends with that exception: the engine is then empty and usable.
+
+    With ``lookahead`` the next step is launched before the tokens of the last are waited for: it takes them on the
+    device. A sequence that turns out to have ended then computes one token too many, which is dropped.
     """
 
     def __init__(
@@ -64,23 +68,29 @@ class Engine:
         max_step_tokens: int,
         vocab_size: int,
         device: torch.device | str,
+        logits_dtype: torch.dtype = torch.float32,
+        decode: DecodeSteps | None = None,
+        lookahead: bool = False,
     ) -> None:
         """``num_blocks`` blocks of ``block_size`` tokens are the cache that ``model`` writes to; it may hold fewer
-        than ``max_seq_len`` tokens. ``max_step_tokens`` bounds the tokens of one call of the model."""
+        than ``max_seq_len`` tokens. ``max_step_tokens`` bounds the tokens of one call of the model, ``logits_dtype``
+        is the type of what it returns, and ``decode``, if given, computes the steps that only decode."""
         if max_seq_len < 1 or vocab_size < 1:
             raise ValueError(f"max_seq_len={max_seq_len} and vocab_size={vocab_size} must be at least 1")
         self.pool = BlockPool(num_blocks, block_size)
         self.scheduler = Scheduler(self.pool, max_batch_size, max_step_tokens)
         self.max_seq_len = max_seq_len
         self.vocab_size = vocab_size
-        self._runner = Runner(model, block_size, device)
+        self._runner = Runner(model, block_size, device, max_batch_size, max_seq_len, logits_dtype, decode)
+        self._lookahead = lookahead
+        self._flight: Flight | None = None
         self._live: dict[int, Sequence] = {}
         self._next_id = 0
         self._steps = self._tokens = self._prefill_tokens = self._decode_tokens = 0
 
     @property
     def has_work(self) -> bool:
-        return self.scheduler.has_work
+        return bool(self._live)
 
     @property
     def stats(self) -> Stats:
@@ -116,7 +126,7 @@ class Engine:
         self._validate_room(length - 1)
 
     def step(self) -> list[TokenEvent]:
-        """Call the model once and return the tokens it gave; none if it computed only parts of prompts."""
+        """Complete one call of the model and return the tokens it gave; none if it computed only parts of prompts."""
         return self._advance()[0]
 
     def run(self, on_event: Callable[[TokenEvent], None] | None = None) -> dict[int, Sequence]:
@@ -139,13 +149,15 @@ class Engine:
         sequence = self._live.pop(sequence_id, None)
         if sequence is None:
             return False
-        self.scheduler.remove(sequence)
+        if not sequence.is_closing:
+            self.scheduler.remove(sequence)
         return True
 
     def abort_all(self) -> None:
         """End every request; the pool is then as at the start."""
         self.scheduler.clear()
         self._live.clear()
+        self._flight = None
 
     def score(self, prompts: SequenceOf[list[int]]) -> list[torch.Tensor]:
         """Logits [len(prompt), V] of every token of each prompt, through the same paged cache.
@@ -169,17 +181,17 @@ class Engine:
         try:
             while scheduler.has_work:
                 chunks = scheduler.schedule()
-                ends = [chunk.reaches_end for chunk in chunks]
-                logits = self._compute(chunks, all_rows=True)
+                logits = self._runner.run(chunks, all_rows=True)
+                self._count(chunks)
                 row = 0
-                for chunk, end in zip(chunks, ends, strict=True):
+                for chunk in chunks:
                     sequence = chunk.sequence
                     if sequence.id not in scores:
                         scores[sequence.id] = logits.new_empty(len(sequence.prompt), logits.shape[-1])
                     # Copied: a model may hand out the same memory at every step.
                     scores[sequence.id][chunk.start : chunk.stop] = logits[row : row + chunk.length]
                     row += chunk.length
-                    if end:
+                    if chunk.reaches_end:
                         scheduler.remove(sequence)
         finally:
             scheduler.clear()
@@ -189,7 +201,7 @@ class Engine:
         """Raise PoolError unless every block is free or owned by one running sequence that has room for its tokens."""
         self.pool.check_integrity(sequence.block_table for sequence in self._live.values())
         queued = [*self.scheduler.running, *self.scheduler.waiting]
-        if [sequence.id for sequence in queued] != list(self._live):
+        if queued != [sequence for sequence in self._live.values() if not sequence.is_closing]:
             raise PoolError("the scheduler does not hold the unfinished requests in order of arrival")
         for sequence in queued:
             if len(sequence.block_table) < self.pool.blocks_for(sequence.num_computed):
@@ -198,39 +210,69 @@ class Engine:
             raise PoolError("a waiting sequence owns blocks")
 
     def _advance(self) -> tuple[list[TokenEvent], list[Sequence]]:
-        """One step: its events, and the sequences that ended with it."""
-        if not self.has_work:
+        """Complete one step: its events, and the sequences that ended with it."""
+        if not self._live:
+            # What may still be under way are tokens too many: nobody waits for them.
+            self._flight = None
             return [], []
         try:
-            chunks = self.scheduler.schedule()
-            sampled = [chunk.sequence for chunk in chunks if chunk.reaches_end]
-            logits = self._compute(chunks)
-            indices = [len(sequence.output) for sequence in sampled]
-            tokens = sample(logits, [sequence.params for sequence in sampled], indices) if sampled else []
+            flight = self._flight or self._launch()
+            self._flight = self._launch() if self._lookahead else None
+            assert flight is not None, "requests that live are in the scheduler or under way"
+            return self._land(flight)
         except BaseException:
             self.abort_all()
             raise
-        self._tokens += len(tokens)
+
+    def _launch(self) -> Flight | None:
+        """Launch the next step; None if every request has its last token under way."""
+        if not self.scheduler.has_work:
+            return None
+        chunks = self.scheduler.schedule()
+        flight = self._runner.launch(chunks)
+        self._count(chunks)
+        for row, sequence in enumerate(flight.sequences):
+            sequence.expect(row)
+            if sequence.num_tokens >= sequence.max_tokens:
+                # Whoever gets its blocks writes to them after this step, which is launched already.
+                self.scheduler.remove(sequence)
+        return flight
+
+    def _land(self, flight: Flight) -> tuple[list[TokenEvent], list[Sequence]]:
+        """Wait for the tokens of a step and hand them out."""
+        tokens, finite = flight.choices.wait()
         events: list[TokenEvent] = []
         ended: list[Sequence] = []
-        for sequence, token in zip(sampled, tokens, strict=True):
+        if not all(finite):
+            # Rows of requests that are over, aborted or ended by the token before, may hold anything.
+            for row, sequence in enumerate(flight.sequences):
+                if not finite[row] and sequence.id in self._live:
+                    raise not_finite(row, len(tokens))
+        for sequence, token in zip(flight.sequences, tokens, strict=True):
+            if sequence.id not in self._live:
+                continue
             sequence.append(token)
             events.append(TokenEvent(sequence.id, token, sequence.finish_reason))
             if sequence.finish_reason is not None:
                 ended.append(sequence)
                 self.abort(sequence.id)
+                # The step launched meanwhile has fed this token back for nothing.
+                self._decode_tokens -= sequence.num_tokens - len(sequence.prompt) - len(sequence.output)
+        self._tokens += len(events)
         return events, ended
 
-    def _compute(self, chunks: list[Chunk], *, all_rows: bool = False) -> torch.Tensor:
-        logits = self._runner.run(chunks, all_rows=all_rows)
-        self._steps += 1
-        for sequence, start, length in chunks:
-            if start >= len(sequence.prompt) and length == 1:
-                self._decode_tokens += 1
+    def _count(self, chunks: list[Chunk]) -> None:
+        """Take chunks as computed once they are launched: what reads their results is launched later."""
+        decoded = prefilled = 0
+        for sequence, start, length, _ in chunks:
+            if length == 1 and start >= len(sequence.prompt):
+                decoded += 1
             else:
-                self._prefill_tokens += length
+                prefilled += length
             sequence.num_computed += length
-        return logits
+        self._steps += 1
+        self._decode_tokens += decoded
+        self._prefill_tokens += prefilled
 
     def _validate_room(self, num_tokens: int, name: str = "the request") -> None:
         needed = self.pool.blocks_for(num_tokens)

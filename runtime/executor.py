@@ -83,6 +83,7 @@ class Executor:
         self._fixed: list[tuple[int, Tensor]] = []
         self._inputs: list[tuple[int, str]] = []
         self._instructions: list[Instruction] = []
+        self._labels: list[str] = []
         self._types = [(name, type_of(graph.input(name))) for name in (node.name for node in graph.inputs())]
         for node in graph.nodes:
             if node.op != "output":
@@ -119,18 +120,35 @@ class Executor:
                 ]
                 if freed:
                     self._instructions.append(_free(freed))
+                label = f"kernel {region.name}" if launches and region in launches else op_name(node.target)
+                self._labels += [label] * (len(self._instructions) - len(self._labels))
 
-    def __call__(self, step: StepInput) -> Tensor:
-        """The logits ``[R, vocab]`` of ``step.rows``."""
+    def into(self, step: StepInput, logits: Tensor) -> None:
+        """Write the logits of ``step.rows`` to ``logits [R, vocab]``."""
+        found = self(step, logits)
+        if found is not logits:
+            logits.copy_(found)
+
+    def __call__(self, step: StepInput, out: Tensor | None = None) -> Tensor:
+        """The logits ``[R, vocab]`` of ``step.rows``; in ``out`` if a kernel makes them and it is given.
+
+        An exception carries a note that says which operator it came from.
+        """
         values: list[Any] = [None] * len(self._slots)
+        values[self._result] = out
         for slot, value in self._fixed:
             values[slot] = value
         for slot, name in self._inputs:
             values[slot] = getattr(step, name)
         dims = bind_dims(self._graph, {name: getattr(step, name) for _, name in self._inputs})
-        with torch.inference_mode():
-            for instruction in self._instructions:
-                instruction(values, dims)
+        at = 0
+        try:
+            with torch.inference_mode():
+                for at, instruction in enumerate(self._instructions):  # noqa: B007
+                    instruction(values, dims)
+        except Exception as error:
+            error.add_note(f"in {self._labels[at]}")
+            raise
         return values[self._result]  # type: ignore[no-any-return]
 
     def _reference(self, node: Node) -> Instruction:
@@ -185,7 +203,13 @@ class Executor:
         def run(values: list[Any], dims: Mapping[str, int]) -> None:
             for slot, source in kept:
                 values[slot] = values[source]
-            made = [torch.empty(kind.concrete(dims), dtype=kind.torch_dtype, device=device) for _, kind in fresh]
+            # The result of the graph may have its place already.
+            made = [
+                torch.empty(kind.concrete(dims), dtype=kind.torch_dtype, device=device)
+                if values[slot] is None
+                else values[slot]
+                for slot, kind in fresh
+            ]
             # Kernels read plain rows; a strided view that reaches one is copied (the report names such views).
             launch(*[values[slot].contiguous() for slot in inputs], *made)
             for (slot, _), value in zip(fresh, made):

@@ -69,6 +69,7 @@ class Report:
     cache_bytes: int = 0
     self_check: float = 0.0
     verification: str = ""
+    graphs: str = "off"
 
     @contextmanager
     def timed(self, what: str) -> Iterator[None]:
@@ -132,6 +133,7 @@ class Report:
             "kv_cache": {"tokens": self.cache_tokens, "bytes": self.cache_bytes},
             "self_check_relative_rmse": self.self_check,
             "verification": self.verification,
+            "graphs": self.graphs,
             "seconds": {name: round(value, 3) for name, value in self.seconds.items()},
         }
 
@@ -151,6 +153,7 @@ class Report:
             ("other operators", other),
             ("weights", f"{self.weight_bytes / 1e6:.0f} MB"),
             ("KV cache", f"{self.cache_tokens} tokens, {self.cache_bytes / 1e6:.0f} MB"),
+            ("graphs", self.graphs),
             ("self-check", f"concatenated sequences agree to {self.self_check:.0e}"),
             ("verified", self.verification or "no"),
             ("seconds", ", ".join(f"{name} {value:.1f}" for name, value in self.seconds.items())),

@@ -1,27 +1,70 @@
-"""Turns the chunks of a step into tensors and calls the model."""
+"""Turns the chunks of a step into tensors, calls the model, and has tokens chosen from what it returns."""
 
 from __future__ import annotations
 
 from itertools import chain
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 import torch
 
+from .choices import Choices, Pending
+from .decode import DecodeSteps
 from .scheduler import Chunk
+from .sequence import Sequence
 from .step import Model, StepInput, to_device
+from .tables import WIDTH_MULTIPLE, BlockTables, table_width
 
-BLOCK_TABLE_MULTIPLE = 8
-"""Widths of block tables are multiples of this, so that a model sees few distinct shapes."""
+
+class Flight(NamedTuple):
+    """A step that was launched: the ``sequences`` that get a token from it, in order, and the tokens to come."""
+
+    sequences: list[Sequence]
+    choices: Pending
 
 
 class Runner:
-    """Calls ``model`` with steps on ``device``, for a cache of blocks of ``pool_block_size`` tokens."""
+    """Calls ``model`` with steps on ``device``, for a cache of blocks of ``block_size`` tokens.
 
-    def __init__(self, model: Model, pool_block_size: int, device: torch.device | str) -> None:
+    Steps of one new token for each sequence go through ``decode``, if there is one.
+    """
+
+    def __init__(
+        self,
+        model: Model,
+        block_size: int,
+        device: torch.device | str,
+        max_batch_size: int,
+        max_seq_len: int,
+        logits_dtype: torch.dtype = torch.float32,
+        decode: DecodeSteps | None = None,
+    ) -> None:
         self.model = model
-        self.block_size = pool_block_size
+        self.block_size = block_size
         self.device = torch.device(device)
+        self._decode = decode
+        self._tables = BlockTables(max_batch_size, table_width(max_seq_len, block_size))
+        capacity = -(-max_batch_size // 8) * 8
+        self._choices = decode.static.choices if decode else Choices(capacity, logits_dtype, self.device)
+
+    def launch(self, chunks: list[Chunk]) -> Flight:
+        """Compute the chunks, and choose a token for each that reaches the end of its sequence.
+
+        Does not wait for the device. Sequences whose last token is not known to the host yet take it from the choices
+        of the step launched before.
+        """
+        sampled = [chunk.sequence for chunk in chunks if chunk.reaches_end]
+        if self._decode and len(sampled) == len(chunks) == sum([chunk.length for chunk in chunks]):
+            logits = self._decode.run(sampled, self._tables)
+        else:
+            logits = self.run(chunks)
+            if sampled:
+                self._choices.greedy(logits)
+        if any(sequence.params.temperature > 0 for sequence in sampled):
+            params = [sequence.params for sequence in sampled]
+            self._choices.draw(logits, params, [sequence.num_generated for sequence in sampled])
+        return Flight(sampled, self._choices.send(len(sampled)))
 
     def run(self, chunks: list[Chunk], *, all_rows: bool = False) -> torch.Tensor:
         """Compute the chunks and return logits [R, V], in the order of the chunks.
@@ -48,13 +91,10 @@ class Runner:
         slots = blocks * self.block_size + positions % self.block_size
 
         tokens = chain.from_iterable(chunk.sequence.slice_tokens(chunk.start, chunk.stop) for chunk in chunks)
-        if all_rows:
-            rows = np.arange(total)
-        else:
-            ends = np.fromiter((chunk.reaches_end for chunk in chunks), np.bool_, count)
-            rows = query_starts[1:][ends] - 1
+        ends = np.fromiter((chunk.reaches_end for chunk in chunks), np.bool_, count)
+        rows = np.arange(total) if all_rows else query_starts[1:][ends] - 1
         return StepInput(
-            tokens=self._move(np.fromiter(tokens, np.int64, total)),
+            tokens=self._feed(chunks, self._move(np.fromiter(tokens, np.int64, total)), query_starts),
             positions=self._move(positions),
             slots=self._move(slots),
             query_starts=self._move(query_starts.astype(np.int32)),
@@ -63,14 +103,21 @@ class Runner:
             rows=self._move(rows),
         )
 
+    def _feed(self, chunks: list[Chunk], tokens: torch.Tensor, query_starts: npt.NDArray[np.int64]) -> torch.Tensor:
+        """Put in the tokens that only the device knows; each is the last of its sequence."""
+        unknown = [row for row, chunk in enumerate(chunks) if chunk.sequence.row >= 0 and chunk.reaches_end]
+        if not unknown:
+            return tokens
+        sources = np.fromiter((chunks[row].sequence.row for row in unknown), np.int64, len(unknown))
+        places, found = self._move(query_starts[1:][unknown] - 1), self._move(sources)
+        return tokens.index_copy_(0, places, self._choices.tokens.index_select(0, found))
+
     def _block_tables(self, chunks: list[Chunk], contexts: npt.NDArray[np.int64]) -> npt.NDArray[np.int32]:
         """Blocks [S, B] that hold ``contexts`` tokens. A sequence may own more, for tokens of later steps."""
-        used = (-(-contexts // self.block_size)).tolist()
-        width = -(-max(used) // BLOCK_TABLE_MULTIPLE) * BLOCK_TABLE_MULTIPLE
-        tables = np.zeros((len(chunks), width), np.int32)
-        for row, (chunk, blocks) in enumerate(zip(chunks, used, strict=True)):
-            tables[row, :blocks] = chunk.sequence.block_table[:blocks]
-        return tables
+        places = self._tables.places([chunk.sequence for chunk in chunks])
+        used = -(-int(contexts.max()) // self.block_size)
+        found: npt.NDArray[np.int32] = self._tables.rows[:, : -(-used // WIDTH_MULTIPLE) * WIDTH_MULTIPLE][places]
+        return found
 
     def _move(self, array: npt.NDArray[np.generic]) -> torch.Tensor:
         return to_device(torch.from_numpy(array), self.device)

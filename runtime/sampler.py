@@ -29,19 +29,34 @@ def sample(logits: torch.Tensor, params: list[SamplingParams], step_indices: lis
     top, tokens = logits.max(dim=-1)
     # Both extremes carry a NaN on: together they are finite exactly when every logit is.
     finite = torch.isfinite(top) & torch.isfinite(logits.amin(dim=-1))
+    draw_sampled(logits, params, step_indices, tokens)
+    # One transfer, hence one wait for the device, brings the tokens and the check.
+    chosen, healthy = torch.stack((tokens, finite.to(tokens.dtype))).tolist()
+    if not all(healthy):
+        raise not_finite(healthy.index(0), len(params))
+    result: list[int] = chosen
+    return result
+
+
+def draw_sampled(
+    logits: torch.Tensor, params: list[SamplingParams], step_indices: list[int], tokens: torch.Tensor
+) -> None:
+    """Overwrite the entries of ``tokens`` whose row of ``logits`` [R, V] is sampled; see ``sample``.
+
+    Never waits for the device. A row that is not finite gives some token.
+    """
     for rows in _groups(params, logits):
         index = to_device(torch.tensor(rows), logits.device)
         knobs = [_knobs(params[row], step_indices[row], logits.shape[1]) for row in rows]
         tokens.index_copy_(0, index, _draw(logits.index_select(0, index), knobs))
-    # One transfer, hence one wait for the device, brings the tokens and the check.
-    chosen, healthy = torch.stack((tokens, finite.to(tokens.dtype))).tolist()
-    if not all(healthy):
-        raise VerificationError(
-            f"row {healthy.index(0)} of {len(params)} rows of logits holds NaN or infinity, so no token can be chosen: "
-            "the model overflows in its dtype or a kernel is wrong; compile with verify=True or dtype=torch.float32"
-        )
-    result: list[int] = chosen
-    return result
+
+
+def not_finite(row: int, count: int) -> VerificationError:
+    """The error for row ``row`` of ``count`` whose logits are not finite."""
+    return VerificationError(
+        f"row {row} of {count} rows of logits holds NaN or infinity, so no token can be chosen: "
+        "the model overflows in its dtype or a kernel is wrong; compile with verify=True or dtype=torch.float32"
+    )
 
 
 def _uniform(seed: int | None, index: int) -> float:

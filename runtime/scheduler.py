@@ -10,20 +10,19 @@ from .sequence import Sequence
 
 
 class Chunk(NamedTuple):
-    """Tokens ``[start, start + length)`` of a sequence, computed in one step."""
+    """Tokens ``[start, start + length)`` of a sequence, computed in one step.
+
+    If it ``reaches_end`` it holds the last token that the sequence has: its logits choose the next one.
+    """
 
     sequence: Sequence
     start: int
     length: int
+    reaches_end: bool
 
     @property
     def stop(self) -> int:
         return self.start + self.length
-
-    @property
-    def reaches_end(self) -> bool:
-        """The chunk holds the last token known: its logits choose the next one."""
-        return self.start + self.length == self.sequence.num_tokens
 
 
 class Scheduler:
@@ -70,14 +69,19 @@ class Scheduler:
         Empty only if there is no work. The caller adds ``length`` to ``num_computed`` once a chunk is computed.
         """
         budget = self.max_step_tokens
+        block_size = self.pool.block_size
         chunks: list[Chunk] = []
         # The list shrinks from its end while it is walked: a sequence that has its chunk is never preempted.
         while len(chunks) < len(self.running) and budget:
             sequence = self.running[len(chunks)]
-            length = min(sequence.num_pending, budget)
-            if not self._make_room(sequence, sequence.num_computed + length):
+            start = sequence.num_computed
+            length = pending = sequence.num_tokens - start
+            if pending > budget:
+                length = budget
+            stop = start + length
+            if stop > len(sequence.block_table) * block_size and not self._make_room(sequence, stop):
                 break
-            chunks.append(Chunk(sequence, sequence.num_computed, length))
+            chunks.append(Chunk(sequence, start, length, length == pending))
             budget -= length
         # After a preemption this admits nobody: the victim is first in line, and some of its blocks are taken.
         self._admit(chunks, budget)
@@ -108,14 +112,12 @@ class Scheduler:
             sequence.block_table.extend(self.pool.allocate(needed))
             self.running.append(self.waiting.popleft())
             length = min(sequence.num_pending, budget)
-            chunks.append(Chunk(sequence, sequence.num_computed, length))
+            chunks.append(Chunk(sequence, sequence.num_computed, length, length == sequence.num_pending))
             budget -= length
 
     def _make_room(self, sequence: Sequence, num_tokens: int) -> bool:
-        """Give the sequence blocks for ``num_tokens``; False if it had to give up its own."""
+        """Give the sequence more blocks, for ``num_tokens``; False if it had to give up its own."""
         needed = self.pool.blocks_for(num_tokens) - len(sequence.block_table)
-        if needed <= 0:
-            return True
         while not self.pool.can_allocate(needed):
             if self._preempt_last() is sequence:
                 return False
@@ -133,3 +135,4 @@ class Scheduler:
         self.pool.free(sequence.block_table)
         sequence.block_table.clear()
         sequence.num_computed = 0
+        sequence.admissions += 1

@@ -82,7 +82,10 @@ class Sequence:
     """One request and its state. Ids ascend in order of arrival.
 
     ``num_computed`` tokens have their keys and values in the blocks of ``block_table``, in order; 0 and no blocks
-    while the sequence waits, was preempted, or has ended.
+    while the sequence waits, was preempted, or has ended. ``admissions`` counts how often it was given blocks anew.
+
+    A step may be launched before the tokens of the last one are known to the host. Such tokens count in ``num_tokens``
+    but are not in ``output`` yet, and the newest is choice number ``row`` of the last step launched; -1 if all are known.
     """
 
     id: int
@@ -92,32 +95,61 @@ class Sequence:
     num_computed: int = 0
     block_table: list[int] = field(default_factory=list)
     finish_reason: FinishReason | None = None
+    admissions: int = 0
+    row: int = -1
+    num_tokens: int = field(init=False)
+    max_tokens: int = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.num_tokens = len(self.prompt) + len(self.output)
+        self.max_tokens = len(self.prompt) + self.params.max_new_tokens
 
     @property
     def tokens(self) -> list[int]:
-        """Prompt and output; a new list."""
+        """Prompt and output as far as it is known; a new list."""
         return self.prompt + self.output
 
     @property
-    def num_tokens(self) -> int:
-        return len(self.prompt) + len(self.output)
+    def last_token(self) -> int:
+        """The last token that is known."""
+        return self.output[-1] if self.output else self.prompt[-1]
+
+    @property
+    def num_generated(self) -> int:
+        """Tokens generated, those not known yet included."""
+        return self.num_tokens - len(self.prompt)
 
     @property
     def num_pending(self) -> int:
         """Tokens whose keys and values are not in the cache yet: 1 while decoding."""
-        return len(self.prompt) + len(self.output) - self.num_computed
+        return self.num_tokens - self.num_computed
+
+    @property
+    def is_closing(self) -> bool:
+        """Every token that it may have is generated, known or not: no further step is needed."""
+        return self.num_tokens >= self.max_tokens
 
     def slice_tokens(self, start: int, stop: int) -> list[int]:
-        """``tokens[start:stop]`` without building ``tokens``."""
+        """Tokens ``[start, stop)`` without building ``tokens``; 0 for a token that is not known."""
         prompt = len(self.prompt)
-        if start >= prompt:
-            return self.output[start - prompt : stop - prompt]
-        return self.prompt[start:stop] + self.output[: max(0, stop - prompt)]
+        found = self.output[max(0, start - prompt) : max(0, stop - prompt)]
+        if start < prompt:
+            found = self.prompt[start:stop] + found
+        return found + [0] * (stop - start - len(found))
+
+    def expect(self, row: int) -> None:
+        """Count a token that a step was launched for; it is that step's choice number ``row``."""
+        self.num_tokens += 1
+        self.row = row
 
     def append(self, token: int) -> None:
-        """Take a generated token, and end the sequence if it is a stop token or the last one allowed."""
+        """Take the next token, expected or not, and end the sequence if it is a stop token or the last one allowed."""
         self.output.append(token)
+        known = len(self.prompt) + len(self.output)
+        if known >= self.num_tokens:
+            self.num_tokens = known
+            self.row = -1
         if token in self.params.stop_token_ids:
             self.finish_reason = "stop"
-        elif len(self.output) >= self.params.max_new_tokens:
+        elif known >= self.max_tokens:
             self.finish_reason = "length"

@@ -1,0 +1,106 @@
+"""The tokens that a step chooses: made on the device, read there by the next step, and sent to the host meanwhile."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from .layout import ALIGNMENT, Layout
+from .sampler import draw_sampled
+from .sequence import SamplingParams
+
+
+class Chosen(NamedTuple):
+    """``tokens`` by row, and whether all ``finite`` logits of the row were."""
+
+    tokens: list[int]
+    finite: list[bool]
+
+
+class Choices:
+    """The choices of the last step of at most ``capacity`` rows on the device: ``tokens i64[capacity]``.
+
+    A step's choices stand there until the next step's are made. At most two steps' choices may be on their way to the
+    host at a time.
+    """
+
+    def __init__(
+        self, capacity: int, logits_dtype: torch.dtype, device: torch.device, store: Tensor | None = None
+    ) -> None:
+        """``store u8[choices_bytes(...)]`` is memory to use instead of new one; the tokens are at its end."""
+        layout = _layout(capacity, logits_dtype)
+        self._store = torch.zeros(layout.size, dtype=torch.uint8, device=device) if store is None else store
+        views = layout.views(self._store)
+        self.tokens = views["tokens"]
+        self._lowest, self._highest = views["lowest"], views["highest"]
+        self._hosts = [_Host(layout, device) for _ in range(2)]
+
+    def greedy(self, logits: Tensor) -> None:
+        """Choose the most likely token of each row of ``logits [R, V]``, the lowest id among equals."""
+        count = len(logits)
+        torch.max(logits, dim=-1, out=(self._highest[:count], self.tokens[:count]))
+        torch.amin(logits, dim=-1, out=self._lowest[:count])
+
+    def draw(self, logits: Tensor, params: list[SamplingParams], indices: list[int]) -> None:
+        """After ``greedy``: draw the tokens of the rows with a temperature instead (see ``sample``)."""
+        draw_sampled(logits, params, indices, self.tokens)
+
+    def send(self, count: int) -> Pending:
+        """Copy the first ``count`` choices to the host, without waiting for them."""
+        host = self._hosts.pop(0)
+        self._hosts.append(host)
+        return host.receive(self._store, count)
+
+
+class Pending:
+    """Choices on their way to the host."""
+
+    def __init__(self, host: _Host, count: int) -> None:
+        self._host = host
+        self._count = count
+
+    def wait(self) -> Chosen:
+        """The choices, once they are there."""
+        return self._host.read(self._count)
+
+
+class _Host:
+    """Memory of the host that choices are sent to, and the event that they have come."""
+
+    def __init__(self, layout: Layout, device: torch.device) -> None:
+        gpu = device.type == "cuda"
+        self._store = torch.zeros(layout.size, dtype=torch.uint8, pin_memory=gpu)
+        self._views = layout.views(self._store)
+        self._event = torch.cuda.Event() if gpu else None  # type: ignore[no-untyped-call]
+
+    def receive(self, store: Tensor, count: int) -> Pending:
+        self._store.copy_(store, non_blocking=True)
+        if self._event is not None:
+            self._event.record()
+        return Pending(self, count)
+
+    def read(self, count: int) -> Chosen:
+        if self._event is not None:
+            self._event.synchronize()
+        # Both extremes carry a NaN on: together they are finite exactly when every logit is.
+        finite = self._views["lowest"][:count].isfinite() & self._views["highest"][:count].isfinite()
+        return Chosen(self._views["tokens"][:count].tolist(), finite.tolist())
+
+
+def choices_bytes(capacity: int, logits_dtype: torch.dtype) -> int:
+    """The size of the ``store`` of ``Choices``."""
+    return _layout(capacity, logits_dtype).size
+
+
+def _layout(capacity: int, logits_dtype: torch.dtype) -> Layout:
+    if capacity * 8 % ALIGNMENT:
+        raise ValueError(f"a capacity of {capacity} rows leaves a gap behind the tokens")
+    return Layout(
+        [
+            ("lowest", logits_dtype, (capacity,)),
+            ("highest", logits_dtype, (capacity,)),
+            ("tokens", torch.int64, (capacity,)),
+        ]
+    )

@@ -1,0 +1,93 @@
+"""Decode steps: one token of each sequence, padded to one of a few sizes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from collections.abc import Sequence as SequenceOf
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from .buckets import bucket_for, decode_buckets
+from .replay import Compute, Replay
+from .sequence import Sequence
+from .static_step import Longs, Staged, StaticStep
+from .step import StepInput
+from .tables import BlockTables
+
+Forward = Callable[[StepInput, Tensor], None]
+"""Writes the keys and values of the step's tokens to the cache, and the logits of its rows to a tensor [R, V]."""
+
+
+class DecodeSteps:
+    """Computes decode steps of up to ``max_batch_size`` sequences on static inputs and chooses greedy tokens.
+
+    ``make_replay`` turns the computation into how it is run, given the sizes that it is run at.
+    """
+
+    def __init__(self, forward: Forward, static: StaticStep, max_batch_size: int, logits: Tensor) -> None:
+        """``logits [max_batch_size, V]`` is memory for the results, of the model's type."""
+        self.static = static
+        self.buckets = decode_buckets(max_batch_size)
+        self._forward = forward
+        self._logits = logits
+        self._replay: Replay = self._compute
+        self._last: tuple[int, int, bytes] | None = None
+        self._blank(max_batch_size)
+
+    def prepare(self, make: Callable[[Compute, SequenceOf[int]], Replay]) -> None:
+        """Run steps by ``make(compute, sizes)`` from now on, in place of plain calls."""
+        self._replay = make(self._compute, self.buckets)
+
+    def run(self, sequences: SequenceOf[Sequence], tables: BlockTables) -> Tensor:
+        """Compute the next token of each sequence, which must have its block; returns logits [S, V].
+
+        The logits stand until the next run. The greedy tokens are in ``static.choices``.
+        """
+        count = len(sequences)
+        bucket = bucket_for(self.buckets, count)
+        staged = self.static.stage()
+        places = self._fill(staged, sequences, tables)
+        self.static.pad(staged, count, bucket)
+        # Most steps of few sequences go on in the blocks that the device knows of already.
+        state = (bucket, tables.changes, places.tobytes())
+        moved = state != self._last
+        if moved:
+            width = int(staged.contexts[:count].max() - 1) // self.static.block_size + 1
+            staged.tables[:count, :width] = tables.rows[:, :width][places]
+        self.static.send(bucket, moved)
+        self._last = state
+        with torch.inference_mode():
+            self._replay(bucket)
+        return self._logits[:count]
+
+    def _fill(self, staged: Staged, sequences: SequenceOf[Sequence], tables: BlockTables) -> Longs:
+        """Write the rows of the sequences, all but their block tables; returns where those stand."""
+        count, block_size = len(sequences), self.static.block_size
+        places = tables.places(sequences)
+        positions = np.array([item.num_computed for item in sequences], np.int64)
+        staged.positions[:count] = positions
+        staged.contexts[:count] = positions + 1
+        columns = positions // block_size
+        staged.slots[:count] = tables.rows[places, columns].astype(np.int64) * block_size + positions % block_size
+        sources = np.array([item.row for item in sequences], np.int64)
+        here = np.flatnonzero(sources < 0)
+        if len(here):
+            staged.known[here] = [sequences[row].last_token for row in here.tolist()]
+            sources[here] = self.static.capacity + here
+        staged.sources[:count] = sources
+        return places
+
+    def _compute(self, size: int) -> None:
+        with torch.inference_mode():
+            self.static.feed(size)
+            logits = self._logits[:size]
+            self._forward(self.static.step(size), logits)
+            self.static.choices.greedy(logits)
+
+    def _blank(self, size: int) -> None:
+        """Send a step of padding alone."""
+        self.static.pad(self.static.stage(), 0, size)
+        self.static.send(size, tables=True)
+        self._last = None
