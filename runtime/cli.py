@@ -1,4 +1,4 @@
-"""The command line: ``fuseline run``, ``dump``, ``explain`` and ``opt``."""
+"""The command line: ``fuseline run``, ``dump``, ``explain``, ``opt`` and ``bench``."""
 
 from __future__ import annotations
 
@@ -16,6 +16,8 @@ from rich.console import Console
 from .. import ir, passes
 from ..ir.errors import FuselineError, InvalidRequestError, UnsupportedModelError
 from ..ir.skeleton import skeleton
+from .arguments import Device, Dtype, MaxSeqLen, Model
+from .bench.command import bench
 from .compile import compile
 from .compiled import CompiledModel
 from .dumps import Dump
@@ -37,15 +39,7 @@ app = typer.Typer(
     help="Compile a Hugging Face causal LM into fused kernels, run it, and look at what it was compiled to.",
 )
 
-Model = Annotated[
-    str,
-    typer.Argument(
-        metavar="MODEL", help="A directory, a hub id, a .gguf file, or package:NAME for the one in a Python package."
-    ),
-]
-Device = Annotated[str | None, typer.Option(help="cpu or cuda; by default the GPU if there is one.")]
-Dtype = Annotated[str | None, typer.Option(help="float32, bfloat16 or float16; by default bfloat16 on a GPU.")]
-MaxSeqLen = Annotated[int | None, typer.Option(help="Most tokens of prompt and answer; by default the model's own.")]
+app.command()(bench)
 
 
 @app.command()
