@@ -27,7 +27,7 @@ from .lower import Lowered, Wishes, lower
 from .models import resolve
 from .options import KVCacheConfig, OptionError, resolve_device, resolve_dtype
 from .options import resolve as resolve_sizes
-from .progress import Progress
+from .progress import Progress, quiet_transformers
 from .report import Report, two_columns
 from .sequence import SamplingParams
 from .streaming import TextStream
@@ -59,7 +59,7 @@ def run(
     """Generate text. The text goes to stdout as it is made, progress and a short table to stderr."""
     params = SamplingParams(max_new_tokens, temperature, top_k, top_p, seed)
     params.validate()
-    _quiet()
+    quiet_transformers()
     path = resolve(model)
     tokenizer = _tokenizer(path)
     tokens = _encode(tokenizer, prompt, chat=not no_chat)
@@ -82,7 +82,7 @@ def dump(
     max_seq_len: MaxSeqLen = None,
 ) -> None:
     """Show what a model is compiled to: its lowered graph on stdout, numbered files, or a page. No weights are read."""
-    _quiet()
+    quiet_transformers()
     if html and html.suffix != ".html":
         raise OptionError(f"--html {html}: the name of the page must end with .html")
     lowered, _ = _lower(model, device, dtype, max_seq_len, out or html)
@@ -105,7 +105,7 @@ def explain(
     max_seq_len: MaxSeqLen = None,
 ) -> None:
     """Say what was fused, what was not and why, and what almost was. No weights are read."""
-    _quiet()
+    quiet_transformers()
     lowered, report = _lower(model, device, dtype, max_seq_len)
     try:
         print(explanation(lowered.graph, report, layer), end="")
@@ -143,12 +143,6 @@ def _lower(
     options = resolve_sizes(config, place, kind, 1, max_seq_len, None, KVCacheConfig())
     wishes = Wishes(dump=Dump(out) if out else None, progress=Progress(True))
     return lower(bones, options, wishes, report), report
-
-
-def _quiet() -> None:
-    """Keep the chatter of transformers off the terminal; errors stay."""
-    transformers.utils.logging.set_verbosity_error()
-    transformers.utils.logging.disable_progress_bar()
 
 
 def _tokenizer(path: str) -> Any:

@@ -9,9 +9,16 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TypeVar
 
+import transformers
 from tqdm import tqdm
 
 Item = TypeVar("Item")
+
+
+def quiet_transformers() -> None:
+    """Keep the chatter of transformers off the terminal; errors stay."""
+    transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
 
 
 @dataclass(frozen=True)

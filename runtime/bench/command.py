@@ -11,7 +11,7 @@ from tqdm import tqdm
 
 from ..arguments import Device, Dtype
 from ..options import OptionError, positive, resolve_device, resolve_dtype
-from ..progress import Progress
+from ..progress import Progress, quiet_transformers
 from .choices import Choices, names
 from .floor import measure_rates
 from .measure import Clock
@@ -61,6 +61,7 @@ def bench(
         draw(read(map(Path, models)), plot)
         print(plot)
         return
+    quiet_transformers()
     work = Choices(
         workloads, batches, prompt, new, prefill, requests, prompts, outputs, rates, rate_seconds, seed
     ).read()

@@ -61,9 +61,11 @@ class Clock:
 def measure_batch(peer: Peer, work: Batch, vocab: int, clock: Clock, reference: Reference, item: Measurement) -> None:
     """Fill ``item`` in: a decode step is what a run takes beyond a run of one token, divided by the tokens beyond."""
     decoding = work.name == "decode"
+    begin = time.perf_counter()
     peer.generate(work.prompts(vocab, -1), min(work.new, peer.warm_tokens or work.new))
     if decoding:
         peer.generate(work.prompts(vocab, -2), 1)
+    item.details["warm_up_s"] = time.perf_counter() - begin
     firsts: list[float] = []
     wholes: list[float] = []
     for run in clock.runs():
@@ -89,7 +91,9 @@ def measure_batch(peer: Peer, work: Batch, vocab: int, clock: Clock, reference: 
 
 def measure_stream(peer: Peer, work: Stream, vocab: int, clock: Clock, reference: Reference, item: Measurement) -> None:
     """Fill ``item`` in: output tokens a second, times to the first and between the other tokens; the median run counts."""
+    begin = time.perf_counter()
     peer.serve(_warm_up(work, vocab, peer.warm_tokens))
+    item.details["warm_up_s"] = time.perf_counter() - begin
     found = []
     for run in clock.runs():
         requests = work.requests(vocab, run)

@@ -39,7 +39,7 @@ def draw(items: Sequence[Measurement], out: Path) -> None:
     from matplotlib import pyplot
 
     figure, axes = pyplot.subplots(
-        1, len(panels), figsize=(0.8 + 5.2 * len(panels), 4.6), sharey=True, squeeze=False, layout="constrained"
+        1, len(panels), figsize=(1.2 + 5.2 * len(panels), 4.6), sharey=True, squeeze=False, layout="constrained"
     )
     for axis, ((model, kind, device), lines) in zip(axes[0], panels.items()):
         _panel(axis, f"{model}, {kind}\n{device}", lines)
@@ -48,7 +48,10 @@ def draw(items: Sequence[Measurement], out: Path) -> None:
     for axis in axes[0]:
         for handle, name in zip(*axis.get_legend_handles_labels()):
             handles.setdefault(name, handle)
-    figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=len(handles), frameon=False)
+    columns = 3 * len(panels)
+    figure.legend(
+        handles.values(), handles.keys(), loc="outside lower center", ncols=columns, frameon=False, fontsize=9
+    )
     figure.savefig(out, dpi=160)
     pyplot.close(figure)
 
@@ -79,6 +82,7 @@ def _panel(axis: Any, title: str, lines: dict[str, dict[int, float]]) -> None:
             marker=_MARKERS.get(who, "x"),
             linewidth=2.4 if ours else 1.5,
             markersize=6,
+            clip_on=False,
             zorder=3 if ours else 2,
         )
         if ours:
@@ -97,7 +101,7 @@ def _panel(axis: Any, title: str, lines: dict[str, dict[int, float]]) -> None:
     axis.minorticks_off()
     axis.set_xlim(every[0] / 1.5, every[-1] * 1.5)
     axis.set_ylim(0, max(105.0, 1.1 * max(max(points.values()) for points in lines.values())))
-    axis.axhline(100, color="black", linewidth=0.8, linestyle="--")
+    axis.axhline(100, color="black", linewidth=0.8, linestyle="--", label="copy bandwidth")
     axis.set_xlabel("batch (sequences)")
     axis.set_title(title, fontsize=10)
     axis.grid(alpha=0.25)

@@ -32,7 +32,7 @@ class Measurement:
     runs               the ``ms`` of each repeat, of which the median counts
     check              how its tokens compare with those of the model; ``right`` is false if they cannot be right
     note               why nothing was measured
-    details            more figures by name: ``ttft_ms`` and ``tpot_ms`` as [median, p99], ``graph_ms``, ``steps``
+    details            more by name: ``ttft_ms`` and ``tpot_ms`` as [median, p99], ``graph_ms``, ``steps``, ``warm_up_s``
     machine            device, versions, date, command, and the rates measured in the same run
     """
 
@@ -117,6 +117,13 @@ def header(facts: dict[str, Any]) -> str:
     )
 
 
+_DETAILS = {
+    "ttft_ms": "TTFT {} ms",
+    "tpot_ms": "TPOT {} ms",
+    "graph_ms": "graph {} ms",
+    "steps": "{} steps",
+    "warm_up_s": "warm-up {} s",
+}
 COLUMNS = f"{'workload':<30}{'who':<15}{'ms':>12}{'tokens/s':>12}{'of floor':>14}  tokens as the model / more"
 
 
@@ -129,7 +136,7 @@ def row(item: Measurement) -> str:
     of = {"prefill": "matmul"}.get(item.workload, "copy")
     share = f"{100 * item.share:.1f} % {of}" if item.share is not None else ""
     more = [("" if item.right else "WRONG: ") + item.check] if item.check else []
-    more += [f"{name.replace('_', ' ').upper()} {_plain(value)}" for name, value in item.details.items()]
+    more += [_DETAILS.get(name, name + " {}").format(_plain(value)) for name, value in item.details.items()]
     return f"{begin}{_plain(item.ms):>12}{speed:>12}{share:>14}  {'; '.join(more)}".rstrip()
 
 
