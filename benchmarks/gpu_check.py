@@ -1,8 +1,9 @@
 """Check and time real shapes on one GPU: tokens against Hugging Face in fp32, rounding in bf16 and fp16, speed.
 
-    python benchmarks/gpu_check.py smollm2=path/to/model llama-1b
+    python benchmarks/gpu_check.py smollm2=path/to/model llama-3.2-1b
 
-A model is NAME=PATH, or the name of a shape that gets random weights. Prints one JSON line for each model and type.
+A model is NAME=PATH, or the name of a shape of ``fuseline bench``, which gets random weights.
+Prints one JSON line for each model and type.
 """
 
 from __future__ import annotations
@@ -13,25 +14,13 @@ import time
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.utils import logging
 
 import fuseline
+from fuseline.runtime.bench.shapes import random_model, shape_config
 from fuseline.runtime.models import resolve
 
-SHAPES: dict[str, dict[str, Any]] = {
-    "llama-1b": {
-        "vocab_size": 128256,
-        "hidden_size": 2048,
-        "intermediate_size": 8192,
-        "num_hidden_layers": 16,
-        "num_attention_heads": 32,
-        "num_key_value_heads": 8,
-        "head_dim": 64,
-        "tie_word_embeddings": True,
-        "max_position_embeddings": 8192,
-    },
-}
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 
@@ -41,9 +30,7 @@ def model_of(source: str) -> PreTrainedModel:
     if path:
         made = AutoModelForCausalLM.from_pretrained(resolve(path), dtype=torch.float32)
     else:
-        torch.manual_seed(0)
-        with torch.device("cuda"):
-            made = AutoModelForCausalLM.from_config(AutoConfig.for_model("llama", **SHAPES[source]))
+        made = random_model(shape_config(source), "cuda", torch.float32)
     made.set_attn_implementation("eager")
     made.generation_config.eos_token_id = None
     return made.cuda().eval()

@@ -1,4 +1,4 @@
-"""The command line: ``fuseline run``, ``dump``, ``explain`` and ``opt``."""
+"""The command line: ``fuseline run``, ``dump``, ``explain``, ``opt`` and ``bench``."""
 
 from __future__ import annotations
 
@@ -16,6 +16,8 @@ from rich.console import Console
 from .. import ir, passes
 from ..ir.errors import FuselineError, InvalidRequestError, UnsupportedModelError
 from ..ir.skeleton import skeleton
+from .arguments import Device, Dtype, MaxSeqLen, Model
+from .bench.command import bench
 from .compile import compile
 from .compiled import CompiledModel
 from .dumps import Dump
@@ -25,7 +27,7 @@ from .lower import Lowered, Wishes, lower
 from .models import resolve
 from .options import KVCacheConfig, OptionError, resolve_device, resolve_dtype
 from .options import resolve as resolve_sizes
-from .progress import Progress
+from .progress import Progress, quiet_transformers
 from .report import Report, two_columns
 from .sequence import SamplingParams
 from .streaming import TextStream
@@ -37,15 +39,7 @@ app = typer.Typer(
     help="Compile a Hugging Face causal LM into fused kernels, run it, and look at what it was compiled to.",
 )
 
-Model = Annotated[
-    str,
-    typer.Argument(
-        metavar="MODEL", help="A directory, a hub id, a .gguf file, or package:NAME for the one in a Python package."
-    ),
-]
-Device = Annotated[str | None, typer.Option(help="cpu or cuda; by default the GPU if there is one.")]
-Dtype = Annotated[str | None, typer.Option(help="float32, bfloat16 or float16; by default bfloat16 on a GPU.")]
-MaxSeqLen = Annotated[int | None, typer.Option(help="Most tokens of prompt and answer; by default the model's own.")]
+app.command()(bench)
 
 
 @app.command()
@@ -65,7 +59,7 @@ def run(
     """Generate text. The text goes to stdout as it is made, progress and a short table to stderr."""
     params = SamplingParams(max_new_tokens, temperature, top_k, top_p, seed)
     params.validate()
-    _quiet()
+    quiet_transformers()
     path = resolve(model)
     tokenizer = _tokenizer(path)
     tokens = _encode(tokenizer, prompt, chat=not no_chat)
@@ -88,7 +82,7 @@ def dump(
     max_seq_len: MaxSeqLen = None,
 ) -> None:
     """Show what a model is compiled to: its lowered graph on stdout, numbered files, or a page. No weights are read."""
-    _quiet()
+    quiet_transformers()
     if html and html.suffix != ".html":
         raise OptionError(f"--html {html}: the name of the page must end with .html")
     lowered, _ = _lower(model, device, dtype, max_seq_len, out or html)
@@ -111,7 +105,7 @@ def explain(
     max_seq_len: MaxSeqLen = None,
 ) -> None:
     """Say what was fused, what was not and why, and what almost was. No weights are read."""
-    _quiet()
+    quiet_transformers()
     lowered, report = _lower(model, device, dtype, max_seq_len)
     try:
         print(explanation(lowered.graph, report, layer), end="")
@@ -149,12 +143,6 @@ def _lower(
     options = resolve_sizes(config, place, kind, 1, max_seq_len, None, KVCacheConfig())
     wishes = Wishes(dump=Dump(out) if out else None, progress=Progress(True))
     return lower(bones, options, wishes, report), report
-
-
-def _quiet() -> None:
-    """Keep the chatter of transformers off the terminal; errors stay."""
-    transformers.utils.logging.set_verbosity_error()
-    transformers.utils.logging.disable_progress_bar()
 
 
 def _tokenizer(path: str) -> Any:

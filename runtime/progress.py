@@ -4,14 +4,21 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Generator, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TypeVar
 
+import transformers
 from tqdm import tqdm
 
 Item = TypeVar("Item")
+
+
+def quiet_transformers() -> None:
+    """Keep the chatter of transformers off the terminal; errors stay."""
+    transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
 
 
 @dataclass(frozen=True)
@@ -20,7 +27,7 @@ class Progress:
 
     on: bool = False
 
-    def bar(self, items: Iterable[Item], what: str, total: int | None = None) -> Iterator[Item]:
+    def bar(self, items: Iterable[Item], what: str, total: int | None = None) -> Generator[Item, None, None]:
         """The items, counted by a bar while they are taken."""
         yield from tqdm(items, desc=what, total=total, file=sys.stderr, disable=not self.on, leave=False)
 

@@ -1,0 +1,17 @@
+"""Arguments that several commands share."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+Model = Annotated[
+    str,
+    typer.Argument(
+        metavar="MODEL", help="A directory, a hub id, a .gguf file, or package:NAME for the one in a Python package."
+    ),
+]
+Device = Annotated[str | None, typer.Option(help="cpu or cuda; by default the GPU if there is one.")]
+Dtype = Annotated[str | None, typer.Option(help="float32, bfloat16 or float16; by default bfloat16 on a GPU.")]
+MaxSeqLen = Annotated[int | None, typer.Option(help="Most tokens of prompt and answer; by default the model's own.")]

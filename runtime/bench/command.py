@@ -1,0 +1,101 @@
+"""``fuseline bench``: reads the options, runs, and prints."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from tqdm import tqdm
+
+from ..arguments import Device, Dtype
+from ..options import OptionError, positive, resolve_device, resolve_dtype
+from ..progress import Progress, quiet_transformers
+from .choices import Choices, names
+from .floor import measure_rates
+from .measure import Clock
+from .peers import OURS, Setup, known
+from .plot import draw
+from .results import COLUMNS, Measurement, header, machine, read, row
+from .run import Plan, run
+from .shapes import Source
+
+
+def bench(
+    models: Annotated[
+        list[str],
+        typer.Argument(
+            metavar="MODEL...",
+            help="What fuseline run takes, or shape:NAME (llama-3.2-1b, llama-3.1-8b, llama-2-7b, llama-2-13b) with "
+            "random weights; with --plot, files that --json wrote.",
+        ),
+    ],
+    against: Annotated[str, typer.Option(help="Peers: eager,torch-compile,hf-batching,vllm.")] = "",
+    workloads: Annotated[str, typer.Option(help="Some of decode,prefill,mixed,rates.")] = "decode,prefill",
+    batches: Annotated[str, typer.Option(help="decode: sequences at a time.")] = "1,8,64",
+    prompt: Annotated[int, typer.Option(help="decode: tokens of each prompt.")] = 128,
+    new: Annotated[int, typer.Option(help="decode: tokens generated for each, at least 2.")] = 256,
+    prefill: Annotated[str, typer.Option(help="prefill: prompts x tokens of each.")] = "64x128",
+    requests: Annotated[int, typer.Option(help="mixed: requests, all at once.")] = 512,
+    prompts: Annotated[str, typer.Option(help="mixed, rates: least and most tokens of a prompt.")] = "64-1024",
+    outputs: Annotated[str, typer.Option(help="mixed, rates: least and most tokens generated.")] = "16-256",
+    rates: Annotated[str, typer.Option(help="rates: requests that arrive a second.")] = "1,4,16",
+    rate_seconds: Annotated[float, typer.Option(help="rates: for so many seconds each.")] = 30.0,
+    seed: Annotated[int, typer.Option(help="Fixes prompts, lengths and arrivals.")] = 0,
+    repeats: Annotated[int, typer.Option(help="Runs of each workload; the median counts.")] = 3,
+    seconds: Annotated[float, typer.Option(help="No further repeat of a workload after so many seconds.")] = 20.0,
+    memory: Annotated[float, typer.Option(help="Share of the GPU's memory for all that a participant holds.")] = 0.85,
+    max_batch_size: Annotated[int, typer.Option(help="Most sequences in a step.")] = 256,
+    max_step_tokens: Annotated[int | None, typer.Option(help="Most tokens in a step of Fuseline.")] = None,
+    device: Device = None,
+    dtype: Dtype = None,
+    json: Annotated[Path | None, typer.Option(metavar="FILE", help="Append a line of JSON for each result.")] = None,
+    plot: Annotated[Path | None, typer.Option(metavar="OUT.png", help="Draw result files; measures nothing.")] = None,
+) -> None:
+    """Measure Fuseline beside its peers. A table goes to stdout as it is made, progress to stderr.
+
+    Ends with 1 if Fuseline itself failed or gave wrong tokens.
+    """
+    if plot is not None:
+        draw(read(map(Path, models)), plot)
+        print(plot)
+        return
+    quiet_transformers()
+    work = Choices(
+        workloads, batches, prompt, new, prefill, requests, prompts, outputs, rates, rate_seconds, seed
+    ).read()
+    peers = [known(name) for name in names(against)]
+    place = resolve_device(device)
+    kind = resolve_dtype(dtype, place)
+    clock = Clock(positive("--repeats", repeats), seconds)
+    if not 0 < memory <= 1:
+        raise OptionError(f"--memory is a share of the memory, above 0 and at most 1, not {memory}")
+    positive("--max-batch-size", max_batch_size)
+    longest = max(item.longest for item in work)
+    sources = [Source.of(name, place, kind) for name in models]
+    for source in sources:
+        limit = getattr(source.text, "max_position_embeddings", None)
+        if limit and limit < longest:
+            raise OptionError(f"{source.name} takes {limit} tokens, prompt and answer; the work has up to {longest}")
+    facts = machine(place)
+    speed = measure_rates(place, kind)
+    facts |= {"copy_GB_s": round(speed.copy / 1e9, 1), "matmul_TFLOP_s": round(speed.matmul / 1e12, 4)}
+    print(header(facts))
+
+    def tell(item: Measurement) -> None:
+        tqdm.write(row(item), file=sys.stdout)
+        sys.stdout.flush()
+        if json is not None:
+            with json.open("a") as file:
+                print(item.to_json(), file=file)
+
+    results: list[Measurement] = []
+    for source in sources:
+        print(f"\n{source.name}, {str(kind).removeprefix('torch.')}\n{COLUMNS}", flush=True)
+        most = min(max_batch_size, max(item.concurrency for item in work))
+        setup = Setup(source, most, longest, max_step_tokens, memory)
+        results += run(Plan(setup, work, peers, clock, speed, facts, tell, Progress(True)))
+    if any(item.who == OURS and (item.ms is None or not item.right) for item in results):
+        print("fuseline: not everything was measured, or the tokens are wrong; see above", file=sys.stderr)
+        raise typer.Exit(1)
