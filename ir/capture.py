@@ -19,9 +19,9 @@ from .export import export
 from .fold import Fold, find_fold, shortened
 from .graph import Graph
 from .mixing import refuse_mixing
+from .period import write_fold
 from .rope import fix_frequencies
 from .skeleton import Skeleton
-from .unfold import write_fold
 from .verify import verify
 
 MAX_STEP_TOKENS = 8192

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import re
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from . import hooks
 from .errors import UnsupportedModelError
+from .fold import Fold, shortened
 
 # Attention that computes what eager attention computes; another name is a function of the user's own.
 _STANDARD_ATTENTION = re.compile(r"eager|sdpa|flex_attention|.*flash.*|fuseline")
@@ -28,8 +30,9 @@ Weights = Mapping[str, torch.Tensor]
 class Skeleton:
     """``model`` has fake parameters and real buffers; ``load`` brings the real values by checkpoint name.
 
-    ``score(prompt)`` gives the logits ``[len(prompt), vocab]`` of the model itself with eager attention, the yardstick
-    of what was compiled; it may be called after ``load`` and until ``forget``.
+    ``score(prompt, fold)`` gives the logits ``[len(prompt), vocab]`` of the model itself with eager attention, the
+    yardstick of what was compiled, with ``fold`` of the layers alone that are traced then; it may be called after
+    ``load`` and until ``forget``.
     """
 
     model: PreTrainedModel
@@ -37,7 +40,7 @@ class Skeleton:
     dtype: torch.dtype
     source_dtype: torch.dtype  # of the model that ``score`` runs
     load: Callable[[], dict[str, torch.Tensor]]
-    score: Callable[[Sequence[int]], torch.Tensor]
+    score: Callable[[Sequence[int], Fold | None], torch.Tensor]
     forget: Callable[[], None]
 
 
@@ -124,8 +127,8 @@ def _first_attention(model: PreTrainedModel) -> str:
     return ""
 
 
-def _score(model: PreTrainedModel, prompt: Sequence[int]) -> torch.Tensor:
-    with torch.no_grad():
+def _score(model: PreTrainedModel, prompt: Sequence[int], fold: Fold | None) -> torch.Tensor:
+    with torch.inference_mode(), shortened(model, fold) if fold else nullcontext():
         tokens = torch.tensor([list(prompt)], device=model.device)
         try:
             return model(input_ids=tokens).logits[0].float().cpu()  # type: ignore[no-any-return]
@@ -177,11 +180,11 @@ def _from_live(model: PreTrainedModel, dtype: torch.dtype) -> Skeleton:
         named = [*model.named_parameters(remove_duplicate=False), *twin.named_buffers(remove_duplicate=False)]
         return {name: item.detach() for name, item in named}
 
-    def score(prompt: Sequence[int]) -> torch.Tensor:
+    def score(prompt: Sequence[int], fold: Fold | None = None) -> torch.Tensor:
         if not kept:
             kept.append(_sharing(model))
             _prepare(kept[0], "eager", "eager")
-        return _score(kept[0], prompt)
+        return _score(kept[0], prompt, fold)
 
     return Skeleton(twin, mode, dtype, model.dtype, load, score, kept.clear)
 
@@ -218,4 +221,7 @@ def _from_path(path: str | Path, dtype: torch.dtype, trust_remote_code: bool) ->
         traced = model.named_buffers(remove_duplicate=False)
         return {**dict(traced), **{name: item.detach() for name, item in named}}
 
-    return Skeleton(model, mode, dtype, dtype, load, lambda prompt: _score(full(), prompt), kept.clear)
+    def score(prompt: Sequence[int], fold: Fold | None = None) -> torch.Tensor:
+        return _score(full(), prompt, fold)
+
+    return Skeleton(model, mode, dtype, dtype, load, score, kept.clear)

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field, replace
 from torch.fx import Node
 
 from ..ir.fold import Fold
-from ..ir.unfold import spread
+from ..ir.period import spread
 from ..ir.verify import excerpt
 
 

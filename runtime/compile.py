@@ -12,21 +12,25 @@ from transformers import PreTrainedModel
 
 from ..codegen.launch import load_launches
 from ..ir.graph import Graph, type_of
+from ..ir.loop import Loop
+from ..ir.period import fold_of
 from ..ir.skeleton import skeleton
 from .compiled import CompiledModel
+from .constants import constant_bytes, fold_constants
 from .decode import DecodeSteps
 from .dumps import Dump
 from .engine import Engine
-from .executor import Executor, cache_bytes_per_token, fold_constants, new_caches
+from .executor import Executor, cache_bytes_per_token, new_caches
 from .lower import Wishes, lower
 from .options import KVCacheConfig, OptionError, Options, refuse_later, resolve, resolve_device, resolve_dtype
 from .packed import pack_linears
 from .progress import Progress
 from .replay import GraphReplay, NotCapturable
 from .report import Report
-from .selfcheck import check_concatenation, check_source, source_prompts
+from .selfcheck import check_concatenation, check_source, most_slots
 from .static_step import StaticStep
 from .tables import table_width
+from .yardstick import Yardstick, run_source
 
 # Legal reordering of sums moves fp32 logits by about 1e-6 and rounded ones by a few percent; real mixing by far more.
 _CHECK_TOLERANCE = {torch.float32: 1e-4, torch.float16: 5e-2, torch.bfloat16: 1e-1}
@@ -100,57 +104,55 @@ def compile(
     record = Dump(dump) if dump is not None else None
     wishes = Wishes(skip, expect, verify, record, show)
     lowered = lower(model if isinstance(model, Graph) else bones, options, wishes, report)
-    graph, kernels = lowered.graph, lowered.kernels
+    loop, kernels = lowered.loop, lowered.kernels
     launches = load_launches(kernels) if place.type == "cuda" else None
     with report.timed("load weights"), show.line("load weights"):
         values = bones.load()
-    vocab = type_of(_result(graph)).shape[-1]
+    vocab = type_of(_result(loop.graph)).shape[-1]
     assert isinstance(vocab, int)
-    expected: list[tuple[list[int], torch.Tensor]] = []
+    yardstick = Yardstick()
     if not isinstance(model, Graph):  # a graph may have been changed on purpose
         with report.timed("run the model itself"), show.line("run the model itself"):
-            expected = [(prompt, bones.score(prompt)) for prompt in source_prompts(vocab, options.max_seq_len)]
+            yardstick = run_source(bones.score, fold_of(lowered.folded), vocab, options.max_seq_len)
     bones.forget()
+    few = loop.short if yardstick.few else loop
     with report.timed("place weights"):
-        constants = fold_constants(graph, values, place, lambda items: show.bar(items, "weights"))
-        del values
-        linears, packed_bytes = pack_linears(graph, constants)
+        placed: dict[str, torch.Tensor] = {}
+        constants = fold_constants(loop, values, place, placed, lambda items: show.bar(items, "weights"))
+        few_constants = constants if few is loop else fold_constants(few, values, place, placed)
+        del values, placed
+        linears, packed_bytes = pack_linears(loop, constants)
 
-    block = graph.options.get("kv_block", 16)
+    block = loop.graph.options.get("kv_block", 16)
 
-    def on_cache(num_slots: int, fill: float | None = None) -> Executor:
-        return Executor(graph, constants, new_caches(graph, num_slots, place, fill), place, launches, linears)
+    def on_cache(num_slots: int) -> Executor:
+        return Executor(loop, constants, new_caches(loop, num_slots, place), place, launches, linears)
 
     with report.timed("self-check"), show.line("self-check"):
+        whole = sample = on_cache(most_slots(block))
+        if few is not loop:
+            sample = Executor(few, few_constants, new_caches(few, most_slots(block), place), place, launches)
+        exact, tolerance = kind == torch.float32, _CHECK_TOLERANCE[kind]
         report.self_check = check_concatenation(
-            lambda slots: on_cache(slots, float("nan")),
-            vocab,
-            block,
-            place,
-            _CHECK_TOLERANCE[kind],
-            kind == torch.float32,
-            options.max_seq_len,
+            sample.poisoned, vocab, block, place, tolerance, exact, options.max_seq_len
         )
         own = torch.float32 if kind == bones.source_dtype else bones.source_dtype
-        check_source(
-            lambda slots: on_cache(slots, float("nan")),
-            expected,
-            block,
-            place,
-            max(_CHECK_TOLERANCE[kind], _CHECK_TOLERANCE.get(own, 0.0)),
-        )
-    blocks = _pool_blocks(graph, options, block)
+        tolerance = max(tolerance, _CHECK_TOLERANCE.get(own, 0.0))
+        check_source(sample.poisoned, yardstick.few, block, place, tolerance)
+        check_source(whole.poisoned, yardstick.whole, block, place, tolerance)
+        del whole, sample, few_constants
+    blocks = _pool_blocks(loop, options, block)
     executor = on_cache((blocks + 1) * block)
-    dtype_of_logits = type_of(_result(graph)).torch_dtype
+    dtype_of_logits = type_of(_result(loop.graph)).torch_dtype
     decode = None
     if place.type == "cuda" if graphs is None else graphs:
         with report.timed("graphs"), show.line("graphs"):
             decode = _recorded(_decode_steps(executor, options, block, blocks, vocab, dtype_of_logits), report)
     report.memory(
-        sum(item.numel() * item.element_size() for item in constants.values()) + packed_bytes,
+        constant_bytes(loop, constants) + packed_bytes,
         blocks,
         block,
-        cache_bytes_per_token(graph),
+        cache_bytes_per_token(loop),
     )
     engine = Engine(
         executor,
@@ -165,7 +167,7 @@ def compile(
         decode=decode,
         lookahead=place.type == "cuda" if lookahead is None else lookahead,
     )
-    compiled = CompiledModel(graph, kernels, report, engine, options, bones.model.generation_config, config)
+    compiled = CompiledModel(lowered.whole, kernels, report, engine, options, bones.model.generation_config, config)
     if record:
         record.finish(kernels, report)
     return compiled
@@ -198,7 +200,7 @@ def _result(graph: Graph) -> Any:
     return graph.output_node().args[0]
 
 
-def _pool_blocks(graph: Graph, options: Options, block_size: int) -> int:
+def _pool_blocks(loop: Loop, options: Options, block_size: int) -> int:
     """Blocks of the KV cache: as asked for, else all that the batch can use and half of the free memory can hold."""
     if options.kv_cache.max_tokens is not None:
         return max(1, options.kv_cache.max_tokens // block_size)
@@ -207,5 +209,5 @@ def _pool_blocks(graph: Graph, options: Options, block_size: int) -> int:
         free = int(torch.cuda.mem_get_info(options.device)[0] * 0.8)
     else:
         free = min(os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 4, 2 << 30)
-    fits = free // max(1, cache_bytes_per_token(graph) * block_size)
+    fits = free // max(1, cache_bytes_per_token(loop) * block_size)
     return max(1, min(useful, fits))

@@ -15,6 +15,7 @@ from tqdm import tqdm
 from ..codegen.kernels import Kernel
 from ..ir.errors import InvalidRequestError
 from ..ir.graph import Graph
+from ..ir.unfold import Unfolded
 from .dumps import Dump
 from .engine import Engine, Stats, TokenEvent
 from .options import Options
@@ -38,7 +39,7 @@ class CompiledModel:
 
     def __init__(
         self,
-        graph: Graph,
+        whole: Unfolded,
         kernels: SequenceOf[Kernel],
         report: Report,
         engine: Engine,
@@ -46,7 +47,7 @@ class CompiledModel:
         generation_config: Any,
         config: Any,
     ) -> None:
-        self.graph = graph
+        self._whole = whole
         self.kernels = list(kernels)
         self.report = report
         self.engine = engine
@@ -57,6 +58,11 @@ class CompiledModel:
         )
         pads = _token_ids(getattr(generation_config, "pad_token_id", None), getattr(config, "pad_token_id", None))
         self.pad_token_id = next(iter(pads or self.eos_token_ids), 0)
+
+    @property
+    def graph(self) -> Graph:
+        """The lowered graph with all layers of the model; it is written out when it is asked for."""
+        return self._whole.graph
 
     @property
     def stats(self) -> Stats:

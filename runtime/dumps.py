@@ -9,7 +9,8 @@ from pathlib import Path
 from ..codegen.kernels import Kernel
 from ..ir.dump import dump
 from ..ir.graph import Graph
-from ..ir.unfold import NotPeriodic, unfold
+from ..ir.period import NotPeriodic
+from ..ir.unfold import unfold
 from .page import Page
 from .report import Report
 

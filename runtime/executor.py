@@ -1,8 +1,10 @@
-"""Runs a lowered graph: constants are folded once, then each step is a flat list of calls."""
+"""Runs a lowered graph: each step is a flat list of calls, of which those of equal layers are gone through many times."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from math import prod
 from typing import Any
 
 import torch
@@ -10,51 +12,31 @@ from torch import Tensor
 from torch.fx import Node
 
 from ..codegen.region import RegionView, regions_of
-from ..ir.graph import Graph, Region, flat_types, is_constant, node_inputs, type_of
+from ..ir.graph import Region, is_constant, node_inputs, type_of
 from ..ir.infer import target_makes_tensor
 from ..ir.interpret import bind_dims, call, read
+from ..ir.loop import Loop, Stage
 from ..ir.ops import op_name
 from ..ir.types import Dim, TensorType
-from .packed import Linear
+from .packed import Linear, at
 from .step import StepInput
 
 Launch = Callable[..., None]
 Instruction = Callable[[list[Any], Mapping[str, int]], None]
 
 
-def fold_constants(
-    graph: Graph,
-    weights: Mapping[str, Tensor],
-    device: torch.device,
-    progress: Callable[[Iterable[Node]], Iterable[Node]] = iter,
-) -> dict[Node, Tensor]:
-    """The values that depend on weights alone, on the device and contiguous; only those that a step reads are kept.
+@dataclass
+class _Stage:
+    """Instructions that are run once for each entry of ``fixed``, the constants and caches of that time by slot.
 
-    Raises:
-        KeyError: a weight is missing.
+    ``carried`` are slots with the one they are first read from, and the one they are read from after each turn;
+    ``labels`` say what each instruction computes.
     """
-    constants = [node for node in graph.calls() if is_constant(node)]
-    last_use = {source: node for node in constants for source in node.all_input_nodes}
-    kept = {node for node in constants if any(not is_constant(user) for user in node.users)}
-    values: dict[Node, Any] = {}
-    placed: dict[str, Tensor] = {}
-    for node in progress(constants):
-        if str(node.target) == "weight":
-            name, kind = str(node.args[0]), type_of(node)
-            if name not in placed:
-                placed[name] = weights[name].to(device=device, dtype=kind.torch_dtype)
-            values[node] = placed[name]
-            if tuple(values[node].shape) != kind.shape:
-                raise ValueError(f"weight {name} has shape {tuple(values[node].shape)}, the graph says {kind}")
-            if node not in kept:
-                del placed[name]
-        else:
-            made = call(node, lambda item: read(item, values, {}), device)
-            values[node] = made.contiguous() if isinstance(made, Tensor) else made
-        for source in node.all_input_nodes:
-            if last_use[source] is node and source not in kept:
-                values.pop(source, None)
-    return {node: value.contiguous() for node, value in values.items() if node in kept}
+
+    fixed: list[list[tuple[int, Any]]]
+    instructions: list[Instruction]
+    carried: list[tuple[int, int, int]] = field(default_factory=list)
+    labels: list[str] = field(default_factory=list)
 
 
 class Executor:
@@ -64,64 +46,80 @@ class Executor:
         constants: from ``fold_constants``.
         caches: ``[C, kv_heads, head_dim]`` by role and layer (``"k0"``); written in place.
         launches: the launcher of every kernel region; without them, the reference implementations run.
-        linears: projections that run on packed weights instead of their reference.
+        linears: projections that run on packed weights instead of their reference, for each of their times.
     """
 
     def __init__(
         self,
-        graph: Graph,
-        constants: Mapping[Node, Tensor],
+        loop: Loop,
+        constants: Mapping[Node, Sequence[Tensor]],
         caches: Mapping[str, Tensor],
         device: torch.device,
         launches: Mapping[Region, Launch] | None = None,
-        linears: Mapping[Node, Linear] | None = None,
+        linears: Mapping[Node, Sequence[Linear]] | None = None,
     ) -> None:
-        self._graph = graph
+        self._graph = graph = loop.graph
         self._linears = linears or {}
         self._device = device
-        self._slots: dict[Node, int] = {}
-        self._fixed: list[tuple[int, Tensor]] = []
+        self._caches = caches
         self._inputs: list[tuple[int, str]] = []
-        self._instructions: list[Instruction] = []
-        self._labels: list[str] = []
-        self._types = [(name, type_of(graph.input(name))) for name in (node.name for node in graph.inputs())]
-        for node in graph.nodes:
-            if node.op != "output":
-                self._slots[node] = len(self._slots)
+        self._slots = {node: slot for slot, node in enumerate(graph.nodes) if node.op != "output"}
+        self._linear_slots = {node: len(self._slots) + place for place, node in enumerate(self._linears)}
         views = {view.region: view for view in regions_of(graph)}
-        expiring = _last_uses(graph, views if launches else {})
+        self._views = {region: views[region] for region in views if launches and region in launches}
+        self._launches = launches or {}
+        expiring = _last_uses(loop, self._views)
+        self._stages = [self._stage(loop, stage, constants, caches, expiring) for stage in loop.stages]
+        result = graph.output_node().args[0]
+        if not isinstance(result, Node):
+            raise ValueError("a lowered graph returns one value")
+        self._result = self._slots[result]
+
+    def _stage(
+        self,
+        loop: Loop,
+        stage: Stage,
+        constants: Mapping[Node, Sequence[Tensor]],
+        caches: Mapping[str, Tensor],
+        expiring: Mapping[Any, list[Node]],
+    ) -> _Stage:
+        made = _Stage([[] for _ in stage.times], [])
         done: set[Region] = set()
-        for node in graph.nodes:
+
+        def fix(slot: int, values: Sequence[Any]) -> None:
+            for time, fixed in enumerate(made.fixed):
+                fixed.append((slot, at(values, time)))
+
+        for node in stage.nodes:
             slot = self._slots.get(node, -1)
             if node.op == "placeholder":
                 self._inputs.append((slot, node.name))
-            elif node.op == "output":
-                result = node.args[0]
-                if not isinstance(result, Node):
-                    raise ValueError("a lowered graph returns one value")
-                self._result = self._slots[result]
             elif node in constants:
-                self._fixed.append((slot, constants[node]))
-            elif is_constant(node):
+                fix(slot, constants[node])
+            elif node.op == "output" or is_constant(node):
                 continue
             elif str(node.target) == "cache":
-                self._fixed.append((slot, caches[f"{node.args[0]}{node.args[1]}"]))
+                fix(slot, [caches[loop.cache(node, time)] for time in stage.times])
+            elif node in loop.carries:
+                made.carried.append((slot, self._slots[node.args[0]], self._slots[loop.carries[node]]))
             else:
-                region = node.meta.get("region")
-                if launches and region in launches:
+                region: Region | None = node.meta.get("region")
+                launched = region is not None and region in self._views
+                if region is not None and launched:
                     if region in done:
                         continue
                     done.add(region)
-                    self._instructions.append(self._launch(views[region], launches[region]))
+                    made.instructions.append(self._launch(self._views[region], self._launches[region]))
                 else:
-                    self._instructions.append(self._reference(node))
-                freed = [
-                    self._slots[item] for item in expiring.get(region if launches and region in launches else node, ())
-                ]
+                    if node in self._linears:
+                        fix(self._linear_slots[node], self._linears[node])
+                    made.instructions.append(self._reference(node))
+                freed = [self._slots[item] for item in expiring.get(region if launched else node, ())]
                 if freed:
-                    self._instructions.append(_free(freed))
-                label = f"kernel {region.name}" if launches and region in launches else op_name(node.target)
-                self._labels += [label] * (len(self._instructions) - len(self._labels))
+                    made.instructions.append(_free(freed))
+                label = f"kernel {region.name}" if region is not None and launched else op_name(node.target)
+                made.labels += [label] * (len(made.instructions) - len(made.labels))
+        return made
 
     def into(self, step: StepInput, logits: Tensor) -> None:
         """Write the logits of ``step.rows`` to ``logits [R, vocab]``."""
@@ -134,30 +132,43 @@ class Executor:
 
         An exception carries a note that says which operator it came from.
         """
-        values: list[Any] = [None] * len(self._slots)
+        values: list[Any] = [None] * (len(self._slots) + len(self._linear_slots))
         values[self._result] = out
-        for slot, value in self._fixed:
-            values[slot] = value
         for slot, name in self._inputs:
             values[slot] = getattr(step, name)
         dims = bind_dims(self._graph, {name: getattr(step, name) for _, name in self._inputs})
-        at = 0
+        stage, place = self._stages[0], 0
         try:
             with torch.inference_mode():
-                for at, instruction in enumerate(self._instructions):  # noqa: B007
-                    instruction(values, dims)
+                for stage in self._stages:
+                    for slot, first, _ in stage.carried:
+                        values[slot] = values[first]
+                    for fixed in stage.fixed:
+                        for slot, value in fixed:
+                            values[slot] = value
+                        for place, instruction in enumerate(stage.instructions):  # noqa: B007
+                            instruction(values, dims)
+                        handed = [values[later] for _, _, later in stage.carried]
+                        for (slot, _, _), value in zip(stage.carried, handed):
+                            values[slot] = value
         except Exception as error:
-            error.add_note(f"in {self._labels[at]}")
+            error.add_note(f"in {stage.labels[place]}" if stage.labels else "before the first operator")
             raise
         return values[self._result]  # type: ignore[no-any-return]
+
+    def poisoned(self) -> Executor:
+        """The same after NaN was written to every slot of the caches, which must not be read before it is overwritten."""
+        for store in self._caches.values():
+            store.fill_(float("nan"))
+        return self
 
     def _reference(self, node: Node) -> Instruction:
         out = self._slots[node]
         if node in self._linears:
-            linear, source = self._linears[node], self._slots[node.args[0]]  # type: ignore[index]
+            linear, source = self._linear_slots[node], self._slots[node.args[0]]
 
             def packed(values: list[Any], dims: Mapping[str, int]) -> None:
-                values[out] = linear(values[source])
+                values[out] = values[linear](values[source])
 
             return packed
         target: Any = node.target
@@ -203,11 +214,11 @@ class Executor:
         def run(values: list[Any], dims: Mapping[str, int]) -> None:
             for slot, source in kept:
                 values[slot] = values[source]
-            # The result of the graph may have its place already.
+            # The result of the graph may have its place already; what another layer left in a slot is still read.
             made = [
-                torch.empty(kind.concrete(dims), dtype=kind.torch_dtype, device=device)
-                if values[slot] is None
-                else values[slot]
+                values[slot]
+                if slot == self._result and values[slot] is not None
+                else torch.empty(kind.concrete(dims), dtype=kind.torch_dtype, device=device)
                 for slot, kind in fresh
             ]
             # Kernels read plain rows; a strided view that reaches one is copied (the report names such views).
@@ -237,11 +248,15 @@ def _has_dims(args: Any, lone: bool) -> bool:
     return False
 
 
-def _last_uses(graph: Graph, views: Mapping[Region, RegionView]) -> dict[Any, list[Node]]:
-    """The values that are read for the last time by a node (or by a kernel region)."""
-    seen: set[Node] = set()
+def _last_uses(loop: Loop, views: Mapping[Region, RegionView]) -> dict[Any, list[Node]]:
+    """The values that are read for the last time by a node (or by a kernel region of ``views``).
+
+    Values that outlive a turn of a loop are left out.
+    """
+    stages = {node: place for place, stage in enumerate(loop.stages) for node in stage.nodes}
+    seen = set(loop.carries.values())
     found: dict[Any, list[Node]] = {}
-    for node in reversed(list(graph.nodes)):
+    for node in reversed(list(loop.graph.nodes)):
         region = node.meta.get("region")
         for source in node.all_input_nodes:
             if source in seen:
@@ -253,6 +268,8 @@ def _last_uses(graph: Graph, views: Mapping[Region, RegionView]) -> dict[Any, li
                 and not is_constant(source)
                 and str(source.target) != "cache"
                 and node.op != "output"
+                and node not in loop.carries
+                and (stages[source] == stages[node] or len(loop.stages[stages[node]].times) == 1)
             ):
                 if inside and source.meta.get("region") == region:
                     continue
@@ -268,26 +285,26 @@ def _free(slots: list[int]) -> Instruction:
     return free
 
 
-def new_caches(graph: Graph, num_slots: int, device: torch.device, fill: float | None = None) -> dict[str, Tensor]:
-    """Storage for every ``cache(...)`` of a graph, by role and layer."""
-    caches = {}
-    for node in graph.calls():
+def new_caches(loop: Loop, num_slots: int, device: torch.device) -> dict[str, Tensor]:
+    """Storage for every ``cache(...)`` of a model, by role and layer. Caches of one type lie in one tensor."""
+    caches: dict[str, Tensor] = {}
+    names: dict[tuple[torch.dtype, tuple[int, ...]], list[str]] = {}
+    for node, time in loop.calls():
         if str(node.target) == "cache":
-            kind: TensorType = flat_types(node.meta["type"])[0]
-            shape = (num_slots, *(size for size in kind.shape[1:] if isinstance(size, int)))
-            store = torch.empty(shape, dtype=kind.torch_dtype, device=device)
-            caches[f"{node.args[0]}{node.args[1]}"] = store if fill is None else store.fill_(fill)
+            kind = type_of(node)
+            names.setdefault((kind.torch_dtype, _sizes(kind)), []).append(loop.cache(node, time))
+    for (dtype, sizes), found in names.items():
+        stores = torch.empty((len(found), num_slots, *sizes), dtype=dtype, device=device)
+        caches.update(zip(found, stores.unbind()))
     return caches
 
 
-def cache_bytes_per_token(graph: Graph) -> int:
+def cache_bytes_per_token(loop: Loop) -> int:
     """Bytes that one token takes in all caches together."""
-    total = 0
-    for node in graph.calls():
-        if str(node.target) == "cache":
-            kind = type_of(node)
-            width = 1
-            for size in kind.shape[1:]:
-                width *= size if isinstance(size, int) else 1
-            total += width * kind.torch_dtype.itemsize
-    return total
+    kinds = [type_of(node) for node, _ in loop.calls() if str(node.target) == "cache"]
+    return sum(kind.torch_dtype.itemsize * prod(_sizes(kind)) for kind in kinds)
+
+
+def _sizes(cache: TensorType) -> tuple[int, ...]:
+    """The size of one slot of a cache."""
+    return tuple(size for size in cache.shape[1:] if isinstance(size, int))

@@ -14,8 +14,8 @@ from torch.fx.node import map_arg
 from ..ir.dump import INDENT, line_of
 from ..ir.graph import Graph, Region, is_constant
 from ..ir.ops import op_name
+from ..ir.period import LAYER_ARGUMENT
 from ..ir.types import type_text
-from ..ir.unfold import LAYER_ARGUMENT
 
 _ATTENTION = frozenset({"nn.attention", "nn.paged_attention"})
 

@@ -13,8 +13,10 @@ from ..ir.capture import capture
 from ..ir.errors import VerificationError
 from ..ir.graph import Graph
 from ..ir.infer import Inference
+from ..ir.loop import Loop, loop_of
+from ..ir.period import NotPeriodic, fold_of
 from ..ir.skeleton import Skeleton
-from ..ir.unfold import NotPeriodic, fold_of, unfold
+from ..ir.unfold import Unfolded, unfold
 from ..ir.verify import verify as verify_graph
 from .dumps import Dump
 from .expect import check_expectations
@@ -41,14 +43,21 @@ class Wishes:
 
 @dataclass(frozen=True)
 class Lowered:
-    """``graph`` is the whole model as kernels, and ``kernels`` the files of the distinct ones.
+    """``folded`` is the model as kernels with equal layers stated once, as dumps show it; ``kernels`` the files of the
+    distinct ones. ``whole`` has all layers, as a graph when it is asked for; ``loop`` is what runs."""
 
-    ``folded`` is the same with equal layers stated once, as dumps show it.
-    """
-
-    graph: Graph
-    folded: Graph
+    whole: Unfolded
+    loop: Loop
     kernels: list[Kernel]
+
+    @property
+    def folded(self) -> Graph:
+        return self.whole.folded
+
+    @property
+    def graph(self) -> Graph:
+        """The whole model as kernels, with all its layers written out."""
+        return self.whole.graph
 
 
 def lower(source: Skeleton | Graph, options: Options, wishes: Wishes, report: Report, fold: bool = True) -> Lowered:
@@ -95,7 +104,7 @@ def lower(source: Skeleton | Graph, options: Options, wishes: Wishes, report: Re
         kernels = emit_kernels(graph)
     for kernel in kernels:
         kernel.regions = [copy for region in kernel.regions for copy in whole.copies[region]]
-    report.kernels(whole.graph, kernels)
+    report.kernels(whole, kernels)
     if wishes.verify:
         with report.timed("verify kernels"), wishes.progress.line("verify kernels"):
             checked = verify_kernels(kernels, options.device, wishes.folder)
@@ -103,7 +112,7 @@ def lower(source: Skeleton | Graph, options: Options, wishes: Wishes, report: Re
     if wishes.dump:
         wishes.dump.finish(kernels, report)
     check_expectations(wishes.expect or {}, report)
-    return Lowered(whole.graph, graph, kernels)
+    return Lowered(whole, loop_of(whole), kernels)
 
 
 def _switches(skip: Sequence[str | int]) -> passes.Switches:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import io
 import json
-import re
 import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -20,7 +19,8 @@ from ..codegen.region import loose_nodes, regions_of
 from ..ir.fold import Fold
 from ..ir.graph import Graph
 from ..ir.ops import op_name
-from ..ir.unfold import fold_of, repeats, window
+from ..ir.period import fold_of, layer_of, repeats, window
+from ..ir.unfold import Unfolded
 from ..passes import PassReport
 
 # Operators that make no work: they only look at the same memory in another shape.
@@ -36,14 +36,16 @@ def _is_copied(node: Node) -> bool:
     return any(user.meta.get("region") is not None for user in node.users)
 
 
-def kernels_by_layer(graph: Graph) -> dict[int, list[str]]:
+def kernels_by_layer(whole: Unfolded) -> dict[int, list[str]]:
     """The kernel regions of each layer by name, in order; a region is of the layer that its last value is named after."""
-    last = {view.region: view.nodes[-1].name for view in regions_of(graph)}
+    ends = {view.nodes[-1]: view.region.name for view in regions_of(whole.folded)}
     found: dict[int, list[str]] = {}
-    for region, name in last.items():
-        layer = re.match(r"l(\d+)_", name)
-        if layer:
-            found.setdefault(int(layer[1]), []).append(region.name)
+    for nodes, times in whole.stages():
+        places = [(layer_of(node.name), ends[node]) for node in nodes if node in ends]
+        for turn in times:
+            for layer, name in places:
+                if layer >= 0:
+                    found.setdefault(layer + turn * whole.step, []).append(name)
     return found
 
 
@@ -95,14 +97,19 @@ class Report:
         """Note what the passes did; sites in folded layers are named for every layer that they stand for."""
         self.passes = [entry.spread(fold) if fold else entry for entry in entries]
 
-    def kernels(self, graph: Graph, kernels: Sequence[Kernel]) -> None:
+    def kernels(self, whole: Unfolded, kernels: Sequence[Kernel]) -> None:
         """Note the kernels and the operators of a step that are in none."""
         self.distinct_kernels = len(kernels)
         self.kernel_calls = sum(len(kernel.regions) for kernel in kernels)
         self.kernel_counts = {kernel.name: len(kernel.regions) for kernel in kernels}
-        self.layer_kernels = kernels_by_layer(graph)
-        loose = [node for node in loose_nodes(graph) if op_name(node.target) not in _VIEWS or _is_copied(node)]
-        self.other_operators = dict(Counter(op_name(node.target) for node in loose))
+        self.layer_kernels = kernels_by_layer(whole)
+        others: Counter[str] = Counter()
+        loose = set(loose_nodes(whole.folded))
+        for nodes, times in whole.stages():
+            for node in nodes:
+                if node in loose and (op_name(node.target) not in _VIEWS or _is_copied(node)):
+                    others[op_name(node.target)] += len(times)
+        self.other_operators = dict(others)
 
     def memory(self, weight_bytes: int, blocks: int, block_size: int, bytes_per_token: int) -> None:
         """Note what is held in memory."""

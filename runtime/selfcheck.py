@@ -9,16 +9,22 @@ from torch import Tensor
 
 from ..ir.errors import UnsupportedModelError
 from .step import StepInput
+from .yardstick import Expected
 
 # Long enough that blocks are crossed and rows of the two sequences fall into one tile.
 _LENGTHS = (21, 13)
 
 
-def step_of(prompts: Sequence[Sequence[int]], block_size: int, device: torch.device) -> tuple[StepInput, int]:
-    """One step that prefills whole prompts side by side, each in blocks of its own, and asks for all rows.
+Make = Callable[[], Callable[[StepInput], Tensor]]
 
-    Returns the step and the number of cache slots it needs.
-    """
+
+def most_slots(block_size: int) -> int:
+    """The cache slots that the checks need."""
+    return sum(-(-length // block_size) * block_size for length in _LENGTHS)
+
+
+def step_of(prompts: Sequence[Sequence[int]], block_size: int, device: torch.device) -> StepInput:
+    """One step that prefills whole prompts side by side, each in blocks of its own, and asks for all rows."""
     tokens = [token for prompt in prompts for token in prompt]
     positions = [place for prompt in prompts for place in range(len(prompt))]
     counts = [-(-len(prompt) // block_size) for prompt in prompts]
@@ -40,7 +46,7 @@ def step_of(prompts: Sequence[Sequence[int]], block_size: int, device: torch.dev
     def short(values: Sequence[int] | Sequence[Sequence[int]]) -> Tensor:
         return torch.tensor(values, dtype=torch.int32, device=device)
 
-    step = StepInput(
+    return StepInput(
         tokens=long(tokens),
         positions=long(positions),
         slots=long(slots),
@@ -49,12 +55,11 @@ def step_of(prompts: Sequence[Sequence[int]], block_size: int, device: torch.dev
         block_tables=short(tables),
         rows=long(range(len(tokens))),
     )
-    return step, total * block_size
 
 
-def _logits(make: Callable[[int], Callable[[StepInput], Tensor]], step: StepInput, slots: int) -> Tensor:
+def _logits(make: Make, step: StepInput) -> Tensor:
     try:
-        return make(slots)(step).float()
+        return make()(step).float()
     except Exception as error:  # an operator that accepted the types but not the values
         raise UnsupportedModelError(
             f"the compiled graph cannot be run on {len(step.tokens)} tokens: {type(error).__name__}: {error}"
@@ -62,7 +67,7 @@ def _logits(make: Callable[[int], Callable[[StepInput], Tensor]], step: StepInpu
 
 
 def check_concatenation(
-    make: Callable[[int], Callable[[StepInput], Tensor]],
+    make: Make,
     vocab_size: int,
     block_size: int,
     device: torch.device,
@@ -73,7 +78,8 @@ def check_concatenation(
     """Run two random sequences concatenated and each alone; returns the largest relative RMSE of a row of logits
     (with ``exact=False``, for rounded types, of the middle row of each sequence).
 
-    ``make(num_slots)`` gives the model on a fresh cache.
+    ``make()`` gives the model on a fresh cache of ``most_slots``. It may be the few layers that a folded graph states:
+    they are all of the model that differ, with weights of their own.
 
     Raises:
         UnsupportedModelError: they differ by more than ``tolerance``: something but attention mixes tokens.
@@ -81,12 +87,10 @@ def check_concatenation(
     generator = torch.Generator().manual_seed(0)
     lengths = [min(length, max_length) for length in _LENGTHS]
     prompts = [torch.randint(0, vocab_size, (length,), generator=generator).tolist() for length in lengths]
-    step, slots = step_of(prompts, block_size, device)
-    together = torch.split(_logits(make, step, slots), lengths)
+    together = torch.split(_logits(make, step_of(prompts, block_size, device)), lengths)
     worst = 0.0
     for index, prompt in enumerate(prompts):
-        single, slots = step_of([prompt], block_size, device)
-        alone = make(slots)(single).float()
+        alone = make()(step_of([prompt], block_size, device)).float()
         # Rounding may send a token to another expert and change its row whole, so rows are compared one by one and the
         # middle one counts; what mixes sequences changes most rows of the second.
         rows = (together[index] - alone).norm(dim=-1) / alone.norm(dim=-1).clamp_min(1e-30)
@@ -100,22 +104,16 @@ def check_concatenation(
     return worst
 
 
-def source_prompts(vocab_size: int, max_length: int) -> list[list[int]]:
-    """Random prompts to compare with the model itself: of one token, where models like to branch, and of several."""
-    generator = torch.Generator().manual_seed(1)
-    lengths = sorted({1, min(3, max_length), min(19, max_length)})
-    return [torch.randint(0, vocab_size, (length,), generator=generator).tolist() for length in lengths]
-
-
 def check_source(
-    make: Callable[[int], Callable[[StepInput], Tensor]],
-    expected: Sequence[tuple[Sequence[int], Tensor]],
+    make: Make,
+    expected: Sequence[Expected],
     block_size: int,
     device: torch.device,
     tolerance: float,
 ) -> float:
-    """Compare with the logits ``[T, vocab]`` of the model itself, prompt by prompt; returns the largest relative RMSE.
+    """Compare with the logits of the model itself, prompt by prompt; returns the largest relative RMSE.
 
+    A prompt with a neighbour is run in one step with it, behind it: what leaks from one to the other shows here, too.
     In fp32 whole prompts are compared. In narrower types rounding may send a token to another expert, so there the
     middle one of a prompt's rows counts.
 
@@ -123,9 +121,10 @@ def check_source(
         UnsupportedModelError: they differ by more than ``tolerance``: the model does something that its graph does not.
     """
     worst = 0.0
-    for prompt, theirs in expected:
-        step, slots = step_of([prompt], block_size, device)
-        ours = _logits(make, step, slots)
+    for item in expected:
+        prompt, theirs = item.prompt, item.logits
+        prompts = [item.neighbour, prompt] if item.neighbour else [prompt]
+        ours = _logits(make, step_of(prompts, block_size, device))[-len(prompt) :]
         exact = tolerance < 1e-3
         difference = (ours.cpu() - theirs).reshape(1 if exact else len(prompt), -1)
         sizes = theirs.reshape(difference.shape).norm(dim=-1).clamp_min(1e-30)
