@@ -277,6 +277,7 @@ def test_a_plot_is_drawn_from_result_files(tmp_path: Path, monkeypatch: pytest.M
         (["TINY", "--prefill", "64"], "--prefill 64: give two whole numbers of at least 1, like 64x128"),
         (["TINY", "--workloads", "mixed", "--prompts", "9-4"], "--prompts 9-4: the least comes first"),
         (["TINY", "--workloads", "rates", "--rates", "fast"], "--rates fast: give numbers above 0"),
+        (["TINY", "--json", "TINY"], "name a file that can be written"),
         (["TINY", "--memory", "85"], "--memory is a share"),
         (["TINY"], "takes 128 tokens, prompt and answer; the work has up to 384"),
         (["--plot", "out.png", "no-such.json"], "no-such.json: cannot be read"),
