@@ -32,6 +32,8 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> str:
     """A directory with a tiny llama."""
     path = tmp_path_factory.mktemp("tiny")
     families.make("llama").save_pretrained(path)
+    (path / "bert").mkdir()
+    (path / "bert" / "config.json").write_text('{"model_type": "no such type"}')
     return str(path)
 
 
@@ -100,6 +102,9 @@ class Fake(Peer):
             for one in requests
         ]
 
+    def step_ms(self, batch: int, context: int) -> float | None:
+        return 1.0 * batch + context
+
     def close(self) -> None:
         pass
 
@@ -112,6 +117,7 @@ def test_a_step_is_what_a_run_takes_beyond_its_first_token(monkeypatch: pytest.M
     assert item.ms == pytest.approx(100.0) and item.tokens_per_s == pytest.approx(40.0)
     assert len(item.runs) == 3, "each takes 3 s, so that after the third the 7 s are spent"
     assert item.check == "same 4/4" and item.right
+    assert item.details["graph_ms"] == 4 + 8 + 5, "of the batch, at the mean context"
     item = Measurement("m", "float32", "fake", "prefill", "")
     measure_batch(peer, Batch("prefill", 4, 8, 1), 50, clock, right, item)
     assert item.ms == pytest.approx(1000.0) and item.tokens_per_s == pytest.approx(32.0)
@@ -269,6 +275,8 @@ def test_a_plot_is_drawn_from_result_files(tmp_path: Path, monkeypatch: pytest.M
     ("arguments", "message"),
     [
         (["shape:llama-9"], "no such shape; use one of shape:llama-2-13b, shape:llama-2-7b"),
+        (["TINY-gone/"], "there is no such directory"),
+        (["TINY/bert"], "not a causal language model that transformers can read"),
         (["TINY", "--against", "eager,tgi"], "--against tgi: there is no such peer"),
         (["TINY", "--workloads", "decode,train"], "--workloads train: there is no such workload"),
         (["TINY", "--workloads", ""], "names nothing to measure"),
@@ -277,6 +285,7 @@ def test_a_plot_is_drawn_from_result_files(tmp_path: Path, monkeypatch: pytest.M
         (["TINY", "--prefill", "64"], "--prefill 64: give two whole numbers of at least 1, like 64x128"),
         (["TINY", "--workloads", "mixed", "--prompts", "9-4"], "--prompts 9-4: the least comes first"),
         (["TINY", "--workloads", "rates", "--rates", "fast"], "--rates fast: give numbers above 0"),
+        (["TINY", "--json", "TINY"], "name a file that can be written"),
         (["TINY", "--memory", "85"], "--memory is a share"),
         (["TINY"], "takes 128 tokens, prompt and answer; the work has up to 384"),
         (["--plot", "out.png", "no-such.json"], "no-such.json: cannot be read"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from pathlib import Path
 from typing import Annotated
@@ -58,7 +59,9 @@ def bench(
     Ends with 1 if Fuseline itself failed or gave wrong tokens.
     """
     if plot is not None:
-        draw(read(map(Path, models)), plot)
+        found = read(map(Path, models))
+        _make_room(plot)
+        draw(found, plot)
         print(plot)
         return
     quiet_transformers()
@@ -73,6 +76,8 @@ def bench(
         raise OptionError(f"--memory is a share of the memory, above 0 and at most 1, not {memory}")
     positive("--max-batch-size", max_batch_size)
     longest = max(item.longest for item in work)
+    if json is not None:
+        _make_room(json)
     sources = [Source.of(name, place, kind) for name in models]
     for source in sources:
         limit = getattr(source.text, "max_position_embeddings", None)
@@ -99,3 +104,13 @@ def bench(
     if any(item.who == OURS and (item.ms is None or not item.right) for item in results):
         print("fuseline: not everything was measured, or the tokens are wrong; see above", file=sys.stderr)
         raise typer.Exit(1)
+
+
+def _make_room(file: Path) -> None:
+    """See to it that a file can be written, before anything takes long. Raises OptionError if it cannot."""
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        if not os.access(file if file.exists() else file.parent, os.W_OK) or file.is_dir():
+            raise PermissionError("no permission to write it")
+    except OSError as error:
+        raise OptionError(f"{file}: {error}; name a file that can be written") from error

@@ -97,6 +97,7 @@ def cache_tokens(setup: Setup, weights: int) -> int | None:
     layers = getattr(text, "num_hidden_layers", None)
     if source.device.type != "cuda" or not (heads and width and layers):
         return None
+    torch.cuda.empty_cache()
     free, total = torch.cuda.mem_get_info(source.device)
     # While a live model is compiled, its weights and the merged copies of them are there at once.
     room = min(int(total * setup.memory), free) - weights - _WORKSPACE

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from .peers import Peer, Served
+from .peers import NotMeasured, Peer, Served
 from .results import Measurement
 from .workloads import Batch, Request, Stream
 
@@ -61,6 +61,8 @@ class Clock:
 def measure_batch(peer: Peer, work: Batch, vocab: int, clock: Clock, reference: Reference, item: Measurement) -> None:
     """Fill ``item`` in: a decode step is what a run takes beyond a run of one token, divided by the tokens beyond."""
     decoding = work.name == "decode"
+    if not decoding and not peer.prefills:
+        raise NotMeasured("its prefill is eager's; only the decode step is compiled")
     begin = time.perf_counter()
     peer.generate(work.prompts(vocab, -1), min(work.new, peer.warm_tokens or work.new))
     if decoding:

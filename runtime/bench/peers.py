@@ -55,12 +55,14 @@ class Peer(ABC):
     """Generates greedily and never stops at an end token.
 
     ``same_weights`` says whether its tokens can be compared with those of the model. ``warm_tokens`` is after how many
-    tokens of a first run it is as fast as it gets; ``None`` asks for a whole run.
+    tokens of a first run it is as fast as it gets; ``None`` asks for a whole run. ``prefills`` says whether its prefill is
+    worth a measurement.
     """
 
     name = ""
     same_weights = True
     warm_tokens: int | None = None
+    prefills = True
 
     @abstractmethod
     def generate(self, prompts: Sequence[list[int]], new_tokens: int) -> list[list[int]]:

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
+from ...ir.errors import UnsupportedModelError
 from ..models import resolve
 from ..options import OptionError
 
@@ -119,7 +120,7 @@ class Source:
         if name.startswith(PREFIX):
             return Source(name, device, dtype, None, shape_config(name.removeprefix(PREFIX)))
         path = resolve(name)
-        return Source(name, device, dtype, path, AutoConfig.from_pretrained(path))
+        return Source(name, device, dtype, path, _read(AutoConfig, path))
 
     @property
     def text(self) -> Any:
@@ -127,12 +128,16 @@ class Source:
         return self.config.get_text_config()
 
     def model(self) -> PreTrainedModel:
-        """The live ``transformers`` model, with its default attention; it never stops at an end token."""
+        """The live ``transformers`` model, with its default attention; it never stops at an end token.
+
+        Raises:
+            UnsupportedModelError: it is no causal language model that ``transformers`` can read.
+        """
         if not self._kept:
             if self.path is None:
                 made = random_model(self.config, self.device, self.dtype)
             else:
-                made = AutoModelForCausalLM.from_pretrained(self.path, dtype=self.dtype).to(self.device).eval()
+                made = _read(AutoModelForCausalLM, self.path, dtype=self.dtype).to(self.device).eval()
             made.generation_config.eos_token_id = None
             self._kept.append(made)
         return self._kept[0]
@@ -143,3 +148,13 @@ class Source:
         gc.collect()
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
+
+
+def _read(kind: Any, path: str, **options: Any) -> Any:
+    try:
+        return kind.from_pretrained(path, **options)
+    except (OSError, ValueError, KeyError) as error:
+        reason = str(error).strip().partition("\n")[0]
+        raise UnsupportedModelError(
+            f"{path}: not a causal language model that transformers can read: {reason}"
+        ) from error

@@ -21,6 +21,7 @@ class TorchCompile(Peer):
     """
 
     name = "torch-compile"
+    prefills = False
 
     def __init__(self, setup: Setup) -> None:
         self._model: Any = setup.source.model()
