@@ -5,13 +5,15 @@ from __future__ import annotations
 import hashlib
 import os
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from ..ir.graph import Region
 from .kernels import Kernel
 from .offline import load_kernel_file
+from .tuning import Choices
 
 Launch = Callable[..., None]
 
@@ -38,10 +40,12 @@ def kernel_path(kernel: Kernel) -> Path:
     return path
 
 
-def load_launch(kernel: Kernel) -> Launch:
-    """The launcher of a kernel, called with the region's inputs and then its results."""
+def load_launch(kernel: Kernel, choices: Choices | None = None) -> Launch:
+    """The launcher of a kernel, called with the region's inputs and then its results; with tilings that were measured."""
     launch: Any = load_kernel_file(kernel_path(kernel)).launch
     order = kernel.order
+    if choices is not None:
+        launch = partial(launch, choices=choices)
 
     def in_order(*values: Any) -> None:
         launch(*[values[place] for place in order])
@@ -49,6 +53,10 @@ def load_launch(kernel: Kernel) -> Launch:
     return launch if list(order) == sorted(order) else in_order
 
 
-def load_launches(kernels: Sequence[Kernel]) -> dict[Region, Launch]:
-    """The launcher of every kernel region."""
-    return {region: launch for kernel in kernels for launch in [load_launch(kernel)] for region in kernel.regions}
+def load_launches(kernels: Sequence[Kernel], choices: Mapping[str, Choices] | None = None) -> dict[Region, Launch]:
+    """The launcher of every kernel region; ``choices`` by the kernel's name."""
+    found = {}
+    for kernel in kernels:
+        launch = load_launch(kernel, (choices or {}).get(kernel.name))
+        found.update({region: launch for region in kernel.regions})
+    return found

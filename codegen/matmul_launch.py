@@ -100,13 +100,18 @@ def _body(layout: Plan, core: Graph, first: Graph | None, inner: Graph, finish: 
     done = [f"launch_{item.name}({', '.join(parameters(item))})" for item in finish] if apart else []
     lines = [_empty(anchor, device)] if apart else []
     row = f"run(config, ({tiles} * num_rows,), {', '.join(parameters(core))}, num_rows)"
-    lines += ['if config and "BLOCK_M" not in blocks:', *_indented([row, *done, "return"])]
+    lines += ['if config and "BLOCK_M" not in blocks:', *_indented(_returned(row, done))]
     if first:
         lines += [_empty(fresh_outputs(first)[0], device), f"launch_{first.name}({', '.join(parameters(first))})"]
     grid = f'({tiles}, triton.cdiv(num_rows, blocks["BLOCK_M"]))'
     tile = f"run(config, {grid}, {', '.join(parameters(inner))}, num_rows)"
-    lines += ["if config:", *_indented([tile, *done, "return"])]
+    lines += ["if config:", *_indented(_returned(tile, done))]
     return lines + _library(inner, finish, "" if apart else device)
+
+
+def _returned(call: str, done: list[str]) -> list[str]:
+    """Lines that return what ``call`` does, for those who measure, after the rest is done."""
+    return [f"made = {call}", *done, "return made"] if done else [f"return {call}"]
 
 
 def _indented(lines: list[str]) -> list[str]:

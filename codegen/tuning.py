@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from types import ModuleType
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -14,8 +15,11 @@ from torch import Tensor
 Choices = tuple[tuple[int | None, int], ...]
 """Each for up to so many rows which of a file's ``CONFIGS``; the last, without a bound, for all others."""
 
-ROWS = (1, 2, 4, 8, 16, 32, 64)
-"""Numbers of rows that are measured: those of decoding. Others take the next larger."""
+Arguments = Callable[[int], Sequence[Sequence[Tensor]]]
+"""Several sets of arguments for a launch on so many rows. Together they should exceed the cache of the GPU."""
+
+ROWS = (1, 2, 4, 8, 16, 32, 64, 128, 256)
+"""Numbers of rows that are measured: those of decoding. Others take the next larger, or what the file says itself."""
 
 
 @dataclass(frozen=True)
@@ -43,18 +47,18 @@ def candidates(module: ModuleType, rows: int) -> list[int]:
     return found
 
 
-def measure(
-    module: ModuleType, arguments: Callable[[int], Sequence[Sequence[Tensor]]], rows_of: Sequence[int] = ROWS
-) -> list[Timing]:
-    """Time every candidate. ``arguments(rows)`` are several sets for ``module.launch``, which together should exceed the
-    cache of the GPU; a candidate that cannot be launched, or spills, is left out.
-    """
-    work = [(rows, config) for rows in rows_of for config in candidates(module, rows)]
-    with ThreadPoolExecutor(8) as pool:
-        fits = list(pool.map(lambda item: _compiles(module, arguments(item[0])[0], item[1]), work))
-    return [
-        Timing(rows, config, _micros(module, arguments(rows), config)) for (rows, config), fit in zip(work, fits) if fit
-    ]
+def measure(module: ModuleType, arguments: Arguments, rows_of: Sequence[int], workers: int = 8) -> Iterator[Timing]:
+    """Time every candidate, for one number of rows after the other. One that spills or does not fit is left out."""
+    usable: dict[int, bool] = {}
+    for rows in rows_of:
+        sets = arguments(rows)
+        wanted = candidates(module, rows)
+        fresh = [config for config in wanted if config not in usable]
+        with ThreadPoolExecutor(workers) as pool:  # the assembler is a process of its own
+            usable.update(zip(fresh, pool.map(lambda config: _fits(module, sets[0], config), fresh)))
+        for config in wanted:
+            if usable[config]:
+                yield Timing(rows, config, _micros(module, sets, config))
 
 
 def choose(module: ModuleType, timings: Sequence[Timing]) -> Choices:
@@ -69,7 +73,7 @@ def choose(module: ModuleType, timings: Sequence[Timing]) -> Choices:
     return tuple(found)
 
 
-def _compiles(module: ModuleType, arguments: Sequence[Tensor], config: int) -> bool:
+def _fits(module: ModuleType, arguments: Sequence[Tensor], config: int) -> bool:
     from triton.compiler.errors import CompilationError
     from triton.runtime.errors import OutOfResources, PTXASError
 
@@ -82,18 +86,21 @@ def _compiles(module: ModuleType, arguments: Sequence[Tensor], config: int) -> b
 
 def _micros(module: ModuleType, sets: Sequence[Sequence[Tensor]], config: int, repeats: int = 5) -> float:
     """Median microseconds of a launch, from replays of a CUDA graph that launches once with each set."""
-    graph = torch.cuda.CUDAGraph()
-    choices = ((None, config),)
+    graph: Any = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         for values in sets:
-            module.launch(*values, choices=choices)
+            module.launch(*values, choices=((None, config),))
     graph.replay()
     times = []
     for _ in range(repeats):
-        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        begin, end = _event(), _event()
         begin.record()
         graph.replay()
         end.record()
         end.synchronize()
-        times.append(1e3 * begin.elapsed_time(end) / len(sets))
+        times.append(1e3 * float(begin.elapsed_time(end)) / len(sets))
     return statistics.median(times)
+
+
+def _event() -> Any:
+    return torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]

@@ -30,6 +30,7 @@ from .report import Report
 from .selfcheck import check_concatenation, check_source, most_slots
 from .static_step import StaticStep
 from .tables import table_width
+from .tune import tune_kernels
 from .yardstick import Yardstick, run_source
 
 # Legal reordering of sums moves fp32 logits by about 1e-6 and rounded ones by a few percent; real mixing by far more.
@@ -50,6 +51,7 @@ def compile(
     schedule: str = "auto",
     graphs: bool | None = None,
     lookahead: bool | None = None,
+    tuning: bool = True,
     skip: Sequence[str | int] = (),
     expect: Mapping[str, int] | None = None,
     verify: bool = False,
@@ -70,6 +72,8 @@ def compile(
         graphs: run steps that only decode as CUDA graphs, recorded here for a few batch sizes that others are padded
             to; the default on a GPU. On the CPU the same padded steps are plain calls, for tests.
         lookahead: launch each step before the tokens of the last are known to the host; the default on a GPU.
+        tuning: on a GPU, measure the tilings of matmuls against each other (half a minute at most), once for each GPU:
+            what was measured is kept in the user's cache. Without it each kernel takes the tilings of its file.
         skip: what is not to be done: a pass by name (``"FuseRope"``) or by its number in the dumps (``17``), or one
             application of it by its number from 0 (``"FuseRope#3"``).
         expect: how often passes must have fused, by name (``{"MergeQKV": 30}``), and ``"kernels_per_layer"``.
@@ -105,7 +109,7 @@ def compile(
     wishes = Wishes(skip, expect, verify, record, show)
     lowered = lower(model if isinstance(model, Graph) else bones, options, wishes, report)
     loop, kernels = lowered.loop, lowered.kernels
-    launches = load_launches(kernels) if place.type == "cuda" else None
+    launches = None
     with report.timed("load weights"), show.line("load weights"):
         values = bones.load()
     vocab = type_of(_result(loop.graph)).shape[-1]
@@ -122,6 +126,15 @@ def compile(
         few_constants = constants if few is loop else fold_constants(few, values, place, placed)
         del values, placed
         linears, packed_bytes = pack_linears(loop, constants)
+    if place.type == "cuda":
+        with report.timed("tuning"):
+            tuned = {}
+            if tuning:
+                most = options.max_batch_size
+                tuned = tune_kernels(
+                    kernels, loop, constants, place, most, progress=lambda items: show.bar(items, "tuning")
+                )
+            launches = load_launches(kernels, {name: record.choices for name, record in tuned.items()})
 
     block = loop.graph.options.get("kv_block", 16)
 

@@ -1,0 +1,182 @@
+"""Choose the tilings of a model's matmuls by measurement on its own weights, once for each GPU and kernel."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import tempfile
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from types import ModuleType
+
+import torch
+from torch import Tensor
+from torch.fx import Node
+
+from ..codegen.kernels import Kernel
+from ..codegen.launch import cache_directory, kernel_path
+from ..codegen.offline import load_kernel_file
+from ..codegen.region import RegionView, regions_of
+from ..codegen.tuning import ROWS, Choices, Timing, choose, measure
+from ..ir.graph import flat_types, type_of
+from ..ir.loop import Loop
+from ..ir.types import Dim
+
+Constants = Mapping[Node, Sequence[Tensor]]
+
+
+@dataclass(frozen=True)
+class Tuning:
+    """What was measured for one kernel, and what follows from it. Written and read as JSON."""
+
+    kernel: str
+    machine: dict[str, str]
+    choices: Choices
+    timings: list[Timing]
+
+    @staticmethod
+    def read(path: Path) -> Tuning:
+        """Raises ValueError, KeyError, TypeError or OSError if the file holds no record."""
+        found = json.loads(path.read_text())
+        return Tuning(
+            found["kernel"],
+            found["machine"],
+            tuple((most, int(config)) for most, config in found["choices"]),
+            [Timing(**item) for item in found["timings"]],
+        )
+
+    def write(self, path: Path) -> None:
+        """Replace the file at once, so that others never read half of it."""
+        handle, temporary = tempfile.mkstemp(dir=path.parent, suffix=".tmp")
+        with os.fdopen(handle, "w") as file:
+            json.dump(asdict(self), file, indent=1)
+        os.replace(temporary, path)
+
+
+def machine_of(device: torch.device) -> dict[str, str]:
+    """All that a measurement depends on, beside the kernel's own text."""
+    import triton
+
+    properties = torch.cuda.get_device_properties(device)
+    return {
+        "gpu": properties.name,
+        "processors": str(properties.multi_processor_count),
+        "torch": torch.__version__,
+        "triton": triton.__version__,
+    }
+
+
+def tune_kernels(
+    kernels: Sequence[Kernel],
+    loop: Loop,
+    constants: Constants,
+    device: torch.device,
+    max_rows: int,
+    seconds: float = 30.0,
+    progress: Callable[[list[Kernel]], Iterable[Kernel]] = iter,
+) -> dict[str, Tuning]:
+    """The tilings of every kernel that has several, by its name: from the record of earlier compiles, else measured.
+
+    Args:
+        constants: the weights of the kernels' regions, by node and time. ``max_rows``: sequences in a decode step.
+        seconds: after so long, the kernels not measured yet keep the tilings of their files, and a kernel that was
+            measured in part is not recorded.
+    """
+    until, machine = time.perf_counter() + seconds, machine_of(device)
+    views = {view.region: view for view in regions_of(loop.graph)}
+    rows_of = [rows for rows in ROWS if rows < 2 * max_rows]
+    found: dict[str, Tuning] = {}
+    # The heaviest first: time is best spent on them.
+    for kernel in progress(sorted(kernels, key=lambda item: -_work(item))):
+        path = kernel_path(kernel)
+        module = load_kernel_file(path)
+        if not hasattr(module, "CONFIGS"):
+            continue
+        key = hashlib.sha256(json.dumps([kernel.source, machine, rows_of]).encode()).hexdigest()[:16]
+        record = cache_directory("tuning") / f"{kernel.name}_{key}.json"
+        try:
+            found[kernel.name] = Tuning.read(record)
+            continue
+        except (OSError, ValueError, KeyError, TypeError):
+            pass  # there is none, or one of another version: measure
+        if time.perf_counter() < until:
+            sets = _Sets(
+                [views[region] for region in kernel.regions if region in views], constants, device, rows_of[-1]
+            )
+            tuning, complete = _measured(kernel, module, sets, rows_of, machine, until)
+            found[kernel.name] = tuning
+            if complete:
+                tuning.write(record)
+    return found
+
+
+def _measured(
+    kernel: Kernel, module: ModuleType, sets: _Sets, rows_of: Sequence[int], machine: dict[str, str], until: float
+) -> tuple[Tuning, bool]:
+    timings: list[Timing] = []
+    complete = True
+    for timing in measure(module, sets, rows_of):
+        timings.append(timing)
+        if time.perf_counter() > until:
+            complete = False
+            break
+    return Tuning(kernel.name, machine, choose(module, timings), timings), complete
+
+
+class _Sets:
+    """Arguments for the launches of a kernel: the weights of several layers, and random rows."""
+
+    def __init__(self, views: Sequence[RegionView], constants: Constants, device: torch.device, rows: int) -> None:
+        weights = [[constants[node] for node in view.inputs if node in constants] for view in views]
+        size = sum(items[0].nbytes for items in weights[0])
+        cache = torch.cuda.get_device_properties(device).L2_cache_size
+        enough = 1 + 3 * cache // max(1, size)
+        self._kinds = [type_of(node) for node in views[0].inputs] + [
+            type_of(node) for node in views[0].outputs if node not in views[0].in_place
+        ]
+        self._sets: list[list[Tensor]] = []
+        for view, values in zip(views, weights):
+            for turn in range(max(map(len, values), default=1)):
+                if len(self._sets) < enough:
+                    self._sets.append(self._arguments(view, constants, turn, rows, device))
+
+    def __call__(self, rows: int) -> list[list[Tensor]]:
+        return [
+            [value[:rows] if kind.shape and isinstance(kind.shape[0], Dim) else value for kind, value in pairs]
+            for values in self._sets
+            for pairs in [list(zip(self._kinds, values))]
+        ]
+
+    @staticmethod
+    def _arguments(view: RegionView, constants: Constants, turn: int, rows: int, device: torch.device) -> list[Tensor]:
+        values = []
+        results = [node for node in view.outputs if node not in view.in_place]
+        for node in [*view.inputs, *results]:
+            held = constants.get(node)
+            values.append(held[turn % len(held)] if held else _random(node, rows, device))
+        return values
+
+
+def _random(node: Node, rows: int, device: torch.device) -> Tensor:
+    """Values for an argument of so many rows; a cache has as many slots, and indices name each row once."""
+    kind = flat_types(node.meta["type"])[0]
+    shape = [size if isinstance(size, int) else rows for size in kind.shape]
+    if kind.torch_dtype.is_floating_point:
+        return torch.randn(shape, device=device, dtype=torch.float32).to(kind.torch_dtype)
+    count = shape[0] if shape else 1
+    values = torch.arange(count, device=device).reshape([count, *([1] * (len(shape) - 1))]).to(kind.torch_dtype)
+    return values.expand(shape).contiguous() if shape else values[0]
+
+
+def _work(kernel: Kernel) -> int:
+    """Weights that one launch reads."""
+    total = 0
+    for node in kernel.graph.inputs():
+        size = 1
+        for part in type_of(node).shape:
+            size *= part if isinstance(part, int) else 1
+        total += size
+    return total
