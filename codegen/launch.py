@@ -58,5 +58,5 @@ def load_launches(kernels: Sequence[Kernel], choices: Mapping[str, Choices] | No
     found = {}
     for kernel in kernels:
         launch = load_launch(kernel, (choices or {}).get(kernel.name))
-        found.update({region: launch for region in kernel.regions})
+        found.update(dict.fromkeys(kernel.regions, launch))
     return found

@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 from torch.fx import Node
 
-from ..ir.graph import Graph, type_of
+from ..ir.graph import Graph
 from ..ir.ops import op_name
 from .columns import Plan
 from .rows import norm_epsilon

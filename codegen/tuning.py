@@ -6,6 +6,7 @@ import statistics
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from types import ModuleType
 from typing import Any
 
@@ -54,8 +55,9 @@ def measure(module: ModuleType, arguments: Arguments, rows_of: Sequence[int], wo
         sets = arguments(rows)
         wanted = candidates(module, rows)
         fresh = [config for config in wanted if config not in usable]
+        fits = partial(_fits, module, sets[0])
         with ThreadPoolExecutor(workers) as pool:  # the assembler is a process of its own
-            usable.update(zip(fresh, pool.map(lambda config: _fits(module, sets[0], config), fresh)))
+            usable.update(zip(fresh, pool.map(fits, fresh)))
         for config in wanted:
             if usable[config]:
                 yield Timing(rows, config, _micros(module, sets, config))
