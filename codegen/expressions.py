@@ -26,6 +26,14 @@ _INTEGERS = {
 
 # Functions that an expression may call; a kernel file holds those that it uses.
 HELPERS = {
+    "prefetch": """@triton.jit
+def prefetch(pointers, BYTES: tl.constexpr):
+    # To the L2 cache, by the copy engine: no register waits for it. Needs sm_90 and addresses in whole 16 bytes.
+    tl.inline_asm_elementwise(
+        "cp.async.bulk.prefetch.L2.global [$1], $2; mov.u32 $0, 0;", "=r,l,n",
+        [pointers.to(tl.int64), BYTES], dtype=tl.int32, is_pure=False, pack=1,
+    )
+""",
     "tanh": """@triton.jit
 def tanh(x):
     # exp(-2|x|) loses the small values to cancellation, so they take the first terms of the series.

@@ -17,7 +17,7 @@ from .tile import Position
 from .writer import Writer
 
 _TAKEN = {"num_rows", "row", "row_ok", "n_ok", "ok", "k", "k0", "n", "w", "x", "tile", "head", "lane", "lanes", "cols"}
-_TAKEN |= {"part", "parts", "pair", "upper", "squares", "inverse", "start", "acc"}
+_TAKEN |= {"part", "parts", "prefetch", "pair", "upper", "squares", "inverse", "start", "acc"}
 _WAIT = ("if PDL:", "tl.extra.cuda.gdc_wait()")
 
 
@@ -107,8 +107,9 @@ def _many_rows(graph: Graph, layout: Plan) -> str:
     writer.line("row_ok = row < num_rows")
     writer.line("tile = tl.program_id(0)")
     tiles = place_columns(writer, layout)
-    writer.line("if PDL:")
-    writer.line("    tl.extra.cuda.gdc_launch_dependents()")
+    with writer.block("if PDL:"):
+        writer.line("tl.extra.cuda.gdc_launch_dependents()")
+        _prefetch(writer, layout, weight)
     _wait(writer)
     _lookups(tile)
     accumulators = _accumulators(layout)
@@ -124,6 +125,21 @@ def _many_rows(graph: Graph, layout: Plan) -> str:
             writer.line(f'{name} = tl.dot(x, w, {name}, input_precision="ieee")')
         tile.leave()
     return _finish(tile, layout, accumulators, tiles)
+
+
+def _prefetch(writer: Writer, layout: Plan, weight: Node) -> None:
+    """Print how the columns of the weight are fetched while the kernel in front ends; they depend on no other kernel."""
+    size = type_of(weight).torch_dtype.itemsize
+    # About one piece for each thread: a thread without one of its own would fetch that of another again.
+    pieces = next((count for count in (8, 4, 2, 1) if layout.depth * size % (16 * count) == 0), None)
+    if pieces is None:
+        return
+    step = layout.depth // pieces
+    for offset in _offsets(layout):
+        columns = f"(n + {offset})" if offset else "n"
+        column = f"tl.where(ok, {columns}, {offset})[:, None]"
+        place = f"{column} * {layout.depth} + tl.arange(0, {pieces})[None, :] * {step}"
+        writer.line(f"prefetch({weight.name}_ptr + {place}, {step * size})")
 
 
 def _finish(tile: MatmulTile, layout: Plan, accumulators: list[str], tiles: list[str]) -> str:

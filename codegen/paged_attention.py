@@ -10,6 +10,7 @@ from typing import Literal
 
 import torch
 
+from .expressions import HELPERS
 from .paged_attention_launch import HOPPER_CHOICE, LAUNCH, ONE_CHOICE
 from .paged_attention_template import TEMPLATE
 
@@ -74,8 +75,11 @@ def paged_attention_source(spec: AttentionSpec) -> str:
         "PAD_DV": pad_dv,
     }
     decode, prefill, hopper = _decode_tile(spec), _prefill_tile(spec), _hopper_prefill_tile(spec)
+    whole = all(width * spec.dtype.itemsize % 16 == 0 for width in (spec.head_dim, spec.v_head_dim))
     words = {
         "LAUNCH": LAUNCH,
+        "PREFETCH_HELPER": HELPERS["prefetch"],
+        "PREFETCH": str(whole),
         "CHOICE": (ONE_CHOICE if prefill == hopper else HOPPER_CHOICE).rstrip(),
         "SHAPE": repr(shape).replace("'", '"'),
         "KIND": spec.kind if spec.window is None else f"{spec.kind}, window {spec.window}",

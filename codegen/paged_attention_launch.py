@@ -10,7 +10,7 @@ DECODE = {
     "kernel": decode,
     "signature": {**QKV, "out_ptr": "$TYPE$", "num_seqs": "i32", "table_width": "i32", "num_splits": "i32"},
     "constexprs": {
-        **SHAPE, $DECODE_TILE$, "BLOCK_S": $BLOCK_S$, "SPLIT": False, "PDL": False,
+        **SHAPE, $DECODE_TILE$, "BLOCK_S": $BLOCK_S$, "SPLIT": False, "PREFETCH": $PREFETCH$, "PDL": False,
         "partial_ptr": None, "lse_ptr": None, "arrived_ptr": None,
     },
     $DECODE_OPTIONS$,
@@ -18,7 +18,9 @@ DECODE = {
 DECODE_SPLIT = {
     **DECODE,
     "signature": {**DECODE["signature"], "partial_ptr": "*fp32", "lse_ptr": "*fp32", "arrived_ptr": "*i32"},
-    "constexprs": {**SHAPE, $DECODE_TILE$, "BLOCK_S": $BLOCK_S$, "SPLIT": True, "PDL": False},
+    "constexprs": {
+        **SHAPE, $DECODE_TILE$, "BLOCK_S": $BLOCK_S$, "SPLIT": True, "PREFETCH": $PREFETCH$, "PDL": False,
+    },
 }
 PREFILL = {
     "kernel": prefill,

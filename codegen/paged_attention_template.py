@@ -11,6 +11,8 @@ import triton.language as tl
 SHAPE = $SHAPE$
 
 
+$PREFETCH_HELPER$
+
 @triton.jit
 def first_key(position):
     """The first key that a query at `position` sees ($KIND$)."""
@@ -134,7 +136,7 @@ def decode(
     NUM_HEADS: tl.constexpr, NUM_KV_HEADS: tl.constexpr, HEAD_DIM: tl.constexpr, V_HEAD_DIM: tl.constexpr,
     CACHE_BLOCK: tl.constexpr, PAD_D: tl.constexpr, PAD_DV: tl.constexpr,
     HEADS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_S: tl.constexpr, SPLIT: tl.constexpr,
-    PDL: tl.constexpr,
+    PREFETCH: tl.constexpr, PDL: tl.constexpr,
 ):
     """One query, HEADS query heads of one KV head, one split of the keys.
 
@@ -157,6 +159,14 @@ def decode(
         begin = first + split * length
         end = tl.minimum(last, begin + length)
     if PDL:
+        if PREFETCH:
+            # The keys and values of earlier steps do not change: they can be on their way to the L2 cache already.
+            if begin < end:
+                early = tl.minimum(begin + tl.arange(0, 128), end - 1)
+                where = tl.load(tables_ptr + seq.to(tl.int64) * table_width + early // CACHE_BLOCK).to(tl.int64)
+                where = (where * CACHE_BLOCK + early % CACHE_BLOCK) * NUM_KV_HEADS + kv_head
+                prefetch(k_ptr + where * HEAD_DIM, HEAD_DIM * k_ptr.dtype.element_ty.primitive_bitwidth // 8)
+                prefetch(v_ptr + where * V_HEAD_DIM, V_HEAD_DIM * v_ptr.dtype.element_ty.primitive_bitwidth // 8)
         tl.extra.cuda.gdc_wait()
     if split >= live_splits:
         return
