@@ -17,7 +17,24 @@ from .tile import Position
 from .writer import Writer
 
 _TAKEN = {"num_rows", "row", "row_ok", "n_ok", "ok", "k", "k0", "n", "w", "x", "tile", "head", "lane", "lanes", "cols"}
-_TAKEN |= {"part", "parts", "prefetch", "pair", "upper", "squares", "inverse", "start", "acc"}
+_TAKEN |= {
+    "part",
+    "parts",
+    "parts_ptr",
+    "partial_ptr",
+    "arrived_ptr",
+    "place",
+    "before",
+    "split",
+    "first",
+    "until",
+    "pair",
+    "upper",
+    "squares",
+    "inverse",
+    "start",
+    "acc",
+}
 _WAIT = ("if PDL:", "tl.extra.cuda.gdc_wait()")
 
 
@@ -37,7 +54,7 @@ def matmul_source(graph: Graph) -> str:
         kernel_text(f"{graph.name}_row_kernel", f"{_pointers(core)}, num_rows, {blocks}", _one_row(core, whole)),
         kernel_text(
             f"{graph.name}_kernel",
-            f"{_pointers(inner)}, num_rows, BLOCK_M: tl.constexpr, {blocks}",
+            f"{_pointers(inner)}, num_rows, partial_ptr, arrived_ptr, BLOCK_M: tl.constexpr, SPLITS: tl.constexpr, {blocks}",
             _many_rows(inner, plan(inner)),
             ["num_rows"],
         ),
@@ -97,19 +114,24 @@ def _one_row(graph: Graph, layout: Plan) -> str:
 
 
 def _many_rows(graph: Graph, layout: Plan) -> str:
-    """The body for several rows: a loop of small matrix products."""
+    """The body for several rows: a loop of small matrix products, or several programs with a part of it each."""
     weight, depth = _weight(layout), layout.depth
     writer = _writer(graph)
-    loop = f"for k0 in range(0, {depth}, BLOCK_K):"
+    loop = "for k0 in range(first, until, BLOCK_K):"
     tile = MatmulTile(graph, writer, layout, loop, "BLOCK_M")
     writer.line("# Column tiles vary fastest: programs that run together share the rows, and read the weight once.")
     writer.line("row = (tl.program_id(1) * BLOCK_M + tl.arange(0, BLOCK_M))[:, None].to(tl.int64)")
     writer.line("row_ok = row < num_rows")
     writer.line("tile = tl.program_id(0)")
     tiles = place_columns(writer, layout)
-    with writer.block("if PDL:"):
-        writer.line("tl.extra.cuda.gdc_launch_dependents()")
-        _prefetch(writer, layout, weight)
+    writer.line("first, until = 0, " + str(depth))
+    with writer.block("if SPLITS > 1:"):
+        writer.line(f"first = tl.program_id(2) * (({depth} + SPLITS * BLOCK_K - 1) // (SPLITS * BLOCK_K) * BLOCK_K)")
+        writer.line(
+            f"until = tl.minimum(first + ({depth} + SPLITS * BLOCK_K - 1) // (SPLITS * BLOCK_K) * BLOCK_K, {depth})"
+        )
+    writer.line("if PDL:")
+    writer.line("    tl.extra.cuda.gdc_launch_dependents()")
     _wait(writer)
     _lookups(tile)
     accumulators = _accumulators(layout)
@@ -124,22 +146,31 @@ def _many_rows(graph: Graph, layout: Plan) -> str:
             writer.line(f"w = {load}")
             writer.line(f'{name} = tl.dot(x, w, {name}, input_precision="ieee")')
         tile.leave()
+    _join_splits(writer, accumulators)
     return _finish(tile, layout, accumulators, tiles)
 
 
-def _prefetch(writer: Writer, layout: Plan, weight: Node) -> None:
-    """Print how the columns of the weight are fetched while the kernel in front ends; they depend on no other kernel."""
-    size = type_of(weight).torch_dtype.itemsize
-    # About one piece for each thread: a thread without one of its own would fetch that of another again.
-    pieces = next((count for count in (8, 4, 2, 1) if layout.depth * size % (16 * count) == 0), None)
-    if pieces is None:
-        return
-    step = layout.depth // pieces
-    for offset in _offsets(layout):
-        columns = f"(n + {offset})" if offset else "n"
-        column = f"tl.where(ok, {columns}, {offset})[:, None]"
-        place = f"{column} * {layout.depth} + tl.arange(0, {pieces})[None, :] * {step}"
-        writer.line(f"prefetch({weight.name}_ptr + {place}, {step * size})")
+def _join_splits(writer: Writer, accumulators: list[str]) -> None:
+    """Print how the programs of one tile add up their parts: the last one to arrive does, in the order of the parts."""
+    size = "BLOCK_M * BLOCK_N"
+    with writer.block("if SPLITS > 1:"):
+        writer.line("place = tl.program_id(1) * tl.num_programs(0) + tl.program_id(0)")
+        writer.line(f"parts_ptr = partial_ptr + place.to(tl.int64) * (SPLITS * {len(accumulators)} * {size})")
+        writer.line("parts_ptr += tl.arange(0, BLOCK_M)[:, None] * BLOCK_N + lane")
+        for number, name in enumerate(accumulators):
+            writer.line(f"tl.store(parts_ptr + (tl.program_id(2) * {len(accumulators)} + {number}) * {size}, {name})")
+        writer.line("tl.debug_barrier()  # one thread announces what all have written")
+        writer.line('before = tl.atomic_add(arrived_ptr + place, 1, sem="acq_rel", scope="gpu")')
+        writer.line("if before + 1 < SPLITS:")
+        writer.line("    return")
+        writer.line("tl.debug_barrier()")
+        writer.line("tl.store(arrived_ptr + place, 0)  # as the next launch expects it")
+        for name in accumulators:
+            writer.line(f"{name} = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)")
+        with writer.block("for split in tl.static_range(SPLITS):"):
+            for number, name in enumerate(accumulators):
+                where = f"parts_ptr + (split * {len(accumulators)} + {number}) * {size}"
+                writer.line(f'{name} += tl.load({where}, cache_modifier=".cg")')
 
 
 def _finish(tile: MatmulTile, layout: Plan, accumulators: list[str], tiles: list[str]) -> str:

@@ -22,13 +22,30 @@ def row(block_n, block_k, num_warps):
     }
 
 
-def tile(block_m, block_n, block_k, num_warps, num_stages):
-    """block_m rows by block_n columns a program."""
+def tile(block_m, block_n, block_k, num_warps, num_stages, splits=1):
+    """block_m rows by block_n columns a program, and the sums over depth in so many parts."""
+    blocks = {"BLOCK_M": block_m, "BLOCK_N": block_n, "BLOCK_K": block_k, "SPLITS": splits, "PDL": False}
+    pointers = {"partial_ptr": "*fp32", "arrived_ptr": "*i32"} if splits > 1 else {}
+    absent = {} if splits > 1 else {"partial_ptr": None, "arrived_ptr": None}
     return {
-        "kernel": $NAME$_kernel, "signature": $TILE_TYPES$,
-        "constexprs": {"BLOCK_M": block_m, "BLOCK_N": block_n, "BLOCK_K": block_k, "PDL": False},
-        "num_warps": num_warps, "num_stages": num_stages,
+        "kernel": $NAME$_kernel, "signature": {**$TILE_TYPES$, **pointers},
+        "constexprs": {**blocks, **absent}, "num_warps": num_warps, "num_stages": num_stages,
     }
+
+
+@functools.cache
+def counters(device, count):
+    """Zeros that the parts of a tile count their arrival in; the last of them leaves zero again."""
+    return torch.zeros(count, dtype=torch.int32, device=device)
+
+
+def workspace(blocks, tiles, device):
+    """Memory for the parts of so many tiles, if there are several of each."""
+    if blocks["SPLITS"] == 1:
+        return {}
+    size = tiles * blocks["SPLITS"] * $LANES$ * blocks["BLOCK_M"] * blocks["BLOCK_N"]
+    partial = torch.empty(size, dtype=torch.float32, device=device)
+    return {"partial_ptr": partial, "arrived_ptr": counters(device, triton.next_power_of_2(tiles))}
 
 
 # What may be measured against each other; the product of the library comes without a kernel.
@@ -55,9 +72,9 @@ $BODY$"""
 # What was fastest on an H100 for one kernel or another of models of 1 and 7 billion parameters, in bf16: (columns, depth,
 # warps) for one row, and (rows, columns, depth, warps, stages).
 _ROW = ((2, 2048, 8), (2, 4096, 4), (4, 1024, 2), (2, 1024, 4), (8, 512, 2), (2, 2048, 2))
-_FEW = ((16, 16, 512, 2, 3), (16, 16, 512, 2, 5), (16, 64, 128, 2, 5), (16, 16, 128, 2, 5), (16, 32, 128, 4, 5))
-_SOME = ((64, 32, 256, 4, 4), (64, 128, 128, 8, 4), (64, 16, 256, 4, 4), (64, 32, 128, 4, 3))
-_MANY = ((128, 128, 64, 8, 3), (128, 64, 64, 8, 4), (128, 256, 64, 8, 4))
+_FEW = ((16, 16, 512, 2, 3, 1), (16, 16, 512, 2, 5, 1), (16, 64, 128, 2, 5, 1), (16, 16, 128, 2, 5, 1), (16, 32, 128, 4, 5, 1))
+_SOME = ((64, 32, 256, 4, 4, 1), (64, 128, 128, 8, 4, 1), (64, 16, 256, 4, 4, 1), (64, 32, 128, 4, 3, 1))
+_MANY = ((128, 128, 64, 8, 3, 1), (128, 64, 64, 8, 4, 1), (128, 256, 64, 8, 4, 1))
 
 
 def launch_text(graph: Graph, core: Graph, first: Graph | None, inner: Graph, finish: list[Graph]) -> str:
@@ -78,6 +95,7 @@ def launch_text(graph: Graph, core: Graph, first: Graph | None, inner: Graph, fi
     words = {
         "NAME": graph.name,
         "ROW_TYPES": types_text({**pointer_types(core), **count}),
+        "LANES": str(layout.lanes),
         "TILE_TYPES": types_text({**pointer_types(inner), **count}),
         "CONFIGS": "\n".join(configs),
         "CHOICES": str(choices),
@@ -103,9 +121,12 @@ def _body(layout: Plan, core: Graph, first: Graph | None, inner: Graph, finish: 
     lines += ['if config and "BLOCK_M" not in blocks:', *_indented(_returned(row, done))]
     if first:
         lines += [_empty(fresh_outputs(first)[0], device), f"launch_{first.name}({', '.join(parameters(first))})"]
-    grid = f'({tiles}, triton.cdiv(num_rows, blocks["BLOCK_M"]))'
-    tile = f"run(config, {grid}, {', '.join(parameters(inner))}, num_rows)"
-    lines += ["if config:", *_indented(_returned(tile, done))]
+    columns, rows = tiles, 'triton.cdiv(num_rows, blocks["BLOCK_M"])'
+    tile = (
+        f"run(config, grid, {', '.join(parameters(inner))}, num_rows, **workspace(blocks, grid[0] * grid[1], {device}))"
+    )
+    grid = f'grid = ({columns}, {rows}, blocks["SPLITS"])'
+    lines += ["if config:", *_indented([grid, *_returned(tile, done)])]
     return lines + _library(inner, finish, "" if apart else device)
 
 
@@ -166,17 +187,21 @@ def row_tilings(layout: Plan) -> list[Tiling]:
 
 
 def tile_tilings(layout: Plan) -> tuple[list[Tiling], list[Tiling], list[Tiling]]:
-    """``(BLOCK_M, BLOCK_N, BLOCK_K, num_warps, num_stages)`` for few, some and many rows, the likeliest first."""
+    """``(BLOCK_M, BLOCK_N, BLOCK_K, num_warps, num_stages, SPLITS)`` for few, some and many rows, the likeliest first."""
     wide, lanes = _bytes(layout) > 2, layout.lanes
     if wide:
         broad = max(16, min(64, padded_width(layout.head_dim))) if layout.head_dim else 64
-        return [(16, 32, 64, 4, 3)], [(32, broad, 32, 8, 2)], [(32, broad, 32, 8, 2)]
+        return [(16, 32, 64, 4, 3, 1)], [(32, broad, 32, 8, 2, 1)], [(32, broad, 32, 8, 2, 1)]
     most = padded_width(layout.head_dim) if layout.head_dim else 256
     found: list[list[Tiling]] = []
     for tilings in (_FEW, _SOME, _MANY):
-        narrowed = [(m, max(16, min(n // lanes, most)), k, warps, stages) for m, n, k, warps, stages in tilings]
-        # The weights of all lanes are in registers together.
-        found.append([item for item in dict.fromkeys(narrowed) if lanes * item[1] * item[2] <= 128 * 32 * item[3]])
+        fitting: list[Tiling] = []
+        for m, columns, k, warps, stages, splits in tilings:
+            n = max(16, min(columns // lanes, most))
+            # The weights of all lanes are in registers together, and each part of a sum has a few turns.
+            if lanes * n * k <= 128 * 32 * warps and (splits == 1 or layout.depth >= 2 * splits * k):
+                fitting.append((m, n, k, warps, stages, splits))
+        found.append(list(dict.fromkeys(fitting)) or [(tilings[0][0], 16, 64, 4, 3, 1)])
     few, some, many = found
     return few, some, many
 

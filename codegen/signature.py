@@ -36,8 +36,8 @@ def overlaps(device):
     return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (9, 0)
 
 
-def run(variant, grid, *arguments):
-    constants = variant["constexprs"]
+def run(variant, grid, *arguments, **workspace):
+    constants = {**variant["constexprs"], **workspace}
     options = {"num_warps": variant["num_warps"], "num_stages": variant["num_stages"]}
     if overlaps(arguments[0].device):
         constants, options = {**constants, "PDL": True}, {**options, "launch_pdl": True}

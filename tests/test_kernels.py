@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 
 import pytest
@@ -58,6 +58,28 @@ def test_kernels_are_right_in_the_interpreter(name: str, pool: ProcessPoolExecut
     jobs = {k.name: pool.submit(interpreted, str(write(k, tmp_path)), str(k.graph)) for k in kernels}
     found = {kernel: max(job.result()) for kernel, job in jobs.items()}
     assert {kernel: error for kernel, error in found.items() if not error <= 1e-5} == {}
+
+
+def tilings(path: str, text: str) -> dict[str, float]:
+    """The worst error of each kind of tiling of a matmul, whatever the number of rows; runs where Triton interprets."""
+    graph, module = parse(text), load_kernel_file(path)
+    order = Kernel(graph.name, "", graph).order
+    module.CONFIGS += [module.tile(16, 16, 16, 4, 1, 2), module.tile(32, 32, 32, 4, 1, 1)]
+    rows, library, parts, tile = 0, len(module.CONFIGS) - 3, len(module.CONFIGS) - 2, len(module.CONFIGS) - 1
+    found = {}
+    for label, index in {"rows": rows, "library": library, "parts": parts, "tile": tile}.items():
+        launch = partial(module.launch, choices=((None, index),))
+        case = random_case(graph, 3, 3, seed=7, device="cpu")
+        found[label] = max(errors(graph, launch, order, case))
+    return found
+
+
+@pytest.mark.parametrize("name", ["llama", "qwen3", "gpt2"])
+def test_every_kind_of_tiling_is_right(name: str, pool: ProcessPoolExecutor, tmp_path: Path) -> None:
+    for kernel in emit_kernels(lowered(name)):
+        if "CONFIGS" in kernel.source:
+            found = pool.submit(tilings, str(write(kernel, tmp_path)), str(kernel.graph)).result()
+            assert {label: error for label, error in found.items() if not error <= 1e-5} == {}
 
 
 # bf16 for every family; fp32, whose tiles differ, for one of each kind of kernel.
