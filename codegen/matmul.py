@@ -54,7 +54,8 @@ def matmul_source(graph: Graph) -> str:
         kernel_text(f"{graph.name}_row_kernel", f"{_pointers(core)}, num_rows, {blocks}", _one_row(core, whole)),
         kernel_text(
             f"{graph.name}_kernel",
-            f"{_pointers(inner)}, num_rows, partial_ptr, arrived_ptr, BLOCK_M: tl.constexpr, SPLITS: tl.constexpr, {blocks}",
+            f"{_pointers(inner)}, num_rows, partial_ptr, arrived_ptr, "
+            f"BLOCK_M: tl.constexpr, SPLITS: tl.constexpr, EARLY: tl.constexpr, {blocks}",
             _many_rows(inner, plan(inner)),
             ["num_rows"],
         ),
@@ -130,24 +131,39 @@ def _many_rows(graph: Graph, layout: Plan) -> str:
         writer.line(
             f"until = tl.minimum(first + ({depth} + SPLITS * BLOCK_K - 1) // (SPLITS * BLOCK_K) * BLOCK_K, {depth})"
         )
+    accumulators = _accumulators(layout)
+    loads = _loads(layout, weight, "[None, :]", "[:, None]")
     writer.line("if PDL:")
     writer.line("    tl.extra.cuda.gdc_launch_dependents()")
+    with writer.block("if EARLY:"):
+        writer.line("k = first + tl.arange(0, BLOCK_K)")
+        for name, load in zip(accumulators, loads):
+            writer.line(f"{name}_w = {load}")
     _wait(writer)
     _lookups(tile)
-    accumulators = _accumulators(layout)
     for name in accumulators:
         writer.line(f"{name} = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)")
+    with writer.block("if EARLY:"):
+        tile.enter()
+        _print_rows(tile, layout, weight)
+        for name in accumulators:
+            writer.line(f'{name} = tl.dot(x, {name}_w, {name}, input_precision="ieee")')
+        writer.line("first += BLOCK_K")
+        tile.leave()
     with writer.block(loop):
         tile.enter()
         writer.line("k = k0 + tl.arange(0, BLOCK_K)")
-        value = _rows(tile, layout)
-        writer.line(f"x = {value}.to({weight.name}_ptr.dtype.element_ty)")
-        for name, load in zip(accumulators, _loads(layout, weight, "[None, :]", "[:, None]")):
+        _print_rows(tile, layout, weight)
+        for name, load in zip(accumulators, loads):
             writer.line(f"w = {load}")
             writer.line(f'{name} = tl.dot(x, w, {name}, input_precision="ieee")')
         tile.leave()
     _join_splits(writer, accumulators)
     return _finish(tile, layout, accumulators, tiles)
+
+
+def _print_rows(tile: MatmulTile, layout: Plan, weight: Node) -> None:
+    tile.writer.line(f"x = {_rows(tile, layout)}.to({weight.name}_ptr.dtype.element_ty)")
 
 
 def _join_splits(writer: Writer, accumulators: list[str]) -> None:

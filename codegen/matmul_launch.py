@@ -24,7 +24,9 @@ def row(block_n, block_k, num_warps):
 
 def tile(block_m, block_n, block_k, num_warps, num_stages, splits=1):
     """block_m rows by block_n columns a program, and the sums over depth in so many parts."""
-    blocks = {"BLOCK_M": block_m, "BLOCK_N": block_n, "BLOCK_K": block_k, "SPLITS": splits, "PDL": False}
+    # As much of the weight as there are registers for is loaded before the kernel in front has ended.
+    early = block_m <= 16 and $LANES$ * block_n * block_k <= $EARLY$ * num_warps
+    blocks = {"BLOCK_M": block_m, "BLOCK_N": block_n, "BLOCK_K": block_k, "SPLITS": splits, "EARLY": early, "PDL": False}
     pointers = {"partial_ptr": "*fp32", "arrived_ptr": "*i32"} if splits > 1 else {}
     absent = {} if splits > 1 else {"partial_ptr": None, "arrived_ptr": None}
     return {
@@ -72,7 +74,15 @@ $BODY$"""
 # What was fastest on an H100 for one kernel or another of models of 1 and 7 billion parameters, in bf16: (columns, depth,
 # warps) for one row, and (rows, columns, depth, warps, stages).
 _ROW = ((2, 2048, 8), (2, 4096, 4), (4, 1024, 2), (2, 1024, 4), (8, 512, 2), (2, 2048, 2))
-_FEW = ((16, 16, 512, 2, 3, 1), (16, 16, 512, 2, 5, 1), (16, 64, 128, 2, 5, 1), (16, 16, 128, 2, 5, 1), (16, 32, 128, 4, 5, 1))
+_FEW = (
+    (16, 16, 512, 2, 3, 1),
+    (16, 32, 256, 4, 4, 1),
+    (16, 64, 128, 2, 5, 1),
+    (16, 32, 128, 2, 5, 2),
+    (16, 16, 512, 2, 5, 1),
+    (16, 32, 128, 4, 5, 1),
+    (16, 64, 128, 4, 4, 4),
+)
 _SOME = ((64, 32, 256, 4, 4, 1), (64, 128, 128, 8, 4, 1), (64, 16, 256, 4, 4, 1), (64, 32, 128, 4, 3, 1))
 _MANY = ((128, 128, 64, 8, 3, 1), (128, 64, 64, 8, 4, 1), (128, 256, 64, 8, 4, 1))
 
@@ -96,6 +106,7 @@ def launch_text(graph: Graph, core: Graph, first: Graph | None, inner: Graph, fi
         "NAME": graph.name,
         "ROW_TYPES": types_text({**pointer_types(core), **count}),
         "LANES": str(layout.lanes),
+        "EARLY": str(8192 // _bytes(layout) // layout.lanes),
         "TILE_TYPES": types_text({**pointer_types(inner), **count}),
         "CONFIGS": "\n".join(configs),
         "CHOICES": str(choices),
