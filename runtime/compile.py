@@ -20,6 +20,7 @@ from .constants import constant_bytes, fold_constants
 from .dumps import Dump
 from .engine import Engine
 from .executor import Executor, cache_bytes_per_token, new_caches
+from .garbage import search_new_objects_alone
 from .lower import Wishes, lower
 from .options import KVCacheConfig, OptionError, Options, refuse_later, resolve, resolve_device, resolve_dtype
 from .packed import pack_linears
@@ -32,6 +33,7 @@ from .yardstick import Yardstick, run_source
 _CHECK_TOLERANCE = {torch.float32: 1e-4, torch.float16: 5e-2, torch.bfloat16: 1e-1}
 
 
+@search_new_objects_alone
 def compile(
     model: PreTrainedModel | str | Path | Graph,
     *,
