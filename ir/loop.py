@@ -52,6 +52,11 @@ class Loop:
         return Loop(graph, [Stage(list(graph.nodes), range(1))])
 
     @property
+    def repeats(self) -> bool:
+        """Whether some of its nodes are run more than once."""
+        return any(len(stage.times) > 1 for stage in self.stages)
+
+    @property
     def short(self) -> Loop:
         """The layers that the graph states alone: each of the distinct ones, some of the equal ones."""
         return replace(self, stages=[Stage(stage.nodes, range(1)) for stage in self.stages])
