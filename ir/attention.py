@@ -128,12 +128,10 @@ def paged_attention(
             decoding.append(((length - 1) // block_size - begin // block_size + 1, index))
             continue
         k, v = (cache.rows(block_tables[index], begin, length).to(q.dtype) for cache in caches)
-        places = torch.arange(begin, length, device=q.device)
-        seen = (
-            None
-            if plain and kind == "causal" and last - first == length
-            else visible(places[length - begin - (last - first) :], places, kind, window)
-        )
+        seen = None
+        if not (plain and kind == "causal" and last - first == length):
+            places = torch.arange(begin, length, device=q.device)
+            seen = visible(places[length - begin - (last - first) :], places, kind, window)
         out[first:last] = _attend(q[first:last], k, v, seen, scale, softcap, sinks)
     for group in _groups(decoding):
         begins = [_first_seen(lengths[index] - 1, kind, window) for index in group]

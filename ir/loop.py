@@ -9,9 +9,10 @@ from typing import Any
 
 from torch.fx import Node
 
-from .graph import Graph, is_constant
+from .graph import Graph, is_constant, type_of
 from .ops import Op
 from .period import Period, leaves, substituted
+from .types import TensorType
 from .unfold import Unfolded
 
 
@@ -51,6 +52,11 @@ class Loop:
         return Loop(graph, [Stage(list(graph.nodes), range(1))])
 
     @property
+    def repeats(self) -> bool:
+        """Whether some of its nodes are run more than once."""
+        return any(len(stage.times) > 1 for stage in self.stages)
+
+    @property
     def short(self) -> Loop:
         """The layers that the graph states alone: each of the distinct ones, some of the equal ones."""
         return replace(self, stages=[Stage(stage.nodes, range(1)) for stage in self.stages])
@@ -64,12 +70,15 @@ class Loop:
         layer = self._period.layer(self._folded[node], time) if self._period else node.args[1]
         return f"{node.args[0]}{layer}"
 
-    def calls(self) -> Iterator[tuple[Node, int]]:
-        """Every operator of the whole model with its time, in order."""
-        for stage in self.stages:
-            nodes = [node for node in stage.nodes if node.op == "call_function"]
-            for time in stage.times:
-                yield from ((node, time) for node in nodes)
+    def caches(self) -> dict[str, TensorType]:
+        """The type of every cache of the model, by role and layer."""
+        return {
+            self.cache(node, time): type_of(node)
+            for stage in self.stages
+            for nodes in [[node for node in stage.nodes if str(node.target) == "cache"]]
+            for time in stage.times
+            for node in nodes
+        }
 
 
 def loop_of(whole: Unfolded) -> Loop:

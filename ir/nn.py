@@ -80,18 +80,17 @@ def rope(x: Tensor, cos: Tensor, sin: Tensor, pairing: str = "half") -> Tensor:
     with ``i + R/2`` (``"half"``), or ``2i`` with ``2i + 1`` (``"interleaved"``).
     """
     width = cos.shape[-1]
-    turned, passed = x[..., :width].float(), x[..., width:]
-    c, s = cos.float().unsqueeze(-2), sin.float().unsqueeze(-2)
+    turned = (x if width == x.shape[-1] else x[..., :width]).float()
     # Each half is written in place: a rotated copy of x would cost two more passes over memory.
     out = torch.empty_like(turned)
-    first, second = (
-        (slice(width // 2), slice(width // 2, None)) if pairing == "half" else (slice(0, None, 2), slice(1, None, 2))
+    c, s = cos.float().unsqueeze(-2), sin.float().unsqueeze(-2)
+    (low, high), (c_low, c_high), (s_low, s_high), (out_low, out_high) = (
+        item.chunk(2, -1) if pairing == "half" else (item[..., ::2], item[..., 1::2]) for item in (turned, c, s, out)
     )
-    low, high = turned[..., first], turned[..., second]
-    torch.mul(low, c[..., first], out=out[..., first]).addcmul_(high, s[..., first], value=-1)
-    torch.mul(high, c[..., second], out=out[..., second]).addcmul_(low, s[..., second])
+    torch.mul(low, c_low, out=out_low).addcmul_(high, s_low, value=-1)
+    torch.mul(high, c_high, out=out_high).addcmul_(low, s_high)
     out = out.to(x.dtype)
-    return torch.cat((out, passed), -1) if passed.shape[-1] else out
+    return out if width == x.shape[-1] else torch.cat((out, x[..., width:]), -1)
 
 
 @register("nn.grouped_linear")

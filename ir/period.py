@@ -52,7 +52,8 @@ def spread(name: str, fold: Fold, *texts: str) -> list[tuple[str, ...]]:
         return [(name, *texts)]
     last = layer >= fold.traced - fold.period
     times = range(repeats(fold), repeats(fold) + 1) if last else range(repeats(fold) + 1)
-    return [tuple(shifted(text, fold.period * time) for text in (name, *texts)) for time in times]
+    pieces = [_LAYER.split(text) for text in (name, *texts)]
+    return [tuple(_joined(piece, fold.period * time) for piece in pieces) for time in times]
 
 
 def window(graph: Graph, fold: Fold) -> list[Node]:
@@ -68,7 +69,15 @@ def layer_of(name: str) -> int:
 
 def shifted(text: str, shift: int) -> str:
     """A text about a layer, said of the layer ``shift`` further on."""
-    return _LAYER.sub(lambda found: f"l{int(found[1]) + shift}_", text)
+    return _joined(_LAYER.split(text), shift)
+
+
+def _joined(pieces: list[str], shift: int) -> str:
+    """A text cut at its layers, whose numbers are every second piece, said of the layer ``shift`` further on."""
+    text = pieces[0]
+    for number, rest in zip(pieces[1::2], pieces[2::2]):
+        text += f"l{int(number) + shift}_{rest}"
+    return text
 
 
 def leaves(value: Any) -> Iterator[Any]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import re
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
@@ -19,6 +18,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from . import hooks
 from .errors import UnsupportedModelError
 from .fold import Fold, shortened
+from .sharing import sharing_copy
 
 # Attention that computes what eager attention computes; another name is a function of the user's own.
 _STANDARD_ATTENTION = re.compile(r"eager|sdpa|flex_attention|.*flash.*|fuseline")
@@ -139,9 +139,8 @@ def _score(model: PreTrainedModel, prompt: Sequence[int], fold: Fold | None) -> 
 
 
 def _sharing(model: PreTrainedModel) -> PreTrainedModel:
-    """A copy of a model that shares its parameters and nothing else, so that no weight is copied."""
     try:
-        return copy.deepcopy(model, {id(item): item for item in model.parameters()})
+        return sharing_copy(model)
     except Exception as error:  # anything may hang on a module
         raise UnsupportedModelError(f"{type(model).__name__} holds something that cannot be copied: {error}") from error
 

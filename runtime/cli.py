@@ -28,6 +28,7 @@ from .models import resolve
 from .options import KVCacheConfig, OptionError, resolve_device, resolve_dtype
 from .options import resolve as resolve_sizes
 from .progress import Progress, quiet_transformers
+from .ranks import path_of_rank
 from .report import Report, two_columns
 from .sequence import SamplingParams
 from .streaming import TextStream
@@ -86,6 +87,7 @@ def dump(
     if html and html.suffix != ".html":
         raise OptionError(f"--html {html}: the name of the page must end with .html")
     lowered, _ = _lower(model, device, dtype, max_seq_len, out or html)
+    out, html = (path and path_of_rank(path) for path in (out, html))
     if out is not None:
         last, page = max(out.glob("[0-9][0-9][0-9]_*.txt")), out / "index.html"
         print(f"lowered graph: {last}\nkernels:       {out / 'kernels'}\nreport:        {out / 'report.txt'}")

@@ -21,6 +21,7 @@ from .decode import DecodeSteps
 from .dumps import Dump
 from .engine import Engine
 from .executor import Executor, cache_bytes_per_token, new_caches
+from .garbage import rarely_searched_for_garbage
 from .lower import Wishes, lower
 from .options import KVCacheConfig, OptionError, Options, refuse_later, resolve, resolve_device, resolve_dtype
 from .packed import pack_linears
@@ -37,6 +38,7 @@ from .yardstick import Yardstick, run_source
 _CHECK_TOLERANCE = {torch.float32: 1e-4, torch.float16: 5e-2, torch.bfloat16: 1e-1}
 
 
+@rarely_searched_for_garbage
 def compile(
     model: PreTrainedModel | str | Path | Graph,
     *,
@@ -117,7 +119,8 @@ def compile(
     yardstick = Yardstick()
     if not isinstance(model, Graph):  # a graph may have been changed on purpose
         with report.timed("run the model itself"), show.line("run the model itself"):
-            yardstick = run_source(bones.score, fold_of(lowered.folded), vocab, options.max_seq_len)
+            fold = fold_of(lowered.folded) if loop.repeats else None
+            yardstick = run_source(bones.score, fold, vocab, options.max_seq_len)
     bones.forget()
     few = loop.short if yardstick.few else loop
     with report.timed("place weights"):

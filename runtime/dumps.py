@@ -12,6 +12,7 @@ from ..ir.graph import Graph
 from ..ir.period import NotPeriodic
 from ..ir.unfold import unfold
 from .page import Page
+from .ranks import path_of_rank
 from .report import Report
 
 
@@ -19,11 +20,12 @@ class Dump:
     """Writes ``000_capture.txt``, ``NNN_PassName.txt`` with ``.diff`` beside it, ``kernels/*.py``, the report, and
     ``index.html``, a page to look at all of it. For a path that ends with ``.html`` it writes that page alone.
 
-    Files of the same names are replaced; nothing else in the directory is touched.
+    Files of the same names are replaced; nothing else in the directory is touched. Where a launcher started several
+    processes, each writes to ``rank0``, ``rank1``, ... in the directory, or to ``page.rank0.html``.
     """
 
     def __init__(self, path: str | Path) -> None:
-        self.page = Path(path)
+        self.page = path_of_rank(path)
         self.directory: Path | None = None
         if self.page.suffix != ".html":
             self.directory, self.page = self.page, self.page / "index.html"

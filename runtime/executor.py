@@ -289,20 +289,16 @@ def new_caches(loop: Loop, num_slots: int, device: torch.device) -> dict[str, Te
     """Storage for every ``cache(...)`` of a model, by role and layer. Caches of one type lie in one tensor."""
     caches: dict[str, Tensor] = {}
     names: dict[tuple[torch.dtype, tuple[int, ...]], list[str]] = {}
-    for node, time in loop.calls():
-        if str(node.target) == "cache":
-            kind = type_of(node)
-            names.setdefault((kind.torch_dtype, _sizes(kind)), []).append(loop.cache(node, time))
+    for name, kind in loop.caches().items():
+        names.setdefault((kind.torch_dtype, _sizes(kind)), []).append(name)
     for (dtype, sizes), found in names.items():
-        stores = torch.empty((len(found), num_slots, *sizes), dtype=dtype, device=device)
-        caches.update(zip(found, stores.unbind()))
+        caches.update(zip(found, torch.empty((len(found), num_slots, *sizes), dtype=dtype, device=device).unbind()))
     return caches
 
 
 def cache_bytes_per_token(loop: Loop) -> int:
     """Bytes that one token takes in all caches together."""
-    kinds = [type_of(node) for node, _ in loop.calls() if str(node.target) == "cache"]
-    return sum(kind.torch_dtype.itemsize * prod(_sizes(kind)) for kind in kinds)
+    return sum(kind.torch_dtype.itemsize * prod(_sizes(kind)) for kind in loop.caches().values())
 
 
 def _sizes(cache: TensorType) -> tuple[int, ...]:

@@ -84,12 +84,14 @@ class Report:
         """Note what the captured graph holds; folded layers count as often as they stand for others."""
         kinds: Counter[str] = Counter()
         fold = fold_of(graph)
-        for node in [*graph.calls(), *(window(graph, fold) * repeats(fold) if fold else ())]:
-            self.nodes += 1
+        repeated = set(window(graph, fold)) if fold else ()
+        for node in graph.calls():
+            count = 1 + repeats(fold) if fold and node in repeated else 1
+            self.nodes += count
             if op_name(node.target) in ("nn.attention", "nn.paged_attention"):
                 at = 5 if op_name(node.target) == "nn.attention" else 8
                 kind = str(node.args[at]) if len(node.args) > at else "causal"
-                kinds[f"{kind} {node.args[at + 1]}" if kind != "causal" else kind] += 1
+                kinds[f"{kind} {node.args[at + 1]}" if kind != "causal" else kind] += count
         self.layers = sum(kinds.values())
         self.attention = dict(kinds)
 

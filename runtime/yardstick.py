@@ -50,6 +50,6 @@ def run_source(score: Score, fold: Fold | None, vocab_size: int, max_length: int
         except UnsupportedModelError:  # its code may count on all layers
             pass
         else:
-            neighbour = torch.randint(0, vocab_size, (min(13, max_length),), generator=generator).tolist()
-            return Yardstick(few, [Expected(prompts[-1], score(prompts[-1], None), neighbour)])
+            some = prompts[min(1, len(prompts) - 1)]
+            return Yardstick(few, [Expected(some, score(some, None), prompts[-1][:7])])
     return Yardstick([], [Expected(prompt, score(prompt, None)) for prompt in prompts])

@@ -34,7 +34,7 @@ def test_packed_projections_are_projections() -> None:
     shapes = {"table": (301, 300), "small": (5, 300), "w": (257, 300), "v": (257, 300), "b": (257,)}
     weights = {name: torch.randn(shape, generator=generator) for name, shape in shapes.items()}
     loop = Loop.plain(graph)
-    constants = fold_constants(loop, weights, torch.device("cpu"))
+    constants = fold_constants(loop, weights, torch.device("cpu"), {})
     linears, size = pack_linears(loop, constants)
     assert {node.name for node in linears} == {"y", "z"}
     # The embedding still reads its table row by row; the packed projection was the only reader of w.

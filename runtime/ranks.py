@@ -1,0 +1,30 @@
+"""Which of several processes this one is, as the launcher says: Open MPI, MPICH (and Slurm's PMI), or torchrun."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+
+_VARIABLES = (
+    ("OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE"),
+    ("PMI_RANK", "PMI_SIZE"),
+    ("RANK", "WORLD_SIZE"),
+)
+
+
+def rank_of(environment: Mapping[str, str] = os.environ) -> int | None:
+    """The rank of this process among those that a launcher started; nothing if it is alone."""
+    for rank, size in _VARIABLES:
+        numbers = environment.get(rank, ""), environment.get(size, "")
+        if all(map(str.isdecimal, numbers)) and int(numbers[1]) > 1:
+            return int(numbers[0])
+    return None
+
+
+def path_of_rank(path: str | Path, environment: Mapping[str, str] = os.environ) -> Path:
+    """A path of this rank's own: ``out/rank0`` for ``out``, ``page.rank0.html`` for ``page.html``; alone, the path itself."""
+    path, rank = Path(path), rank_of(environment)
+    if rank is None:
+        return path
+    return path.with_suffix(f".rank{rank}.html") if path.suffix == ".html" else path / f"rank{rank}"

@@ -1,0 +1,69 @@
+"""Dumps of several ranks: each writes its own. If this fails, ranks overwrite each other's files."""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from families import make
+
+import fuseline
+from fuseline.runtime.ranks import path_of_rank, rank_of
+
+
+@pytest.mark.parametrize(
+    ("environment", "rank"),
+    [
+        ({}, None),
+        ({"OMPI_COMM_WORLD_RANK": "3", "OMPI_COMM_WORLD_SIZE": "4"}, 3),
+        ({"PMI_RANK": "0", "PMI_SIZE": "2"}, 0),
+        ({"RANK": "1", "WORLD_SIZE": "2"}, 1),
+        ({"RANK": "0", "WORLD_SIZE": "1"}, None),
+        ({"RANK": "1"}, None),
+        ({"RANK": "high", "WORLD_SIZE": "2"}, None),
+        ({"PMI_RANK": "0", "PMI_SIZE": "1", "RANK": "5", "WORLD_SIZE": "8"}, 5),
+    ],
+)
+def test_launchers_are_understood(environment: dict[str, str], rank: int | None) -> None:
+    assert rank_of(environment) == rank
+    own = "out" if rank is None else f"out/rank{rank}"
+    assert path_of_rank("out", environment) == Path(own)
+    page = "a/page.html" if rank is None else f"a/page.rank{rank}.html"
+    assert path_of_rank("a/page.html", environment) == Path(page)
+
+
+def test_ranks_dump_to_folders_of_their_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    for rank in range(2):
+        monkeypatch.setenv("RANK", str(rank))
+        model = make("llama")
+        compiled = fuseline.compile(model, device="cpu", max_seq_len=64, dump=tmp_path)
+        compiled.dump(tmp_path / "again")
+        assert (tmp_path / f"rank{rank}" / "000_capture.txt").exists()
+        assert (tmp_path / "again" / f"rank{rank}" / "report.json").exists()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["again", "rank0", "rank1"]
+    fuseline.compile(model, device="cpu", max_seq_len=64, dump=tmp_path / "page.html")
+    assert (tmp_path / "page.rank1.html").exists()
+
+
+# A mpirun of the environment first, as the wheels of MPICH bring it.
+_MPIRUN = shutil.which("mpirun", path=str(Path(sys.executable).parent)) or shutil.which("mpirun")
+
+
+@pytest.mark.skipif(_MPIRUN is None, reason="needs mpirun")
+def test_processes_of_mpirun_are_told_apart() -> None:
+    code = "from fuseline.runtime.ranks import path_of_rank; print(path_of_rank('out'))"
+    source = Path(__file__).parent.parent / ".src"
+    command = [
+        str(_MPIRUN),
+        "-n",
+        "2",
+        sys.executable,
+        "-c",
+        f"import sys; sys.path.insert(0, {str(source)!r}); {code}",
+    ]
+    done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=120)
+    assert sorted(done.stdout.split()) == ["out/rank0", "out/rank1"]
