@@ -89,7 +89,7 @@ class Executor:
             if node.op != "output":
                 self._slots[node] = len(self._slots)
         views = {view.region: view for view in regions_of(graph)}
-        expiring = _last_uses(graph, views if launches else {})
+        expiring = last_uses(graph, views if launches else {})
         done: set[Region] = set()
         for node in graph.nodes:
             slot = self._slots.get(node, -1)
@@ -237,7 +237,7 @@ def _has_dims(args: Any, lone: bool) -> bool:
     return False
 
 
-def _last_uses(graph: Graph, views: Mapping[Region, RegionView]) -> dict[Any, list[Node]]:
+def last_uses(graph: Graph, views: Mapping[Region, RegionView]) -> dict[Any, list[Node]]:
     """The values that are read for the last time by a node (or by a kernel region)."""
     seen: set[Node] = set()
     found: dict[Any, list[Node]] = {}

@@ -33,10 +33,10 @@ class GraphReplay:
         _warm_up(compute, order, stream)
         _rehearse(compute, order[0], stream)
         self._graphs: dict[int, torch.cuda.CUDAGraph] = {}
-        pool = torch.cuda.graph_pool_handle()
+        self._pool = torch.cuda.graph_pool_handle()
         try:
             for size in order:
-                self._graphs[size] = _record(compute, size, stream, pool)
+                self._graphs[size] = _record(compute, size, stream, self._pool)
         except BaseException:
             for graph in self._graphs.values():
                 graph.reset()
@@ -45,6 +45,11 @@ class GraphReplay:
 
     def __call__(self, size: int) -> None:
         self._graphs[size].replay()
+
+    def memory(self) -> int:
+        """Bytes of the pool: no other use can be made of them."""
+        segments = torch.cuda.memory_snapshot()  # type: ignore[no-untyped-call]
+        return sum(item["total_size"] for item in segments if tuple(item["segment_pool_id"]) == tuple(self._pool))
 
 
 @contextmanager
