@@ -34,7 +34,7 @@ class DecodeSteps:
         self._forward = forward
         self._logits = logits
         self.replay: Replay = self.compute
-        self._last: tuple[int, int, bytes] | None = None
+        self._last: tuple[BlockTables, int, int, bytes] | None = None
         self._blank(max_batch_size)
 
     def run(self, sequences: SequenceOf[Sequence], tables: BlockTables) -> Tensor:
@@ -48,7 +48,7 @@ class DecodeSteps:
         places = self._fill(staged, sequences, tables)
         self.static.pad(staged, count, bucket)
         # Most steps of few sequences go on in the blocks that the device knows of already.
-        state = (bucket, tables.changes, places.tobytes())
+        state = (tables, tables.changes, bucket, places.tobytes())
         moved = state != self._last
         if moved:
             width = int(staged.contexts[:count].max() - 1) // self.static.block_size + 1

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import torch
@@ -99,6 +99,7 @@ def _record(compute: Compute, size: int, stream: torch.cuda.Stream, pool: Any) -
     except RuntimeError as error:
         # What ends a recording that went wrong raises too, before it has put the stream back.
         torch.cuda.set_stream(outer)
+        _forsake(pool, stream.device)
         # The first error says which operator; those while ending the recording follow from it.
         first: BaseException = error
         while isinstance(first.__context__, RuntimeError):
@@ -107,6 +108,13 @@ def _record(compute: Compute, size: int, stream: torch.cuda.Stream, pool: Any) -
         torch.cuda.synchronize(stream.device)
         raise NotCapturable(_reason(first)) from error
     return graph
+
+
+def _forsake(pool: Any, device: torch.device) -> None:
+    """Take a recording that could not be ended out of the books of torch's allocator, where it would stay for ever."""
+    with suppress(RuntimeError):  # it got as far as that by itself
+        torch._C._cuda_endAllocateToPool(device.index, pool)
+        torch._C._cuda_releasePool(device.index, pool)
 
 
 def _reason(error: BaseException) -> str:

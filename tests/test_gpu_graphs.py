@@ -69,7 +69,7 @@ def answers(engine: Engine, given: list[list[int]], sampled: str) -> list[list[i
     return [done[number].output for number in ids]
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="class")
 def poison() -> Iterator[None]:
     """Padding rows read NaN from the scratch block, and every other input of them is arbitrary but in range."""
     stores: list[torch.Tensor] = []
@@ -96,50 +96,47 @@ def poison() -> Iterator[None]:
     patch.undo()
 
 
-@pytest.fixture(scope="module", params=FAMILIES)
-def compiled(request: pytest.FixtureRequest, poison: None) -> fuseline.CompiledModel:
-    return fuseline.compile(
-        make(request.param).cuda(), device="cuda", dtype=torch.float32, max_seq_len=80, max_batch_size=BATCH
-    )
+class TestTokens:
+    """In fp32, with padding that holds NaN."""
 
+    @pytest.fixture(scope="class", params=FAMILIES)
+    def compiled(self, request: pytest.FixtureRequest, poison: None) -> fuseline.CompiledModel:
+        return fuseline.compile(
+            make(request.param).cuda(), device="cuda", dtype=torch.float32, max_seq_len=80, max_batch_size=BATCH
+        )
 
-def test_tokens_are_those_without_graphs(compiled: fuseline.CompiledModel) -> None:
-    """In fp32, for batches around the sizes, greedy and drawn, with padding that holds NaN, some blocks taken away."""
-    assert compiled.report.graphs == "decode in 5 sizes up to 11"
-    plain = engine_of(compiled)
-    given = prompts(compiled.engine.vocab_size, BATCH + 3)
-    for count in (1, 2, 3, 4, 5, 8, 9, BATCH, BATCH + 3):
-        for sampled in ("none", "some", "all"):
-            wanted = answers(plain, given[:count], sampled)
-            assert answers(compiled.engine, given[:count], sampled) == wanted, (count, sampled)
-    tight = engine_of(compiled, blocks=11, decode=compiled._decode, lookahead=True)
-    assert answers(tight, given, "some") == answers(plain, given, "some")
-    assert tight.stats.preemptions > 0
+    def test_they_are_those_without_graphs(self, compiled: fuseline.CompiledModel) -> None:
+        """For batches around the sizes, greedy and drawn; then in a cache so small that blocks are taken away."""
+        assert compiled.report.graphs == "decode in 5 sizes up to 11"
+        plain = engine_of(compiled)
+        given = prompts(compiled.engine.vocab_size, BATCH + 3)
+        for count in (1, 2, 3, 4, 5, 8, 9, BATCH, BATCH + 3):
+            for sampled in ("none", "some", "all"):
+                wanted = answers(plain, given[:count], sampled)
+                assert answers(compiled.engine, given[:count], sampled) == wanted, (count, sampled)
+        tight = engine_of(compiled, blocks=11, decode=compiled._decode, lookahead=True)
+        assert answers(tight, given, "some") == answers(plain, given, "some")
+        assert tight.stats.preemptions > 0
 
+    def test_late_stops_and_aborts(self, compiled: fuseline.CompiledModel) -> None:
+        """A stop token is known one step late: what was launched meanwhile changes nothing for the others."""
+        plain, given = engine_of(compiled), prompts(compiled.engine.vocab_size, 6)
+        free = answers(plain, given, "none")
+        stops = (free[0][3], free[2][5], free[3][0])
 
-def test_late_stops_and_aborts(compiled: fuseline.CompiledModel) -> None:
-    """A stop token is known one step late: what was launched meanwhile changes nothing for the others."""
-    plain, given = engine_of(compiled), prompts(compiled.engine.vocab_size, 6)
-    free = answers(plain, given, "none")
-    stops = (free[0][3], free[2][5], free[3][0])
+        def run(engine: Engine) -> list[tuple[int, int, str]]:
+            first = engine.add(given[0], SamplingParams(NEW, stop_token_ids=stops))
+            for prompt in given[1:]:
+                engine.add(prompt, SamplingParams(NEW, stop_token_ids=stops))
+            victim = engine.add([*given[0], 1, 2], SamplingParams(NEW))
+            events = [event for _ in range(4) for event in engine.step()]
+            engine.abort(victim)
+            engine.run(events.append)
+            assert engine.pool.num_free == engine.pool.num_blocks
+            found = [(event.sequence_id - first, event.token, event.finish_reason or "") for event in events]
+            return sorted(found, key=lambda item: item[0])
 
-    def run(engine: Engine) -> list[list[int]]:
-        ids = [engine.add(prompt, SamplingParams(NEW, stop_token_ids=stops)) for prompt in given]
-        victim = engine.add(given[0] + [1, 2], SamplingParams(NEW))
-        for _ in range(4):
-            events = engine.step()
-        assert all(event.token >= 0 for event in events)
-        engine.abort(victim)
-        found: dict[int, list[int]] = {number: [] for number in ids}
-        live = engine._live
-        for number in ids:
-            if number in live:
-                found[number] = live[number].output
-        engine.run()
-        assert engine.pool.num_free == engine.pool.num_blocks
-        return [found[number] for number in ids]
-
-    assert run(compiled.engine) == run(plain)
+        assert run(compiled.engine) == run(plain)
 
 
 def midsize() -> LlamaForCausalLM:
