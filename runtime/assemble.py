@@ -22,7 +22,8 @@ from .tables import table_width
 
 def load_of(options: Options) -> Load:
     """The largest step under these options."""
-    return Load(options.max_step_tokens, options.max_batch_size, options.graphs and options.device.type == "cuda")
+    tokens = min(options.max_step_tokens, options.max_batch_size * options.max_seq_len)
+    return Load(tokens, options.max_batch_size, options.graphs and options.device.type == "cuda")
 
 
 def pool_limits(graph: Graph, options: Options, block_size: int) -> tuple[int, int | None]:

@@ -19,7 +19,7 @@ from ..ir.skeleton import skeleton
 from .compile import compile
 from .compiled import CompiledModel
 from .dumps import Dump
-from .engine import TokenEvent
+from .events import TokenEvent
 from .explain import explain as explanation
 from .lower import Lowered, Wishes, lower
 from .models import resolve

@@ -17,7 +17,8 @@ from ..ir.errors import InvalidRequestError
 from ..ir.graph import Graph
 from .decode import DecodeSteps
 from .dumps import Dump
-from .engine import Engine, Stats, TokenEvent
+from .engine import Engine
+from .events import Stats, TokenEvent
 from .options import Options
 from .report import Report
 from .sequence import SamplingParams

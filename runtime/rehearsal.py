@@ -29,14 +29,13 @@ def rehearse(model: Model, load: Load, block_size: int, scratch_block: int, choi
     logits = model(_largest_step(load, block_size, scratch_block, choices.tokens.device))
     choices.greedy(logits)
     params = SamplingParams(temperature=1.0, top_p=0.5, seed=0)
-    choices.draw(logits, [params] * load.batch, [0] * load.batch)
+    choices.draw(logits, [params] * len(logits), [0] * len(logits))
 
 
 def _largest_step(load: Load, block_size: int, scratch_block: int, device: torch.device) -> StepInput:
     count = min(load.batch, load.tokens)
-    each = load.tokens // count
-    lengths = torch.full((count,), each)
-    lengths[0] += load.tokens - each * count
+    lengths = torch.full((count,), load.tokens // count)
+    lengths[: load.tokens % count] += 1
     starts = torch.cat((torch.zeros(1, dtype=torch.int64), lengths.cumsum(0)))
     # Every token is written to the first slot of the block: what they read of each other does not matter.
     width = -(-int(lengths.max()) // block_size)

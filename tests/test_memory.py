@@ -10,8 +10,10 @@ from families import REQUIRED, make
 
 import fuseline
 from fuseline.ir.interpret import bind_dims
+from fuseline.runtime.choices import Choices
 from fuseline.runtime.executor import Executor, fold_constants, new_caches
 from fuseline.runtime.memory import Load, activation_bytes, constant_bytes, plan_memory
+from fuseline.runtime.rehearsal import rehearse
 from fuseline.runtime.selfcheck import step_of
 
 CPU = torch.device("cpu")
@@ -93,6 +95,25 @@ def test_the_report_states_the_plan() -> None:
 def test_a_share_of_the_memory_is_a_share(share: Any) -> None:
     with pytest.raises(fuseline.runtime.options.OptionError, match="memory_share"):
         fuseline.compile(make("llama"), device="cpu", kv_cache=fuseline.KVCacheConfig(memory_share=share))
+
+
+@pytest.mark.parametrize(("tokens", "batch"), [(1, 4), (7, 4), (64, 1), (128, 2), (90, 8)])
+def test_the_largest_step_is_one_that_may_come(tokens: int, batch: int) -> None:
+    """As many tokens and rows as planned, no position past what the model knows, and nothing but padding written."""
+    done = fuseline.compile(make("gpt2"), device="cpu", max_seq_len=64, max_batch_size=batch, dtype=torch.float32)
+    executor, seen = done.engine._runner.model, []
+
+    def model(step: Any) -> torch.Tensor:
+        seen.append(step)
+        return executor(step)
+
+    scratch = done.engine.pool.num_blocks
+    rehearse(model, Load(tokens, batch, False), 16, scratch, Choices(8, torch.float32, CPU))
+    (step,) = seen
+    assert len(step.tokens) == tokens and len(step.rows) == min(batch, tokens)
+    assert int(step.positions.max()) < 64
+    assert set(step.slots.tolist()) == {scratch * 16}
+    assert step.query_starts[-1] == tokens and torch.equal(step.query_starts.diff(), step.context_lens)
 
 
 def test_a_decode_step_is_timed_on_any_device() -> None:
