@@ -21,7 +21,7 @@ from .bench.command import bench
 from .compile import compile
 from .compiled import CompiledModel
 from .dumps import Dump
-from .engine import TokenEvent
+from .events import TokenEvent
 from .explain import explain as explanation
 from .lower import Lowered, Wishes, lower
 from .models import resolve

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,25 +12,22 @@ from transformers import PreTrainedModel
 
 from ..codegen.launch import load_launches
 from ..ir.graph import Graph, type_of
-from ..ir.loop import Loop
 from ..ir.period import fold_of
 from ..ir.skeleton import skeleton
+from .assemble import assemble, load_of, pool_limits
 from .compiled import CompiledModel
-from .constants import constant_bytes, fold_constants
-from .decode import DecodeSteps
+from .constants import fold_constants
 from .dumps import Dump
-from .engine import Engine
-from .executor import Executor, cache_bytes_per_token, new_caches
+from .executor import Executor, new_caches
 from .garbage import rarely_searched_for_garbage
 from .lower import Wishes, lower
-from .options import KVCacheConfig, OptionError, Options, refuse_later, resolve, resolve_device, resolve_dtype
+from .memory import plan_memory
+from .options import KVCacheConfig, OptionError, refuse_later, resolve, resolve_device, resolve_dtype
 from .packed import pack_linears
 from .progress import Progress
-from .replay import GraphReplay, NotCapturable
+from .rehearsal import Meter
 from .report import Report
 from .selfcheck import check_concatenation, check_source, most_slots
-from .static_step import StaticStep
-from .tables import table_width
 from .tune import tune_kernels
 from .yardstick import Yardstick, run_source
 
@@ -70,7 +67,8 @@ def compile(
         device, dtype: default to the GPU in bf16 if there is one, else to the CPU in fp32.
         max_batch_size: sequences in one step. max_seq_len: tokens of a sequence, prompt and answer; defaults to the
             model's ``max_position_embeddings``. max_step_tokens: tokens in one step, prefill included.
-        kv_cache: block size and number of tokens of the KV cache.
+        kv_cache: block size and number of tokens of the KV cache; on a GPU it takes by default what weights and steps
+            leave of 85 % of the memory.
         graphs: run steps that only decode as CUDA graphs, recorded here for a few batch sizes that others are padded
             to; the default on a GPU. On the CPU the same padded steps are plain calls, for tests.
         lookahead: launch each step before the tokens of the last are known to the host; the default on a GPU.
@@ -96,6 +94,7 @@ def compile(
     refuse_later(quantization, tensor_parallel, schedule, kv_cache)
     place = resolve_device(device)
     kind = resolve_dtype(dtype, place)
+    meter = Meter(place) if place.type == "cuda" else None
     report = Report(device=str(place), dtype=str(kind).removeprefix("torch."))
     show = Progress(progress)
 
@@ -106,12 +105,16 @@ def compile(
         bones = skeleton(source, kind, trust_remote_code)
     config = bones.model.config.get_text_config()
     report.model = type(bones.model).__name__
-    options = resolve(config, place, kind, max_batch_size, max_seq_len, max_step_tokens, kv_cache)
+    gpu = place.type == "cuda"
+    options = replace(
+        resolve(config, place, kind, max_batch_size, max_seq_len, max_step_tokens, kv_cache),
+        graphs=gpu if graphs is None else graphs,
+        lookahead=gpu if lookahead is None else lookahead,
+    )
     record = Dump(dump) if dump is not None else None
     wishes = Wishes(skip, expect, verify, record, show)
     lowered = lower(model if isinstance(model, Graph) else bones, options, wishes, report)
     loop, kernels = lowered.loop, lowered.kernels
-    launches = None
     with report.timed("load weights"), show.line("load weights"):
         values = bones.load()
     vocab = type_of(_result(loop.graph)).shape[-1]
@@ -122,24 +125,29 @@ def compile(
             fold = fold_of(lowered.folded) if loop.repeats else None
             yardstick = run_source(bones.score, fold, vocab, options.max_seq_len)
     bones.forget()
+    block = loop.graph.options.get("kv_block", 16)
+    launched = {region for kernel in kernels for region in kernel.regions} if gpu else set()
+    most, budget = pool_limits(loop, options, block)
+    plan = plan_memory(loop, launched, values, place, load_of(options), block, most, budget)
+    report.memory(plan, block)
     few = loop.short if yardstick.few else loop
     with report.timed("place weights"):
         placed: dict[str, torch.Tensor] = {}
         constants = fold_constants(loop, values, place, placed, lambda items: show.bar(items, "weights"))
         few_constants = constants if few is loop else fold_constants(few, values, place, placed)
         del values, placed
-        linears, packed_bytes = pack_linears(loop, constants)
-    if place.type == "cuda":
+        linears = pack_linears(loop, constants)[0]
+    launches = None
+    if gpu:
         with report.timed("tuning"):
-            tuned = {}
+            choices = {}
             if tuning:
-                most = options.max_batch_size
+                batch = options.max_batch_size
                 tuned = tune_kernels(
-                    kernels, loop, constants, place, most, progress=lambda items: show.bar(items, "tuning")
+                    kernels, loop, constants, place, batch, progress=lambda items: show.bar(items, "tuning")
                 )
-            launches = load_launches(kernels, {name: record.choices for name, record in tuned.items()})
-
-    block = loop.graph.options.get("kv_block", 16)
+                choices = {name: record.choices for name, record in tuned.items()}
+            launches = load_launches(kernels, choices)
 
     def on_cache(num_slots: int) -> Executor:
         return Executor(loop, constants, new_caches(loop, num_slots, place), place, launches, linears)
@@ -157,73 +165,19 @@ def compile(
         check_source(sample.poisoned, yardstick.few, block, place, tolerance)
         check_source(whole.poisoned, yardstick.whole, block, place, tolerance)
         del whole, sample, few_constants
-    blocks = _pool_blocks(loop, options, block)
-    executor = on_cache((blocks + 1) * block)
-    dtype_of_logits = type_of(_result(loop.graph)).torch_dtype
-    decode = None
-    if place.type == "cuda" if graphs is None else graphs:
-        with report.timed("graphs"), show.line("graphs"):
-            decode = _recorded(_decode_steps(executor, options, block, blocks, vocab, dtype_of_logits), report)
-    report.memory(
-        constant_bytes(loop, constants) + packed_bytes,
-        blocks,
-        block,
-        cache_bytes_per_token(loop),
-    )
-    engine = Engine(
-        executor,
-        num_blocks=blocks,
-        block_size=block,
-        max_batch_size=options.max_batch_size,
-        max_seq_len=options.max_seq_len,
-        max_step_tokens=options.max_step_tokens,
-        vocab_size=vocab,
-        device=place,
-        logits_dtype=dtype_of_logits,
-        decode=decode,
-        lookahead=place.type == "cuda" if lookahead is None else lookahead,
-    )
-    compiled = CompiledModel(lowered.whole, kernels, report, engine, options, bones.model.generation_config, config)
+    if gpu:
+        torch.cuda.empty_cache()  # what merging left behind lies in pieces too small for the KV cache
+    with report.timed("graphs"), show.line("graphs"):
+        logits = (vocab, type_of(_result(loop.graph)).torch_dtype)
+        engine, decode = assemble(on_cache((plan.blocks + 1) * block), plan, options, block, logits, report)
+    if meter:
+        report.measured_bytes = meter.peak() + plan.shared + report.graph_bytes
+    config_of = (options, bones.model.generation_config, config)
+    compiled = CompiledModel(lowered.whole, kernels, report, engine, decode, *config_of)
     if record:
         record.finish(kernels, report)
     return compiled
 
 
-def _decode_steps(
-    executor: Executor, options: Options, block_size: int, scratch: int, vocab: int, dtype: torch.dtype
-) -> DecodeSteps:
-    """Decode steps of a model whose block number ``scratch`` belongs to no sequence."""
-    width, batch, device = table_width(options.max_seq_len, block_size), options.max_batch_size, options.device
-    static = StaticStep(batch, width, block_size, scratch, dtype, device)
-    return DecodeSteps(executor.into, static, batch, torch.empty(batch, vocab, dtype=dtype, device=device))
-
-
-def _recorded(decode: DecodeSteps, report: Report) -> DecodeSteps | None:
-    """Decode steps that are replayed as CUDA graphs where there is a GPU; None if they cannot be recorded."""
-    report.graphs = f"decode in {len(decode.buckets)} sizes up to {decode.buckets[-1]}"
-    if decode.static.device.type != "cuda":
-        report.graphs += ", as plain calls"
-        return decode
-    try:
-        decode.prepare(lambda compute, sizes: GraphReplay(compute, sizes, decode.static.device))
-    except NotCapturable as why:
-        report.graphs = f"none: {why}"
-        return None
-    return decode
-
-
 def _result(graph: Graph) -> Any:
     return graph.output_node().args[0]
-
-
-def _pool_blocks(loop: Loop, options: Options, block_size: int) -> int:
-    """Blocks of the KV cache: as asked for, else all that the batch can use and half of the free memory can hold."""
-    if options.kv_cache.max_tokens is not None:
-        return max(1, options.kv_cache.max_tokens // block_size)
-    useful = options.max_batch_size * -(-options.max_seq_len // block_size)
-    if options.device.type == "cuda":
-        free = int(torch.cuda.mem_get_info(options.device)[0] * 0.8)
-    else:
-        free = min(os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 4, 2 << 30)
-    fits = free // max(1, cache_bytes_per_token(loop) * block_size)
-    return max(1, min(useful, fits))

@@ -16,8 +16,10 @@ from ..codegen.kernels import Kernel
 from ..ir.errors import InvalidRequestError
 from ..ir.graph import Graph
 from ..ir.unfold import Unfolded
+from .decode import DecodeSteps
 from .dumps import Dump
-from .engine import Engine, Stats, TokenEvent
+from .engine import Engine
+from .events import Stats, TokenEvent
 from .options import Options
 from .report import Report
 from .sequence import SamplingParams
@@ -43,6 +45,7 @@ class CompiledModel:
         kernels: SequenceOf[Kernel],
         report: Report,
         engine: Engine,
+        decode: DecodeSteps,
         options: Options,
         generation_config: Any,
         config: Any,
@@ -51,6 +54,7 @@ class CompiledModel:
         self.kernels = list(kernels)
         self.report = report
         self.engine = engine
+        self._decode = decode
         self.options = options
         self.config = config
         self.eos_token_ids = _token_ids(
@@ -140,6 +144,26 @@ class CompiledModel:
         for row, keep, part in zip(logits, mask.to(logits.device), parts):
             row[keep] = part
         return Scores(logits)
+
+    def decode_step_ms(self, batch: int, context: int, repeats: int = 50) -> float:
+        """Median milliseconds of the model's part of one decode step of ``batch`` sequences of ``context`` tokens each.
+
+        On a GPU by its own clock: a replay of the CUDA graph for that batch, sampling of greedy tokens included. On the
+        CPU the wall time of the padded step.
+
+        Raises:
+            InvalidRequestError: no such step can come, or requests are in flight, whose state this would spoil.
+        """
+        if self.engine.has_work:
+            raise InvalidRequestError("requests are in flight: finish or abort them first")
+        if not (
+            1 <= batch <= self.options.max_batch_size and 1 <= context <= self.options.max_seq_len and repeats >= 1
+        ):
+            raise InvalidRequestError(
+                f"no decode step of {batch} sequences of {context} tokens can come, or be timed {repeats} times: "
+                f"max_batch_size is {self.options.max_batch_size}, max_seq_len {self.options.max_seq_len}"
+            )
+        return self._decode.milliseconds(batch, context, repeats)
 
     def dump(self, directory: str | Path) -> None:
         """Write the graph, the kernels and the report. (``compile(dump=...)`` also writes the text after each pass.)"""

@@ -71,9 +71,3 @@ def fold_constants(
             if last_use[source] is node and (once or last):
                 values.pop(source, None)
     return kept
-
-
-def constant_bytes(loop: Loop, constants: Mapping[Node, list[Tensor]]) -> int:
-    """Bytes of the constants; what a turn has from the one before is counted there."""
-    counted = (item for node, items in constants.items() for item in (items[:1] if node in loop.carries else items))
-    return sum(item.numel() * item.element_size() for item in counted)

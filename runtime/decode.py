@@ -10,11 +10,12 @@ import torch
 from torch import Tensor
 
 from .buckets import bucket_for, decode_buckets
-from .replay import Compute, Replay
+from .replay import Replay
 from .sequence import Sequence
 from .static_step import Longs, Staged, StaticStep
 from .step import StepInput
 from .tables import BlockTables
+from .timing import median_milliseconds
 
 Forward = Callable[[StepInput, Tensor], None]
 """Writes the keys and values of the step's tokens to the cache, and the logits of its rows to a tensor [R, V]."""
@@ -23,7 +24,7 @@ Forward = Callable[[StepInput, Tensor], None]
 class DecodeSteps:
     """Computes decode steps of up to ``max_batch_size`` sequences on static inputs and chooses greedy tokens.
 
-    ``make_replay`` turns the computation into how it is run, given the sizes that it is run at.
+    ``replay`` does what ``compute`` does, and may be set to something faster.
     """
 
     def __init__(self, forward: Forward, static: StaticStep, max_batch_size: int, logits: Tensor) -> None:
@@ -32,13 +33,9 @@ class DecodeSteps:
         self.buckets = decode_buckets(max_batch_size)
         self._forward = forward
         self._logits = logits
-        self._replay: Replay = self._compute
-        self._last: tuple[int, int, bytes] | None = None
+        self.replay: Replay = self.compute
+        self._last: tuple[BlockTables, int, int, bytes] | None = None
         self._blank(max_batch_size)
-
-    def prepare(self, make: Callable[[Compute, SequenceOf[int]], Replay]) -> None:
-        """Run steps by ``make(compute, sizes)`` from now on, in place of plain calls."""
-        self._replay = make(self._compute, self.buckets)
 
     def run(self, sequences: SequenceOf[Sequence], tables: BlockTables) -> Tensor:
         """Compute the next token of each sequence, which must have its block; returns logits [S, V].
@@ -51,16 +48,32 @@ class DecodeSteps:
         places = self._fill(staged, sequences, tables)
         self.static.pad(staged, count, bucket)
         # Most steps of few sequences go on in the blocks that the device knows of already.
-        state = (bucket, tables.changes, places.tobytes())
+        state = (tables, tables.changes, bucket, places.tobytes())
         moved = state != self._last
         if moved:
             width = int(staged.contexts[:count].max() - 1) // self.static.block_size + 1
             staged.tables[:count, :width] = tables.rows[:, :width][places]
         self.static.send(bucket, moved)
         self._last = state
-        with torch.inference_mode():
-            self._replay(bucket)
+        self.replay(bucket)
         return self._logits[:count]
+
+    def milliseconds(self, batch: int, context: int, repeats: int) -> float:
+        """Median time of ``replay`` for ``batch`` sequences with ``context`` tokens each: by the device's clock on a GPU.
+
+        Random tokens are fed, what the cache holds is read as a batch would, and only the scratch block is written to.
+        """
+        static, size = self.static, bucket_for(self.buckets, batch)
+        blocks = -(-context // static.block_size)
+        staged = static.stage()
+        static.pad(staged, 0, size)
+        staged.known[:batch] = np.random.default_rng(0).integers(0, self._logits.shape[1], batch)
+        staged.positions[:batch] = context - 1
+        staged.contexts[:batch] = context
+        staged.tables[:batch, :blocks] = np.arange(batch * blocks).reshape(batch, blocks) % max(1, static.scratch_block)
+        static.send(size, tables=True)
+        self._last = None
+        return median_milliseconds(lambda: self.replay(size), repeats, static.device)
 
     def _fill(self, staged: Staged, sequences: SequenceOf[Sequence], tables: BlockTables) -> Longs:
         """Write the rows of the sequences, all but their block tables; returns where those stand."""
@@ -79,7 +92,8 @@ class DecodeSteps:
         staged.sources[:count] = sources
         return places
 
-    def _compute(self, size: int) -> None:
+    def compute(self, size: int) -> None:
+        """Run the step on the device's inputs as they are; ``size`` is one of ``buckets``."""
         with torch.inference_mode():
             self.static.feed(size)
             logits = self._logits[:size]

@@ -6,45 +6,19 @@ import dataclasses
 import secrets
 from collections.abc import Callable
 from collections.abc import Sequence as SequenceOf
-from dataclasses import dataclass
-from typing import NamedTuple
 
 import torch
 
 from ..ir.errors import InvalidRequestError
 from .decode import DecodeSteps
+from .events import Stats, TokenEvent
 from .pool import BlockPool, PoolError
 from .runner import Flight, Runner
 from .sampler import not_finite
 from .scheduler import Chunk, Scheduler
-from .sequence import FinishReason, SamplingParams, Sequence, validate_prompt
+from .scoring import score_all
+from .sequence import SamplingParams, Sequence, validate_prompt
 from .step import Model
-
-
-class TokenEvent(NamedTuple):
-    """A token was generated; ``finish_reason`` is set if it is the last of its sequence."""
-
-    sequence_id: int
-    token: int
-    finish_reason: FinishReason | None
-
-
-@dataclass(frozen=True)
-class Stats:
-    """Totals since the engine was made.
-
-    steps           calls of the model
-    tokens          tokens generated
-    preemptions     times a sequence lost its blocks and had to be computed again
-    prefill_tokens  tokens computed from prompts, again after a preemption (generated ones too), or for scores
-    decode_tokens   generated tokens fed back one at a time
-    """
-
-    steps: int = 0
-    tokens: int = 0
-    preemptions: int = 0
-    prefill_tokens: int = 0
-    decode_tokens: int = 0
 
 
 class Engine:
@@ -175,27 +149,7 @@ class Engine:
             self._validate_room(len(prompt), f"prompts[{index}]")
         self.scheduler.preempt_all()
         scheduler = Scheduler(self.pool, self.scheduler.max_batch_size, self.scheduler.max_step_tokens)
-        for index, prompt in enumerate(prompts):
-            scheduler.add(Sequence(index, list(prompt)))
-        scores: dict[int, torch.Tensor] = {}
-        try:
-            while scheduler.has_work:
-                chunks = scheduler.schedule()
-                logits = self._runner.run(chunks, all_rows=True)
-                self._count(chunks)
-                row = 0
-                for chunk in chunks:
-                    sequence = chunk.sequence
-                    if sequence.id not in scores:
-                        scores[sequence.id] = logits.new_empty(len(sequence.prompt), logits.shape[-1])
-                    # Copied: a model may hand out the same memory at every step.
-                    scores[sequence.id][chunk.start : chunk.stop] = logits[row : row + chunk.length]
-                    row += chunk.length
-                    if chunk.reaches_end:
-                        scheduler.remove(sequence)
-        finally:
-            scheduler.clear()
-        return [scores[index] for index in range(len(prompts))]
+        return score_all(prompts, scheduler, self._all_logits)
 
     def check_integrity(self) -> None:
         """Raise PoolError unless every block is free or owned by one running sequence that has room for its tokens."""
@@ -260,6 +214,11 @@ class Engine:
                 self._decode_tokens -= sequence.num_tokens - len(sequence.prompt) - len(sequence.output)
         self._tokens += len(events)
         return events, ended
+
+    def _all_logits(self, chunks: list[Chunk]) -> torch.Tensor:
+        logits = self._runner.run(chunks, all_rows=True)
+        self._count(chunks)
+        return logits
 
     def _count(self, chunks: list[Chunk]) -> None:
         """Take chunks as computed once they are launched: what reads their results is launched later."""

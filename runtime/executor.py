@@ -68,7 +68,7 @@ class Executor:
         views = {view.region: view for view in regions_of(graph)}
         self._views = {region: views[region] for region in views if launches and region in launches}
         self._launches = launches or {}
-        expiring = _last_uses(loop, self._views)
+        expiring = last_uses(loop, self._views)
         self._stages = [self._stage(loop, stage, constants, caches, expiring) for stage in loop.stages]
         result = graph.output_node().args[0]
         if not isinstance(result, Node):
@@ -248,7 +248,7 @@ def _has_dims(args: Any, lone: bool) -> bool:
     return False
 
 
-def _last_uses(loop: Loop, views: Mapping[Region, RegionView]) -> dict[Any, list[Node]]:
+def last_uses(loop: Loop, views: Mapping[Region, RegionView]) -> dict[Any, list[Node]]:
     """The values that are read for the last time by a node (or by a kernel region of ``views``).
 
     Values that outlive a turn of a loop are left out.

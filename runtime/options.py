@@ -17,10 +17,14 @@ class OptionError(FuselineError, ValueError):
 
 @dataclass(frozen=True)
 class KVCacheConfig:
-    """The KV cache: tokens a block, tokens in all (``None``: as many as are useful and fit), element type."""
+    """The KV cache: tokens a block, tokens in all (``None``: as many as are useful and fit), element type.
+
+    What fits on a GPU is what weights and steps leave of ``memory_share`` of its memory, all that is in use counted.
+    """
 
     block_size: int = 16
     max_tokens: int | None = None
+    memory_share: float = 0.85
     dtype: torch.dtype | str | None = None
 
 
@@ -34,6 +38,8 @@ class Options:
     max_seq_len: int
     max_step_tokens: int
     kv_cache: KVCacheConfig
+    graphs: bool = False
+    lookahead: bool = False
 
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -107,6 +113,9 @@ def resolve(
     batch = positive("max_batch_size", max_batch_size)
     if positive("max_step_tokens", max_step_tokens) > MAX_STEP_TOKENS:
         raise OptionError(f"max_step_tokens={max_step_tokens} is more than {MAX_STEP_TOKENS}")
+    share = kv_cache.memory_share
+    if isinstance(share, bool) or not isinstance(share, (int, float)) or not 0 < share <= 1:
+        raise OptionError(f"KVCacheConfig.memory_share must be a number above 0 and at most 1, not {share!r}")
     if kv_cache.max_tokens is not None:
         positive("KVCacheConfig.max_tokens", kv_cache.max_tokens)
     return Options(device, dtype, batch, max_seq_len, max(max_step_tokens, batch), kv_cache)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import torch
@@ -33,10 +33,10 @@ class GraphReplay:
         _warm_up(compute, order, stream)
         _rehearse(compute, order[0], stream)
         self._graphs: dict[int, torch.cuda.CUDAGraph] = {}
-        pool = torch.cuda.graph_pool_handle()
+        self._pool = torch.cuda.graph_pool_handle()
         try:
             for size in order:
-                self._graphs[size] = _record(compute, size, stream, pool)
+                self._graphs[size] = _record(compute, size, stream, self._pool)
         except BaseException:
             for graph in self._graphs.values():
                 graph.reset()
@@ -45,6 +45,11 @@ class GraphReplay:
 
     def __call__(self, size: int) -> None:
         self._graphs[size].replay()
+
+    def memory(self) -> int:
+        """Bytes of the pool: no other use can be made of them."""
+        segments = torch.cuda.memory_snapshot()  # type: ignore[no-untyped-call]
+        return sum(item["total_size"] for item in segments if tuple(item["segment_pool_id"]) == tuple(self._pool))
 
 
 @contextmanager
@@ -94,6 +99,7 @@ def _record(compute: Compute, size: int, stream: torch.cuda.Stream, pool: Any) -
     except RuntimeError as error:
         # What ends a recording that went wrong raises too, before it has put the stream back.
         torch.cuda.set_stream(outer)
+        _forsake(pool, stream.device)
         # The first error says which operator; those while ending the recording follow from it.
         first: BaseException = error
         while isinstance(first.__context__, RuntimeError):
@@ -102,6 +108,13 @@ def _record(compute: Compute, size: int, stream: torch.cuda.Stream, pool: Any) -
         torch.cuda.synchronize(stream.device)
         raise NotCapturable(_reason(first)) from error
     return graph
+
+
+def _forsake(pool: Any, device: torch.device) -> None:
+    """Take a recording that could not be ended out of the books of torch's allocator, where it would stay for ever."""
+    with suppress(RuntimeError):  # it got as far as that by itself
+        torch._C._cuda_endAllocateToPool(device.index, pool)
+        torch._C._cuda_releasePool(device.index, pool)
 
 
 def _reason(error: BaseException) -> str:

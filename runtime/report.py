@@ -22,6 +22,7 @@ from ..ir.ops import op_name
 from ..ir.period import fold_of, layer_of, repeats, window
 from ..ir.unfold import Unfolded
 from ..passes import PassReport
+from .memory import MemoryPlan
 
 # Operators that make no work: they only look at the same memory in another shape.
 _VIEWS = frozenset(
@@ -69,6 +70,10 @@ class Report:
     weight_bytes: int = 0
     cache_tokens: int = 0
     cache_bytes: int = 0
+    workspace_bytes: int = 0
+    graph_bytes: int = 0
+    planned_bytes: int = 0
+    measured_bytes: int | None = None
     self_check: float = 0.0
     verification: str = ""
     graphs: str = "off"
@@ -113,11 +118,11 @@ class Report:
                     others[op_name(node.target)] += len(times)
         self.other_operators = dict(others)
 
-    def memory(self, weight_bytes: int, blocks: int, block_size: int, bytes_per_token: int) -> None:
-        """Note what is held in memory."""
-        self.weight_bytes = weight_bytes
-        self.cache_tokens = blocks * block_size
-        self.cache_bytes = self.cache_tokens * bytes_per_token
+    def memory(self, plan: MemoryPlan, block_size: int) -> None:
+        """Note what is planned to be held in memory."""
+        self.weight_bytes, self.cache_bytes = plan.weights, plan.cache
+        self.cache_tokens = plan.blocks * block_size
+        self.workspace_bytes, self.planned_bytes = plan.workspace + plan.graphs, plan.total
 
     def fusions(self) -> dict[str, tuple[int, int]]:
         """``(fused, refused)`` by pass, repeated passes added up."""
@@ -140,6 +145,9 @@ class Report:
             "other_operators": self.other_operators,
             "weight_bytes": self.weight_bytes,
             "kv_cache": {"tokens": self.cache_tokens, "bytes": self.cache_bytes},
+            "workspace_bytes": self.workspace_bytes,
+            "planned_bytes": self.planned_bytes,
+            "measured_bytes": self.measured_bytes,
             "self_check_relative_rmse": self.self_check,
             "verification": self.verification,
             "graphs": self.graphs,
@@ -162,11 +170,17 @@ class Report:
             ("other operators", other),
             ("weights", f"{self.weight_bytes / 1e6:.0f} MB"),
             ("KV cache", f"{self.cache_tokens} tokens, {self.cache_bytes / 1e6:.0f} MB"),
+            ("workspace", f"{self.workspace_bytes / 1e6:.0f} MB"),
+            ("memory", self._memory_text()),
             ("graphs", self.graphs),
             ("self-check", f"concatenated sequences agree to {self.self_check:.0e}"),
             ("verified", self.verification or "no"),
             ("seconds", ", ".join(f"{name} {value:.1f}" for name, value in self.seconds.items())),
         ]
+
+    def _memory_text(self) -> str:
+        planned = f"{self.planned_bytes / 1e6:.0f} MB planned"
+        return planned if self.measured_bytes is None else f"{planned}, {self.measured_bytes / 1e6:.0f} MB at most used"
 
     def __str__(self) -> str:
         buffer = io.StringIO()

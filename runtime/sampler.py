@@ -59,6 +59,15 @@ def not_finite(row: int, count: int) -> VerificationError:
     )
 
 
+DRAW_BYTES = 40
+"""Memory that a draw takes for each logit of the rows that it is made from: the sort of top-p above all."""
+
+
+def draw_rows(count: int, vocab: int) -> int:
+    """Most rows of ``count`` that are drawn together on an accelerator."""
+    return min(count, max(1, 2**23 // vocab))
+
+
 def _uniform(seed: int | None, index: int) -> float:
     """A number in [0, 1), a pure function of seed and index.
 
@@ -94,7 +103,7 @@ def _groups(params: list[SamplingParams], logits: torch.Tensor) -> list[list[int
     rest goes element by element, so a row's draw is still its own. A CPU takes one row at a time, since its vectors
     may treat the last elements of a tensor by other code than the first.
     """
-    size = 1 if logits.device.type == "cpu" else max(1, 2**23 // logits.shape[1])
+    size = 1 if logits.device.type == "cpu" else draw_rows(len(params), logits.shape[1])
     kinds: dict[tuple[bool, bool], list[int]] = {}
     for row, param in enumerate(params):
         if param.temperature > 0:

@@ -70,7 +70,7 @@ def test_buckets_hold_every_batch_and_end_with_the_largest(most: int) -> None:
 def test_padded_steps_give_the_same_tokens(name: str, lookahead: bool, poisoned: None) -> None:
     """Batches around the sizes, the largest no usual size; greedy and sampled; what padding holds is NaN."""
     model = make(name)
-    options: dict[str, Any] = dict(device="cpu", max_seq_len=80, max_batch_size=11, dtype=torch.float32)
+    options: dict[str, Any] = {"device": "cpu", "max_seq_len": 80, "max_batch_size": 11, "dtype": torch.float32}
     plain = fuseline.compile(model, **options)
     padded = fuseline.compile(model, **options, graphs=True, lookahead=lookahead)
     assert padded.report.graphs == "decode in 5 sizes up to 11, as plain calls"

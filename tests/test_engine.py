@@ -16,7 +16,8 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 
 from fuseline.ir.errors import InvalidRequestError, VerificationError
-from fuseline.runtime.engine import Engine, Stats
+from fuseline.runtime.engine import Engine
+from fuseline.runtime.events import Stats
 from fuseline.runtime.pool import PoolError
 from fuseline.runtime.sampler import sample
 from fuseline.runtime.sequence import SamplingParams

@@ -16,7 +16,8 @@ from test_engine import VOCAB, FakeModel, Interrupted, assert_all_as_alone, expe
 from fuseline.ir.errors import VerificationError
 from fuseline.runtime.choices import Pending
 from fuseline.runtime.decode import DecodeSteps
-from fuseline.runtime.engine import Engine, Stats
+from fuseline.runtime.engine import Engine
+from fuseline.runtime.events import Stats
 from fuseline.runtime.sequence import SamplingParams
 from fuseline.runtime.static_step import StaticStep
 from fuseline.runtime.step import StepInput
@@ -25,12 +26,13 @@ from fuseline.runtime.tables import table_width
 MODES = ("ahead", "padded", "both")
 
 
-def without_padding(model, scratch):
+def without_padding(model, scratch, block_size):
     """The model on static inputs: rows of padding must be where they do no harm, and get NaN."""
 
     def forward(step, logits):
         real = int((step.slots < scratch).sum())
         assert (step.slots[real:] == scratch).all() and (step.slots[:real] < scratch).all()
+        assert (step.context_lens[real:] == 1).all() and (step.block_tables[real:, 0] == scratch // block_size).all()
         rows = {name: value[: real + (name == "query_starts")] for name, value in vars(step).items()}
         logits[real:] = math.nan
         logits[:real] = model(StepInput(**{name: value.clone() for name, value in rows.items()}))
@@ -47,7 +49,9 @@ def make_engine(
         width = table_width(max_seq_len, block_size)
         static = StaticStep(max_batch_size, width, block_size, num_blocks, torch.float32, torch.device(device))
         logits = torch.full((max_batch_size, VOCAB), math.nan, device=device)
-        decode = DecodeSteps(without_padding(model, num_blocks * block_size), static, max_batch_size, logits)
+        decode = DecodeSteps(
+            without_padding(model, num_blocks * block_size, block_size), static, max_batch_size, logits
+        )
     engine = Engine(
         model,
         num_blocks=num_blocks,

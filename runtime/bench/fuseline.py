@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from ..compile import compile
-from ..engine import TokenEvent
+from ..events import TokenEvent
 from ..options import KVCacheConfig
 from ..sequence import SamplingParams
 from .peers import OURS, Peer, Served, Setup

@@ -1,0 +1,213 @@
+"""How much memory a compiled model takes, known before its weights are placed."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Collection, Iterator, Mapping
+from dataclasses import dataclass
+from math import prod
+
+from torch import Tensor, device
+from torch.fx import Node
+
+from ..codegen.region import RegionView, regions_of
+from ..ir.graph import Region, flat_types, is_constant, type_of
+from ..ir.loop import Loop
+from ..ir.ops import op_name
+from .executor import cache_bytes_per_token, last_uses
+from .options import OptionError
+from .sampler import DRAW_BYTES, draw_rows
+
+# Operators whose result lies in the memory of their first argument.
+_ALIASES = frozenset({"aten.reshape", "aten.unsqueeze", "aten.squeeze.dim", "aten.slice.Tensor", "aten.expand"})
+# Of those, the ones whose result a kernel does not take as it is.
+_STRIDED = frozenset({"aten.slice.Tensor", "aten.expand"})
+
+# What matrix libraries keep for themselves on a GPU.
+_LIBRARIES = 32 << 20
+
+
+@dataclass(frozen=True)
+class MemoryPlan:
+    """Bytes on the device.
+
+    weights    what steps read, ``shared`` of them being the given model's own
+    placing    most that is taken while weights are merged
+    cache      ``blocks`` blocks of the KV cache for sequences, and one more that padding uses
+    workspace  most that a step takes for what it computes on the way, and sampling
+    graphs     what CUDA graphs keep to themselves, and the logits they leave
+    """
+
+    weights: int
+    shared: int
+    placing: int
+    blocks: int
+    block_bytes: int
+    workspace: int
+    graphs: int
+
+    @property
+    def cache(self) -> int:
+        return (self.blocks + 1) * self.block_bytes
+
+    @property
+    def total(self) -> int:
+        return max(self.placing, self.weights + self.cache + self.workspace + self.graphs)
+
+
+@dataclass(frozen=True)
+class Load:
+    """The largest step: ``tokens`` of ``batch`` sequences; ``graphs`` says whether decode steps are recorded."""
+
+    tokens: int
+    batch: int
+    graphs: bool
+
+    @property
+    def ragged(self) -> dict[str, int]:
+        return {"T": self.tokens, "S": self.batch, "R": self.batch, "B": 1}
+
+    @property
+    def decode(self) -> dict[str, int]:
+        return {"T": self.batch, "S": self.batch, "R": self.batch, "B": 1}
+
+
+def plan_memory(
+    loop: Loop,
+    launched: Collection[Region],
+    weights: Mapping[str, Tensor],
+    place: device,
+    load: Load,
+    block_size: int,
+    most_blocks: int,
+    budget: int | None,
+) -> MemoryPlan:
+    """Plan for at most ``most_blocks`` blocks, or as many as fit ``budget`` bytes beyond what the model shares.
+
+    ``launched`` are the regions that run as kernels.
+
+    Raises:
+        OptionError: the budget does not leave a single block.
+    """
+    graph = loop.graph
+    kept, shared, placing = constant_bytes(loop, weights, place)
+    result = graph.output_node().args[0]
+    assert isinstance(result, Node)
+    vocab = prod(type_of(result).concrete(load.decode)) // load.batch
+    sampling = _size(result, load.decode) + draw_rows(load.batch, vocab) * vocab * DRAW_BYTES
+    workspace = max(activation_bytes(loop, launched, load.ragged), sampling)
+    if place.type == "cuda":
+        workspace += _LIBRARIES
+    # The logits lie outside of the pool of the graphs, in as much memory.
+    graphs = activation_bytes(loop, launched, load.decode) if load.graphs else 0
+    block_bytes = cache_bytes_per_token(loop) * block_size
+    if budget is not None:
+        room = (budget - (kept - shared) - workspace - graphs) // max(1, block_bytes) - 1
+        if room < 1:
+            raise OptionError(
+                f"the model does not fit: weights take {kept / 1e9:.2f} GB, a step {(workspace + graphs) / 1e9:.2f} GB, and "
+                f"{budget / 1e9:.2f} GB are to be had: choose smaller max_step_tokens and max_batch_size, or a larger "
+                "KVCacheConfig.memory_share"
+            )
+        most_blocks = min(most_blocks, room)
+    return MemoryPlan(kept, shared, placing, most_blocks, block_bytes, workspace, graphs)
+
+
+def constant_bytes(loop: Loop, weights: Mapping[str, Tensor], place: device) -> tuple[int, int, int]:
+    """Bytes of the values that ``fold_constants`` keeps, how many of them are the given weights' own memory, and the
+    most that it takes on the way."""
+    constants = [node for node in loop.graph.calls() if is_constant(node)]
+    last_use = {source: node for node in constants for source in node.all_input_nodes}
+    kept = {node for node in constants if any(not is_constant(user) for user in node.users)}
+    names: set[str] = set()
+    passing: dict[Node, int] = {}
+    held = shared = most = 0
+    for node, time, last in _constants_in_order(loop):
+        size = 0 if node in loop.carries else _size(node, {})
+        if str(node.target) == "weight":
+            name = loop.weight(node, time)
+            given = weights.get(name)
+            own = given is not None and given.device == place and given.dtype == type_of(node).torch_dtype
+            if name in names or (own and node not in kept):
+                size = 0
+            if node in kept:
+                names.add(name)
+                shared += size if own else 0
+        if node in kept:
+            held += size
+        else:
+            passing[node] = size
+        most = max(most, held - shared + sum(passing.values()))
+        for source in node.all_input_nodes:
+            if last_use[source] is node and last:
+                passing.pop(source, None)
+    return held, shared, most
+
+
+def _constants_in_order(loop: Loop) -> Iterator[tuple[Node, int, bool]]:
+    """What is computed once, with its time, and whether it is the last; a turn overwrites what passed in the one before."""
+    for stage in loop.stages:
+        nodes = [node for node in stage.nodes if is_constant(node)]
+        for time in stage.times:
+            yield from ((node, time, time == stage.times[-1]) for node in nodes)
+
+
+def activation_bytes(loop: Loop, launched: Collection[Region], dims: Mapping[str, int]) -> int:
+    """The most that the values computed in one step take at a time, as an ``Executor`` keeps and frees them."""
+    views = {view.region: view for view in regions_of(loop.graph)}
+    expiring = last_uses(loop, {region: view for region, view in views.items() if region in launched})
+    owner: dict[Node, Node] = {}
+    uses: Counter[Node] = Counter()
+    sizes: dict[Node, int] = {}
+    live = most = 0
+    done: set[Region] = set()
+    for node in loop.graph.calls():
+        if is_constant(node) or str(node.target) == "cache" or node in loop.carries:
+            continue
+        region: Region | None = node.meta.get("region")
+        made, copied = [node], 0
+        key: Node | Region = node
+        if region is not None and region in launched:
+            if region in done:
+                continue
+            done.add(region)
+            view = views[region]
+            made = [item for item in view.outputs if item not in view.in_place]
+            copied = sum(_size(item, dims) for item in view.inputs if op_name(item.target) in _STRIDED)
+            copied += _between_kernels(view, dims)
+            key = region
+        for item in made:
+            source = item.args[0] if key is node and op_name(item.target) in _ALIASES else None
+            root = owner.get(source, source) if isinstance(source, Node) else item
+            owner[item] = root
+            uses[root] += 1
+            if root is item:
+                sizes[item] = _own_size(item, dims)
+                live += sizes[item]
+        most = max(most, live + copied)
+        for item in expiring.get(key, ()):
+            root = owner.get(item, item)
+            uses[root] -= 1
+            if not uses[root]:
+                live -= sizes.get(root, 0)
+    return most
+
+
+def _between_kernels(view: RegionView, dims: Mapping[str, int]) -> int:
+    """Bytes that the launcher of a matmul takes for itself: for the rows of the product, and for its result."""
+    size = 0
+    for node in view.nodes:
+        if op_name(node.target) == "aten.linear":
+            size += sum(_size(item, dims) for item in node.all_input_nodes[:1] if item in view.nodes)
+            size += _size(node, dims) if node not in view.outputs else 0
+    return size
+
+
+def _own_size(node: Node, dims: Mapping[str, int]) -> int:
+    """Bytes of a value that is new memory; several results are counted one by one, where each is taken out."""
+    written = op_name(node.target) == "nn.cache_write"
+    return 0 if written or isinstance(node.meta["type"], tuple) else _size(node, dims)
+
+
+def _size(node: Node, dims: Mapping[str, int]) -> int:
+    return sum(prod(kind.concrete(dims)) * kind.torch_dtype.itemsize for kind in flat_types(node.meta["type"]))
