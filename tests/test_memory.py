@@ -54,7 +54,7 @@ def test_steps_take_what_was_planned(compiled: tuple[Any, fuseline.CompiledModel
     named = [*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)]
     loop = Loop.plain(done.graph)
     constants = fold_constants(loop, {name: item.detach() for name, item in named}, CPU, {})
-    step, slots = step_of([[5] * 30, [7] * 20], 16, CPU)
+    step, slots = step_of([[5] * 30, [7] * 20], 16, CPU), 16 * 16
     executor = Executor(loop, constants, new_caches(loop, slots, CPU), CPU)
     values: list[Any] = [None] * len(executor._slots)
     (stage,) = executor._stages
