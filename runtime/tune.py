@@ -75,7 +75,7 @@ def tune_kernels(
     constants: Constants,
     device: torch.device,
     max_rows: int,
-    seconds: float = 30.0,
+    seconds: float = 45.0,
     progress: Callable[[list[Kernel]], Iterable[Kernel]] = iter,
 ) -> dict[str, Tuning]:
     """The tilings of every kernel that has several, by its name: from the record of earlier compiles, else measured.
