@@ -60,7 +60,7 @@ def measure(module: ModuleType, arguments: Arguments, rows_of: Sequence[int], wo
             usable.update(zip(fresh, pool.map(fits, fresh)))
         for config in wanted:
             if usable[config]:
-                yield Timing(rows, config, _micros(module, sets, config))
+                yield Timing(rows, config, _micros(module, sets, config, apart=rows > 16))
 
 
 def choose(module: ModuleType, timings: Sequence[Timing], margin: float = 0.01) -> Choices:
@@ -93,15 +93,16 @@ def _fits(module: ModuleType, arguments: Sequence[Tensor], config: int) -> bool:
     return getattr(compiled, "n_spills", 0) in (0, None)
 
 
-def _micros(module: ModuleType, sets: Sequence[Sequence[Tensor]], config: int, repeats: int = 5) -> float:
+def _micros(
+    module: ModuleType, sets: Sequence[Sequence[Tensor]], config: int, apart: bool, repeats: int = 5
+) -> float:
     """Median microseconds of a launch, from replays of a CUDA graph that launches once with each set.
 
     Kernels for few rows begin before the one in front of them has ended, as they do in a step. Those for many rows do
-    not, and would hide each other's ends back to back: a small kernel lies between them.
+    not, and would hide each other's ends back to back: if ``apart``, a small kernel lies between them.
     """
     graph: Any = torch.cuda.CUDAGraph()
     between = torch.empty(1, device=sets[0][0].device)
-    apart = module.CONFIGS[config].get("constexprs", {}).get("BLOCK_M", 0) > 16
     with torch.cuda.graph(graph):
         for values in sets:
             if apart:

@@ -147,6 +147,7 @@ def compile(
                     kernels, loop, constants, place, batch, progress=lambda items: show.bar(items, "tuning")
                 )
                 choices = {name: record.choices for name, record in tuned.items()}
+                report.tilings = {name: [list(pair) for pair in found] for name, found in choices.items()}
             launches = load_launches(kernels, choices)
 
     def on_cache(num_slots: int) -> Executor:

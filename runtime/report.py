@@ -77,6 +77,7 @@ class Report:
     self_check: float = 0.0
     verification: str = ""
     graphs: str = "off"
+    tilings: dict[str, list[list[int | None]]] = field(default_factory=dict)
 
     @contextmanager
     def timed(self, what: str) -> Iterator[None]:
@@ -151,6 +152,7 @@ class Report:
             "self_check_relative_rmse": self.self_check,
             "verification": self.verification,
             "graphs": self.graphs,
+            "tilings": self.tilings,
             "seconds": {name: round(value, 3) for name, value in self.seconds.items()},
         }
 
@@ -173,6 +175,7 @@ class Report:
             ("workspace", f"{self.workspace_bytes / 1e6:.0f} MB"),
             ("memory", self._memory_text()),
             ("graphs", self.graphs),
+            ("tilings", f"of {len(self.tilings)} kernels measured" if self.tilings else "those of the files"),
             ("self-check", f"concatenated sequences agree to {self.self_check:.0e}"),
             ("verified", self.verification or "no"),
             ("seconds", ", ".join(f"{name} {value:.1f}" for name, value in self.seconds.items())),
