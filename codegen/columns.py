@@ -46,9 +46,17 @@ class Plan:
     apart: bool = False
 
     @property
+    def weight(self) -> Node:
+        weight = self.anchor.args[1]
+        assert isinstance(weight, Node)
+        return weight
+
+    @property
     def depth(self) -> int:
         """The length of the sums."""
-        return self._weight_size(1)
+        size = type_of(self.weight).shape[1]
+        assert isinstance(size, int)
+        return size
 
     @property
     def lanes(self) -> int:
@@ -56,16 +64,15 @@ class Plan:
         return len(self.sections[0].lanes)
 
     @property
+    def offsets(self) -> list[int]:
+        """The columns of each lane, counted from those of the first."""
+        starts = self.sections[0].starts
+        return [start - starts[0] for start in starts]
+
+    @property
     def width(self) -> int:
         """Columns that the tiles cover: those of one lane of each section."""
         return sum(section.width for section in self.sections)
-
-    def _weight_size(self, dim: int) -> int:
-        weight = self.anchor.args[1]
-        assert isinstance(weight, Node)
-        size = type_of(weight).shape[dim]
-        assert isinstance(size, int)
-        return size
 
 
 def plan(graph: Graph) -> Plan:

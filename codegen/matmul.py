@@ -4,37 +4,25 @@ from __future__ import annotations
 
 from torch.fx import Node
 
-from ..ir.graph import Graph, type_of
+from ..ir.graph import Graph
 from ..ir.ops import op_name
-from .columns import Plan, Section, plan
+from .columns import Plan, plan
 from .matmul_launch import launch_text
 from .matmul_tile import MatmulTile
 from .parts import finish_parts, product_part, rows_part, without_rows
-from .placement import local_tile, place_columns, section_condition
-from .rows import rows_kernel, store, value_written
+from .placement import place_columns
+from .rows import rows_kernel
 from .signature import file_text, kernel_text, parameters
 from .tile import Position
 from .writer import Writer
 
-_TAKEN = {"num_rows", "row", "row_ok", "n_ok", "ok", "k", "k0", "n", "w", "x", "tile", "head", "lane", "lanes", "cols"}
-_TAKEN |= {
-    "part",
-    "parts",
-    "parts_ptr",
-    "partial_ptr",
-    "arrived_ptr",
-    "place",
-    "before",
-    "split",
-    "first",
-    "until",
-    "pair",
-    "upper",
-    "squares",
-    "inverse",
-    "start",
-    "acc",
-}
+# Names that a kernel uses beside those of its values.
+_TAKEN = frozenset(
+    (
+        "num_rows row row_ok n_ok ok k k0 n w x tile head lane lanes cols part parts parts_ptr partial_ptr arrived_ptr "
+        "place before split span first until pair upper squares inverse start acc"
+    ).split()
+)
 _WAIT = ("if PDL:", "tl.extra.cuda.gdc_wait()")
 
 
@@ -74,7 +62,7 @@ def _pointers(graph: Graph) -> str:
 
 def _one_row(graph: Graph, layout: Plan) -> str:
     """The body for one row: products and sums without the tensor cores, which have nothing to share out."""
-    weight, depth = _weight(layout), layout.depth
+    weight, depth = layout.weight, layout.depth
     writer = _writer(graph)
     loop = f"for k0 in tl.static_range(0, {depth}, BLOCK_K):"
     tile = MatmulTile(graph, writer, layout, loop, "1")
@@ -111,12 +99,13 @@ def _one_row(graph: Graph, layout: Plan) -> str:
         tile.leave()
     for name in accumulators:
         writer.line(f"{name} = tl.sum({name}_sums, 1)[None, :]")
-    return _finish(tile, layout, accumulators, tiles)
+    tile.finish(accumulators, tiles)
+    return writer.text()
 
 
 def _many_rows(graph: Graph, layout: Plan) -> str:
     """The body for several rows: a loop of small matrix products, or several programs with a part of it each."""
-    weight, depth = _weight(layout), layout.depth
+    weight, depth = layout.weight, layout.depth
     writer = _writer(graph)
     loop = "for k0 in range(first, until, BLOCK_K):"
     tile = MatmulTile(graph, writer, layout, loop, "BLOCK_M")
@@ -127,10 +116,9 @@ def _many_rows(graph: Graph, layout: Plan) -> str:
     tiles = place_columns(writer, layout)
     writer.line("first, until = 0, " + str(depth))
     with writer.block("if SPLITS > 1:"):
-        writer.line(f"first = tl.program_id(2) * (({depth} + SPLITS * BLOCK_K - 1) // (SPLITS * BLOCK_K) * BLOCK_K)")
-        writer.line(
-            f"until = tl.minimum(first + ({depth} + SPLITS * BLOCK_K - 1) // (SPLITS * BLOCK_K) * BLOCK_K, {depth})"
-        )
+        writer.line(f"span = ({depth} + SPLITS * BLOCK_K - 1) // (SPLITS * BLOCK_K) * BLOCK_K")
+        writer.line("first = tl.program_id(2) * span")
+        writer.line(f"until = tl.minimum(first + span, {depth})")
     accumulators = _accumulators(layout)
     loads = _loads(layout, weight, "[None, :]", "[:, None]")
     writer.line("if PDL:")
@@ -159,7 +147,8 @@ def _many_rows(graph: Graph, layout: Plan) -> str:
             writer.line(f'{name} = tl.dot(x, w, {name}, input_precision="ieee")')
         tile.leave()
     _join_splits(writer, accumulators)
-    return _finish(tile, layout, accumulators, tiles)
+    tile.finish(accumulators, tiles)
+    return writer.text()
 
 
 def _print_rows(tile: MatmulTile, layout: Plan, weight: Node) -> None:
@@ -189,13 +178,6 @@ def _join_splits(writer: Writer, accumulators: list[str]) -> None:
                 writer.line(f'{name} += tl.load({where}, cache_modifier=".cg")')
 
 
-def _finish(tile: MatmulTile, layout: Plan, accumulators: list[str], tiles: list[str]) -> str:
-    tile.scale_by_norm(accumulators)
-    _add_bias(tile, layout, accumulators)
-    _epilogues(tile, layout, accumulators, tiles)
-    return tile.writer.text()
-
-
 def _writer(graph: Graph) -> Writer:
     return Writer({node.name for node in graph.nodes} | set(parameters(graph)) | _TAKEN)
 
@@ -205,20 +187,8 @@ def _wait(writer: Writer) -> None:
         writer.line(_WAIT[1])
 
 
-def _weight(layout: Plan) -> Node:
-    weight = layout.anchor.args[1]
-    assert isinstance(weight, Node)
-    return weight
-
-
 def _accumulators(layout: Plan) -> list[str]:
     return [f"acc{lane}" for lane in range(layout.lanes)] if layout.lanes > 1 else ["acc"]
-
-
-def _offsets(layout: Plan) -> list[int]:
-    """The columns of each lane, counted from those of the first."""
-    starts = layout.sections[0].starts
-    return [start - starts[0] for start in starts]
 
 
 def _loads(layout: Plan, weight: Node, across: str, along: str, more: str = "") -> list[str]:
@@ -227,7 +197,7 @@ def _loads(layout: Plan, weight: Node, across: str, along: str, more: str = "") 
     return [
         f"tl.load({weight.name}_ptr + {f'(n + {offset})' if offset else 'n'}{across} * {depth} + k{along}, "
         f"mask=ok{across} & (k < {depth}){along}, other=0{more})"
-        for offset in _offsets(layout)
+        for offset in layout.offsets
     ]
 
 
@@ -247,48 +217,3 @@ def _rows(tile: MatmulTile, layout: Plan) -> str:
     if any(op_name(node.target) == "nn.layer_norm" for node in tile.graph.calls() if node < layout.anchor):
         value = tile.writer.assign("masked", f"tl.where((k < {layout.depth})[None, :], {value}, 0.0)")
     return value
-
-
-def _add_bias(tile: MatmulTile, layout: Plan, accumulators: list[str]) -> None:
-    bias = layout.anchor.args[2] if len(layout.anchor.args) > 2 else None
-    if isinstance(bias, Node):
-        for offset, name in zip(_offsets(layout), accumulators):
-            where = f"n[None, :] + {offset}" if offset else "n[None, :]"
-            tile.writer.line(f"{name} += tl.load({bias.name}_ptr + {where}, mask=n_ok, other=0).to(tl.float32)")
-
-
-def _epilogues(tile: MatmulTile, layout: Plan, accumulators: list[str], tiles: list[str]) -> None:
-    for index, section in enumerate(layout.sections):
-        if not section.outputs:
-            continue
-        if len(layout.sections) == 1:
-            _epilogue(tile, layout, section, accumulators, "tile")
-            continue
-        tile.writer.line(f"# {', '.join(lane.name for lane in section.lanes)}")
-        with tile.writer.block(f"if {section_condition(tiles, index)}:"):
-            tile.enter()
-            _epilogue(tile, layout, section, accumulators, local_tile(section, tiles[index]))
-            tile.leave()
-
-
-def _epilogue(tile: MatmulTile, layout: Plan, section: Section, accumulators: list[str], local: str) -> None:
-    writer = tile.writer
-    head = local
-    if layout.head_dim:
-        head = writer.assign("head", local) if local != "tile" else "tile"
-        tile.scalars.add(head)
-    needs_column = not layout.head_dim or any(type_of(value_written(node)).rank == 2 for node in section.outputs)
-    column = writer.assign("out_col", f"{local} * {layout.head_dim or 'BLOCK_N'} + col") if needs_column else ""
-
-    def home(node: Node) -> Position:
-        if type_of(node).rank == 3:
-            return Position(("row", head, "col"), tile.row_mask, "n_ok")
-        return Position(("row", column or f"{head} * {layout.head_dim} + col"), tile.row_mask, "n_ok")
-
-    tile.given = dict(zip(section.lanes, accumulators))
-    tile.home = home
-    for output in section.outputs:
-        result = value_written(output)
-        store(tile, output, result, home(result))
-    tile.home = None
-    tile.given = {}

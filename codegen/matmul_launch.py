@@ -218,9 +218,7 @@ def tile_tilings(layout: Plan) -> tuple[list[Tiling], list[Tiling], list[Tiling]
 
 
 def _bytes(layout: Plan) -> int:
-    weight = layout.anchor.args[1]
-    assert isinstance(weight, Node)
-    return type_of(weight).torch_dtype.itemsize
+    return type_of(layout.weight).torch_dtype.itemsize
 
 
 def _row_input(graph: Graph, anchor: Node) -> str:

@@ -6,10 +6,11 @@ from collections.abc import Callable
 
 from torch.fx import Node
 
-from ..ir.graph import Graph
+from ..ir.graph import Graph, type_of
 from ..ir.ops import op_name
-from .columns import Plan
-from .rows import norm_epsilon
+from .columns import Plan, Section
+from .placement import local_tile, section_condition
+from .rows import norm_epsilon, store, value_written
 from .tile import Position, Tile
 from .writer import Writer
 
@@ -112,3 +113,45 @@ class MatmulTile(Tile):
         index = "lane ^ (BLOCK_N // 2)" if self._layout.order == "halves" else "lane ^ 1"
         wide = f"tl.broadcast_to({index}, {here}.shape[0], {here}.shape[1])"
         return self.writer.assign("turned", f"tl.gather({here}, {wide}, 1)")
+
+    def finish(self, accumulators: list[str], tiles: list[str]) -> None:
+        """Print the work on the product. ``tiles`` are the first tiles of the sections."""
+        layout = self._layout
+        self.scale_by_norm(accumulators)
+        bias = layout.anchor.args[2] if len(layout.anchor.args) > 2 else None
+        if isinstance(bias, Node):
+            for offset, name in zip(layout.offsets, accumulators):
+                where = f"n[None, :] + {offset}" if offset else "n[None, :]"
+                self.writer.line(f"{name} += tl.load({bias.name}_ptr + {where}, mask=n_ok, other=0).to(tl.float32)")
+        for index, section in enumerate(layout.sections):
+            if not section.outputs:
+                continue
+            if len(layout.sections) == 1:
+                self._finish_section(section, accumulators, "tile")
+                continue
+            self.writer.line(f"# {', '.join(lane.name for lane in section.lanes)}")
+            with self.writer.block(f"if {section_condition(tiles, index)}:"):
+                self.enter()
+                self._finish_section(section, accumulators, local_tile(section, tiles[index]))
+                self.leave()
+
+    def _finish_section(self, section: Section, accumulators: list[str], local: str) -> None:
+        head_dim, head = self._layout.head_dim, local
+        if head_dim:
+            head = self.writer.assign("head", local) if local != "tile" else "tile"
+            self.scalars.add(head)
+        by_column = not head_dim or any(type_of(value_written(node)).rank == 2 for node in section.outputs)
+        column = self.writer.assign("out_col", f"{local} * {head_dim or 'BLOCK_N'} + col") if by_column else ""
+
+        def home(node: Node) -> Position:
+            if type_of(node).rank == 3:
+                return Position(("row", head, "col"), self.row_mask, "n_ok")
+            return Position(("row", column or f"{head} * {head_dim} + col"), self.row_mask, "n_ok")
+
+        self.given = dict(zip(section.lanes, accumulators))
+        self.home = home
+        for output in section.outputs:
+            result = value_written(output)
+            store(self, output, result, home(result))
+        self.home = None
+        self.given = {}

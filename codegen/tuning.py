@@ -93,9 +93,7 @@ def _fits(module: ModuleType, arguments: Sequence[Tensor], config: int) -> bool:
     return getattr(compiled, "n_spills", 0) in (0, None)
 
 
-def _micros(
-    module: ModuleType, sets: Sequence[Sequence[Tensor]], config: int, apart: bool, repeats: int = 5
-) -> float:
+def _micros(module: ModuleType, sets: Sequence[Sequence[Tensor]], config: int, apart: bool, repeats: int = 5) -> float:
     """Median microseconds of a launch, from replays of a CUDA graph that launches once with each set.
 
     Kernels for few rows begin before the one in front of them has ended, as they do in a step. Those for many rows do

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from dataclasses import replace
 
 import torch
 
@@ -18,6 +19,9 @@ from .replay import GraphReplay, NotCapturable
 from .report import Report
 from .static_step import StaticStep
 from .tables import table_width
+
+# Tokens of prompts that are rehearsed beside the largest step.
+_REHEARSED = (2, 4, 8, 16, 32, 64, 128, 256)
 
 
 def load_of(options: Options) -> Load:
@@ -61,7 +65,12 @@ def assemble(
     static = StaticStep(batch, table_width(options.max_seq_len, block_size), block_size, scratch, dtype, device)
     decode = DecodeSteps(executor.into, static, batch, torch.empty(batch, vocab, dtype=dtype, device=device))
     if device.type == "cuda":
-        rehearse(executor, load_of(options), block_size, scratch, Choices(static.capacity, dtype, device))
+        # Other kernels are chosen for other numbers of rows: none is to be compiled while a request waits.
+        load, draws = load_of(options), Choices(static.capacity, dtype, device)
+        for tokens in _REHEARSED:
+            if tokens < load.tokens:
+                rehearse(executor, replace(load, tokens=tokens, batch=1), block_size, scratch, draws)
+        rehearse(executor, load, block_size, scratch, draws)
     recorded = options.graphs and _record(decode, report)
     engine = Engine(
         executor,
