@@ -8,10 +8,11 @@ from dataclasses import replace
 import torch
 
 from ..ir.loop import Loop
+from .caches import cache_bytes_per_token
 from .choices import Choices
 from .decode import DecodeSteps
 from .engine import Engine
-from .executor import Executor, cache_bytes_per_token
+from .executor import Executor
 from .memory import Load, MemoryPlan
 from .options import Options
 from .rehearsal import rehearse

@@ -15,10 +15,11 @@ from ..ir.graph import Graph, type_of
 from ..ir.period import fold_of
 from ..ir.skeleton import skeleton
 from .assemble import assemble, load_of, pool_limits
+from .caches import new_caches
 from .compiled import CompiledModel
 from .constants import fold_constants
 from .dumps import Dump
-from .executor import Executor, new_caches
+from .executor import Executor
 from .garbage import rarely_searched_for_garbage
 from .lower import Wishes, lower
 from .memory import plan_memory

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from math import prod
 from typing import Any
 
 import torch
@@ -17,7 +16,8 @@ from ..ir.infer import target_makes_tensor
 from ..ir.interpret import bind_dims, call, read
 from ..ir.loop import Loop, Stage
 from ..ir.ops import op_name
-from ..ir.types import Dim, TensorType
+from ..ir.types import Dim
+from .liveness import last_uses
 from .packed import Linear, at
 from .step import StepInput
 
@@ -248,59 +248,9 @@ def _has_dims(args: Any, lone: bool) -> bool:
     return False
 
 
-def last_uses(loop: Loop, views: Mapping[Region, RegionView]) -> dict[Any, list[Node]]:
-    """The values that are read for the last time by a node (or by a kernel region of ``views``).
-
-    Values that outlive a turn of a loop are left out.
-    """
-    stages = {node: place for place, stage in enumerate(loop.stages) for node in stage.nodes}
-    seen = set(loop.carries.values())
-    found: dict[Any, list[Node]] = {}
-    for node in reversed(list(loop.graph.nodes)):
-        region = node.meta.get("region")
-        for source in node.all_input_nodes:
-            if source in seen:
-                continue
-            seen.add(source)
-            inside = region is not None and region in views
-            if (
-                source.op == "call_function"
-                and not is_constant(source)
-                and str(source.target) != "cache"
-                and node.op != "output"
-                and node not in loop.carries
-                and (stages[source] == stages[node] or len(loop.stages[stages[node]].times) == 1)
-            ):
-                if inside and source.meta.get("region") == region:
-                    continue
-                found.setdefault(region if inside else node, []).append(source)
-    return found
-
-
 def _free(slots: list[int]) -> Instruction:
     def free(values: list[Any], dims: Mapping[str, int]) -> None:
         for slot in slots:
             values[slot] = None
 
     return free
-
-
-def new_caches(loop: Loop, num_slots: int, device: torch.device) -> dict[str, Tensor]:
-    """Storage for every ``cache(...)`` of a model, by role and layer. Caches of one type lie in one tensor."""
-    caches: dict[str, Tensor] = {}
-    names: dict[tuple[torch.dtype, tuple[int, ...]], list[str]] = {}
-    for name, kind in loop.caches().items():
-        names.setdefault((kind.torch_dtype, _sizes(kind)), []).append(name)
-    for (dtype, sizes), found in names.items():
-        caches.update(zip(found, torch.empty((len(found), num_slots, *sizes), dtype=dtype, device=device).unbind()))
-    return caches
-
-
-def cache_bytes_per_token(loop: Loop) -> int:
-    """Bytes that one token takes in all caches together."""
-    return sum(kind.torch_dtype.itemsize * prod(_sizes(kind)) for kind in loop.caches().values())
-
-
-def _sizes(cache: TensorType) -> tuple[int, ...]:
-    """The size of one slot of a cache."""
-    return tuple(size for size in cache.shape[1:] if isinstance(size, int))

@@ -14,7 +14,8 @@ from ..codegen.region import RegionView, regions_of
 from ..ir.graph import Region, flat_types, is_constant, type_of
 from ..ir.loop import Loop
 from ..ir.ops import op_name
-from .executor import cache_bytes_per_token, last_uses
+from .caches import cache_bytes_per_token
+from .liveness import last_uses
 from .options import OptionError
 from .sampler import DRAW_BYTES, draw_rows
 

@@ -16,8 +16,9 @@ import fuseline
 from fuseline.ir.loop import Loop
 from fuseline.ir.period import Period
 from fuseline.ir.skeleton import skeleton
+from fuseline.runtime.caches import new_caches
 from fuseline.runtime.constants import fold_constants
-from fuseline.runtime.executor import Executor, new_caches
+from fuseline.runtime.executor import Executor
 from fuseline.runtime.lower import Wishes, lower
 from fuseline.runtime.report import Report
 from fuseline.runtime.selfcheck import check_concatenation, most_slots

@@ -11,9 +11,10 @@ from families import REQUIRED, make
 import fuseline
 from fuseline.ir.interpret import bind_dims
 from fuseline.ir.loop import Loop
+from fuseline.runtime.caches import new_caches
 from fuseline.runtime.choices import Choices
 from fuseline.runtime.constants import fold_constants
-from fuseline.runtime.executor import Executor, new_caches
+from fuseline.runtime.executor import Executor
 from fuseline.runtime.memory import Load, activation_bytes, constant_bytes, plan_memory
 from fuseline.runtime.rehearsal import rehearse
 from fuseline.runtime.selfcheck import step_of
