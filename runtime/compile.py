@@ -11,6 +11,7 @@ import torch
 from transformers import PreTrainedModel
 
 from ..codegen.launch import load_launches
+from ..codegen.tuning import Choices
 from ..ir.graph import Graph, type_of
 from ..ir.period import fold_of
 from ..ir.skeleton import skeleton
@@ -29,7 +30,7 @@ from .progress import Progress
 from .rehearsal import Meter
 from .report import Report
 from .selfcheck import check_concatenation, check_source, most_slots
-from .tune import tune_kernels
+from .tune import listed, replayed, tune_kernels
 from .yardstick import Yardstick, run_source
 
 # Legal reordering of sums moves fp32 logits by about 1e-6 and rounded ones by a few percent; real mixing by far more.
@@ -51,7 +52,7 @@ def compile(
     schedule: str = "auto",
     graphs: bool | None = None,
     lookahead: bool | None = None,
-    tuning: bool = True,
+    tuning: bool | str | Path = True,
     skip: Sequence[str | int] = (),
     expect: Mapping[str, int] | None = None,
     verify: bool = False,
@@ -74,7 +75,8 @@ def compile(
             to; the default on a GPU. On the CPU the same padded steps are plain calls, for tests.
         lookahead: launch each step before the tokens of the last are known to the host; the default on a GPU.
         tuning: on a GPU, measure the tilings of matmuls against each other (45 seconds at most), once for each GPU:
-            what was measured is kept in the user's cache. Without it each kernel takes the tilings of its file.
+            what was measured is kept in the user's cache. ``False``: each kernel takes the tilings of its file. The
+            path of a dump's ``report.json``: those that it lists.
         skip: what is not to be done: a pass by name (``"FuseRope"``) or by its number in the dumps (``17``), or one
             application of it by its number from 0 (``"FuseRope#3"``).
         expect: how often passes must have fused, by name (``{"MergeQKV": 30}``), and ``"kernels_per_layer"``.
@@ -141,14 +143,15 @@ def compile(
     launches = None
     if gpu:
         with report.timed("tuning"):
-            choices = {}
-            if tuning:
+            choices: dict[str, Choices] = {}
+            if isinstance(tuning, (str, Path)):
+                choices = replayed(tuning, kernels)
+            elif tuning:
                 batch = options.max_batch_size
-                tuned = tune_kernels(
+                choices = tune_kernels(
                     kernels, loop, constants, place, batch, progress=lambda items: show.bar(items, "tuning")
                 )
-                choices = {name: record.choices for name, record in tuned.items()}
-                report.tilings = {name: [list(pair) for pair in found] for name, found in choices.items()}
+            report.tilings = listed(choices, kernels)
             launches = load_launches(kernels, choices)
 
     def on_cache(num_slots: int) -> Executor:

@@ -77,7 +77,7 @@ class Report:
     self_check: float = 0.0
     verification: str = ""
     graphs: str = "off"
-    tilings: dict[str, list[list[int | None]]] = field(default_factory=dict)
+    tilings: dict[str, dict[str, object]] = field(default_factory=dict)
 
     @contextmanager
     def timed(self, what: str) -> Iterator[None]:

@@ -24,6 +24,7 @@ from ..codegen.tuning import ROWS, Choices, Timing, choose, measure
 from ..ir.graph import flat_types, type_of
 from ..ir.loop import Loop
 from ..ir.types import Dim
+from .options import OptionError
 
 Constants = Mapping[Node, Sequence[Tensor]]
 
@@ -77,7 +78,7 @@ def tune_kernels(
     max_rows: int,
     seconds: float = 45.0,
     progress: Callable[[list[Kernel]], Iterable[Kernel]] = iter,
-) -> dict[str, Tuning]:
+) -> dict[str, Choices]:
     """The tilings of every kernel that has several, by its name: from the record of earlier compiles, else measured.
 
     Args:
@@ -88,7 +89,7 @@ def tune_kernels(
     until, machine = time.perf_counter() + seconds, machine_of(device)
     views = {view.region: view for view in regions_of(loop.graph)}
     rows_of = [rows for rows in ROWS if rows < 2 * max_rows]
-    found: dict[str, Tuning] = {}
+    found: dict[str, Choices] = {}
     # The heaviest first: time is best spent on them.
     for kernel in progress(sorted(kernels, key=lambda item: -_work(item))):
         path = kernel_path(kernel)
@@ -98,7 +99,7 @@ def tune_kernels(
         key = hashlib.sha256(json.dumps([kernel.source, machine, rows_of]).encode()).hexdigest()[:16]
         record = cache_directory("tuning") / f"{kernel.name}_{key}.json"
         try:
-            found[kernel.name] = Tuning.read(record)
+            found[kernel.name] = Tuning.read(record).choices
             continue
         except (OSError, ValueError, KeyError, TypeError):
             pass  # there is none, or one of another version: measure
@@ -107,10 +108,42 @@ def tune_kernels(
                 [views[region] for region in kernel.regions if region in views], constants, device, rows_of[-1]
             )
             tuning, complete = _measured(kernel, module, sets, rows_of, machine, until)
-            found[kernel.name] = tuning
+            found[kernel.name] = tuning.choices
             if complete:
                 tuning.write(record)
     return found
+
+
+def replayed(path: str | Path, kernels: Sequence[Kernel]) -> dict[str, Choices]:
+    """The tilings that the ``report.json`` of an earlier compile lists, by the kernel's name.
+
+    Raises:
+        OptionError: there is no such report, or it is of kernels with another text.
+    """
+    try:
+        listed = json.loads(Path(path).read_text())["tilings"]
+        found = {name: (item["source"], item["choices"]) for name, item in listed.items()}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise OptionError(f"tuning={str(path)!r} is no report.json of a dump: {error}") from error
+    sources = {kernel.name: digest_of(kernel) for kernel in kernels}
+    for name, (source, _) in found.items():
+        if sources.get(name) != source:
+            raise OptionError(
+                f"tuning={str(path)!r}: {name} is not the kernel that was measured: its text has changed; measure anew"
+            )
+    return {name: tuple((most, int(config)) for most, config in pairs) for name, (_, pairs) in found.items()}
+
+
+def listed(choices: Mapping[str, Choices], kernels: Sequence[Kernel]) -> dict[str, dict[str, object]]:
+    """Tilings as a report lists them, to be replayed."""
+    sources = {kernel.name: digest_of(kernel) for kernel in kernels}
+    return {
+        name: {"source": sources[name], "choices": [list(pair) for pair in pairs]} for name, pairs in choices.items()
+    }
+
+
+def digest_of(kernel: Kernel) -> str:
+    return hashlib.sha256(kernel.source.encode()).hexdigest()[:16]
 
 
 def _measured(

@@ -1,0 +1,137 @@
+"""Tilings: which may be measured, which is chosen, and that a record is read back or measured anew."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from functools import cache
+from pathlib import Path
+from types import ModuleType, SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from families import make
+
+from fuseline import passes
+from fuseline.codegen.kernels import Kernel, emit_kernels
+from fuseline.codegen.launch import kernel_path
+from fuseline.codegen.offline import load_kernel_file
+from fuseline.codegen.tuning import Timing, candidates, choose
+from fuseline.ir.capture import capture
+from fuseline.ir.graph import Graph
+from fuseline.ir.loop import Loop
+from fuseline.ir.skeleton import skeleton
+from fuseline.runtime import tune
+from fuseline.runtime.constants import fold_constants
+from fuseline.runtime.options import OptionError
+
+CPU = torch.device("cpu")
+
+
+@cache
+def lowered() -> Graph:
+    return passes.run(capture(skeleton(make("llama"), torch.bfloat16)))
+
+
+def emitted() -> list[Kernel]:
+    return emit_kernels(lowered())
+
+
+def module_of(name: str) -> ModuleType:
+    return load_kernel_file(kernel_path(next(kernel for kernel in emitted() if kernel.name == name)))
+
+
+def block_of(module: ModuleType, index: int) -> int | None:
+    """Rows of a tiling; 1 for the kernel of one row, nothing for the library."""
+    config = module.CONFIGS[index]
+    return config["constexprs"].get("BLOCK_M", 1) if config else None
+
+
+def test_what_may_be_measured_depends_on_the_rows() -> None:
+    module = module_of("down_proj")
+    assert {block_of(module, index) for index in candidates(module, 1)} == {1}
+    assert {block_of(module, index) for index in candidates(module, 4)} == {1, 16}
+    assert {block_of(module, index) for index in candidates(module, 16)} == {16}
+    assert {block_of(module, index) for index in candidates(module, 64)} == {64, 128, None}
+    assert {block_of(module, index) for index in candidates(module, 256)} == {64, 128, None}
+
+
+def test_the_fastest_is_chosen_and_noise_changes_nothing() -> None:
+    module = module_of("down_proj")
+    own = dict(module.CHOICES)
+    first, second = candidates(module, 1)[:2]
+    assert own[1] == first
+    slower = [Timing(1, first, 10.0), Timing(1, second, 9.0), Timing(8, 9, 5.0)]
+    assert choose(module, slower) == ((1, second), (8, 9), *[pair for pair in module.CHOICES if pair[0] not in (1,)])
+    alike = [Timing(1, first, 10.0), Timing(1, second, 9.95)]
+    assert choose(module, alike) == tuple(module.CHOICES)
+
+
+def test_every_number_of_rows_has_a_tiling() -> None:
+    module = module_of("gate_up")
+    found = choose(module, [Timing(rows, candidates(module, rows)[-1], 1.0) for rows in (1, 2, 4, 8, 16, 32)])
+    bounds = [most for most, _ in found]
+    assert bounds[-1] is None and bounds[:-1] == sorted(bounds[:-1])
+
+
+@pytest.fixture
+def measured(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[list[str]]:
+    """Names of the kernels that are measured: a stand-in takes one microsecond more for every further tiling."""
+    names: list[str] = []
+
+    def measure(module: ModuleType, arguments: Any, rows_of: Any) -> Iterator[Timing]:
+        names.append(module.__name__)
+        for rows in rows_of:
+            for values in arguments(rows):
+                assert all(value.shape for value in values)
+            yield from (Timing(rows, config, 100.0 - config) for config in candidates(module, rows))
+
+    properties = SimpleNamespace(L2_cache_size=1 << 20)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr(tune, "measure", measure)
+    monkeypatch.setattr(tune, "machine_of", lambda device: {"gpu": "none"})
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
+    yield names
+
+
+def tuned(seconds: float = 60.0) -> dict[str, Any]:
+    loop = Loop.plain(lowered())
+    weights = {name: value.detach().to(torch.bfloat16) for name, value in make("llama").state_dict().items()}
+    weights |= {name: value for name, value in make("llama").named_buffers()}
+    constants = fold_constants(loop, weights, CPU, {})
+    return tune.tune_kernels(emitted(), loop, constants, CPU, 8, seconds)
+
+
+def test_a_kernel_is_measured_once(measured: list[str], tmp_path: Path) -> None:
+    first = tuned()
+    assert set(first) == {"qkv", "o_proj", "gate_up", "down_proj", "lm_head"} and len(measured) == 5
+    assert tuned() == first and len(measured) == 5
+    (record,) = (tmp_path / "fuseline" / "tuning").glob("gate_up_*.json")
+    assert json.loads(record.read_text())["machine"] == {"gpu": "none"}
+    record.write_text("{")
+    assert tuned() == first and len(measured) == 6
+
+
+def test_another_machine_measures_anew(measured: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    tuned()
+    monkeypatch.setattr(tune, "machine_of", lambda device: {"gpu": "another"})
+    tuned()
+    assert len(measured) == 10
+
+
+def test_time_is_bounded(measured: list[str], tmp_path: Path) -> None:
+    assert tuned(seconds=0.0) == {}
+    assert not list((tmp_path / "fuseline" / "tuning").glob("*.json"))
+
+
+def test_what_a_report_lists_is_replayed(measured: list[str], tmp_path: Path) -> None:
+    choices = tuned()
+    report = tmp_path / "report.json"
+    report.write_text(json.dumps({"tilings": tune.listed(choices, emitted())}))
+    assert tune.replayed(report, emitted()) == choices
+    changed = [Kernel(kernel.name, kernel.source + "#", kernel.graph) for kernel in emitted()]
+    with pytest.raises(OptionError, match="its text has changed"):
+        tune.replayed(report, changed)
+    with pytest.raises(OptionError, match=r"no report\.json"):
+        tune.replayed(tmp_path / "missing.json", emitted())
