@@ -69,7 +69,7 @@ def assemble(
         # Other kernels are chosen for other numbers of rows: none is to be compiled while a request waits.
         load, draws = load_of(options), Choices(static.capacity, dtype, device)
         for tokens in _REHEARSED:
-            if tokens < load.tokens:
+            if tokens < min(load.tokens, options.max_seq_len):
                 rehearse(executor, replace(load, tokens=tokens, batch=1), block_size, scratch, draws)
         rehearse(executor, load, block_size, scratch, draws)
     recorded = options.graphs and _record(decode, report)
