@@ -113,7 +113,7 @@ def launch_text(graph: Graph, core: Graph, first: Graph | None, inner: Graph, fi
         "EXTRA": "".join(f", {name}" for name in extra),
         "ARGUMENTS": ", ".join(parameters(graph)),
         "ROWS": _row_input(core, layout.anchor),
-        "BODY": "".join(f"    {line}\n" for line in _body(layout, core, first, inner, finish)),
+        "BODY": "".join(f"    {line}\n" for line in _body(graph, core, first, inner, finish)),
     }
     text = f"{_TILINGS}\n\n{_LAUNCH}"
     for name, value in words.items():
@@ -121,13 +121,16 @@ def launch_text(graph: Graph, core: Graph, first: Graph | None, inner: Graph, fi
     return text
 
 
-def _body(layout: Plan, core: Graph, first: Graph | None, inner: Graph, finish: list[Graph]) -> list[str]:
+def _body(graph: Graph, core: Graph, first: Graph | None, inner: Graph, finish: list[Graph]) -> list[str]:
     """The lines that launch one row, a tiling, or the product of the library."""
+    layout = plan(core)
     anchor, tiles = layout.anchor, tile_count(layout, 'blocks["BLOCK_N"]')
     apart = list(core.output_node().args[0]) == [anchor] and bool(finish)  # type: ignore[arg-type]
     device = f"{_row_input(core, anchor)}.device"
+    # The caller may want the product itself as well.
+    given = any(node.name == anchor.name for node in fresh_outputs(graph))
     done = [f"launch_{item.name}({', '.join(parameters(item))})" for item in finish] if apart else []
-    lines = [_empty(anchor, device)] if apart else []
+    lines = [_empty(anchor, device)] if apart and not given else []
     row = f"run(config, ({tiles} * num_rows,), {', '.join(parameters(core))}, num_rows)"
     lines += ['if config and "BLOCK_M" not in blocks:', *_indented(_returned(row, done))]
     if first:
@@ -138,7 +141,7 @@ def _body(layout: Plan, core: Graph, first: Graph | None, inner: Graph, finish: 
     )
     grid = f'grid = ({columns}, {rows}, blocks["SPLITS"])'
     lines += ["if config:", *_indented([grid, *_returned(tile, done)])]
-    return lines + _library(inner, finish, "" if apart else device)
+    return lines + _library(inner, finish, given, "" if apart or given else device)
 
 
 def _returned(call: str, done: list[str]) -> list[str]:
@@ -150,16 +153,16 @@ def _indented(lines: list[str]) -> list[str]:
     return [f"    {line}" for line in lines]
 
 
-def _library(inner: Graph, finish: list[Graph], device: str) -> list[str]:
-    """The lines for the library's product; its result is there already if no device is given."""
+def _library(inner: Graph, finish: list[Graph], given: bool, device: str) -> list[str]:
+    """The lines for the library's product. Its place is there already if no device is named; ``given`` if it is wanted."""
     anchor = next(node for node in inner.calls() if op_name(node.target) == "aten.linear")
     x, weight, *bias = anchor.args
     product = f"{x}, {weight}.t()"
     added = bias[0] if bias and bias[0] is not None else None
-    if added is None and len(finish) == 1:
+    if added is None and len(finish) == 1 and not given:
         added = _summand(finish[0], anchor)  # the library adds it where it would add a bias
         finish = [] if added is not None else finish
-    into = anchor.name if finish else fresh_outputs(inner)[0].name
+    into = anchor.name if finish or given else fresh_outputs(inner)[0].name
     lines = [_empty(anchor, device)] if finish and device else []
     lines.append(
         f"torch.mm({product}, out={into})" if added is None else f"torch.addmm({added}, {product}, out={into})"

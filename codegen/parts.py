@@ -29,10 +29,8 @@ def product_part(graph: Graph, anchor: Node) -> Graph:
 
 
 def finish_parts(graph: Graph, anchor: Node) -> list[Graph]:
-    """The work on the product's result, one graph for the results of each shape of rows; none if it is the result."""
-    results = _results(graph)
-    if results == [anchor]:
-        return []
+    """The work on the product, one graph for the results of each shape of rows; the product itself is none of them."""
+    results = [node for node in _results(graph) if node is not anchor]
     after = [node for node in graph.calls() if node > anchor]
     groups: dict[tuple[Size, ...], list[Node]] = {}
     for node in results:

@@ -123,8 +123,9 @@ def constant_bytes(loop: Loop, weights: Mapping[str, Tensor], place: device) -> 
     names: set[str] = set()
     passing: dict[Node, int] = {}
     held = shared = most = 0
-    for node, time, last in _constants_in_order(loop):
-        size = 0 if node in loop.carries else _size(node, {})
+    for node, time, first, last in _constants_in_order(loop):
+        # What a turn has from the one before is counted there.
+        size = _size(node, {}) if first or node not in loop.carries else 0
         if str(node.target) == "weight":
             name = loop.weight(node, time)
             given = weights.get(name)
@@ -145,12 +146,15 @@ def constant_bytes(loop: Loop, weights: Mapping[str, Tensor], place: device) -> 
     return held, shared, most
 
 
-def _constants_in_order(loop: Loop) -> Iterator[tuple[Node, int, bool]]:
-    """What is computed once, with its time, and whether it is the last; a turn overwrites what passed in the one before."""
+def _constants_in_order(loop: Loop) -> Iterator[tuple[Node, int, bool, bool]]:
+    """What is computed once, with its time, and whether it is the first and the last.
+
+    A turn overwrites what passed in the one before.
+    """
     for stage in loop.stages:
         nodes = [node for node in stage.nodes if is_constant(node)]
         for time in stage.times:
-            yield from ((node, time, time == stage.times[-1]) for node in nodes)
+            yield from ((node, time, time == stage.times[0], time == stage.times[-1]) for node in nodes)
 
 
 def activation_bytes(loop: Loop, launched: Collection[Region], dims: Mapping[str, int]) -> int:

@@ -16,7 +16,7 @@ from typing import Any
 from pytest import MonkeyPatch
 
 from fuseline import passes
-from fuseline.codegen import coordinates, expressions, grouped_linear, kernels, matmul, paged_attention, rows, tile
+from fuseline.codegen import coordinates, expressions, grouped_linear, kernels, matmul_tile, paged_attention, rows, tile
 from fuseline.passes import batch_dim, duplicates, grouping, merge, paging, select_rows, transposes
 from fuseline.passes.names import aten, nn
 from fuseline.passes.pattern import read_pattern
@@ -399,7 +399,7 @@ _IN_KERNELS = {
     "a bias of other columns": Mutation(
         "qwen2",
         "codegen",
-        in_kernels("matmul_source", ("bias_ptr + n +", "bias_ptr + col[0] +"), ("bias_ptr + n,", "bias_ptr + col[0],")),
+        in_kernels("matmul_source", ("bias_ptr + n[None, :]", "bias_ptr + cols[None, :]")),
     ),
     "sigmoid of another slope": Mutation("llama", "codegen", in_helper("silu", "tl.exp(-x)", "tl.exp(-1.702 * x)")),
     "constant of gelu mistyped": Mutation("gemma2", "codegen", in_helper("gelu_tanh", "0.044715", "0.0447")),
@@ -429,7 +429,7 @@ _IN_KERNELS = {
     "epsilon of a kernel": Mutation(
         "llama",
         "codegen",
-        lambda patch: [patch.setattr(m, "norm_epsilon", lambda node: "1e-05") for m in (rows, matmul)] and None,
+        lambda patch: [patch.setattr(m, "norm_epsilon", lambda node: "1e-05") for m in (rows, matmul_tile)] and None,
     ),
     "mean of a layer norm over padded columns": Mutation(
         "gpt2-inverse-layer",
@@ -480,7 +480,7 @@ _IN_KERNELS = {
         "llama",
         "codegen",
         lambda patch: patch.setattr(
-            matmul,
+            matmul_tile,
             "store",
             edited(rows, ("slot = tile.looked_up(slots, at.coords[:1], at)", "slot = at.coords[0]")).store,
         ),

@@ -47,7 +47,8 @@ class Trial:
         self.thorough = recipe.seed % 8 == 0  # and those that did nothing
         generator = torch.Generator().manual_seed(recipe.seed)
         prompt = torch.randint(0, VOCABULARY, (recipe.tokens,), generator=generator).tolist()
-        self.step, self.slots = step_of([prompt], recipe.block, torch.device("cpu"))
+        self.step = step_of([prompt], recipe.block, torch.device("cpu"))
+        self.slots = -(-len(prompt) // recipe.block) * recipe.block
         self.rows = torch.tensor([recipe.tokens - 1, 0])
         built = build(recipe)
         self.weights = draw_weights(built, recipe.seed)

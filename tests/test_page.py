@@ -19,6 +19,7 @@ from fuseline import ir, passes
 from fuseline.codegen.kernels import emit_kernels
 from fuseline.ir.capture import capture
 from fuseline.ir.skeleton import skeleton
+from fuseline.ir.unfold import unfold
 from fuseline.runtime.drawing import layout
 from fuseline.runtime.excerpts import Excerpts
 from fuseline.runtime.folding import fold, spans_text, split
@@ -56,7 +57,7 @@ def data_of(family: str, layers: int) -> dict[str, Any]:
         report.passes.append(step.report)
         page.add(graph)
     kernels = emit_kernels(graph)
-    report.kernels(graph, kernels)
+    report.kernels(unfold(graph), kernels)
     return json.loads(json.dumps(page.data(kernels, report)))
 
 

@@ -98,7 +98,7 @@ def measured(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[list[s
 def tuned(seconds: float = 60.0) -> dict[str, Any]:
     loop = Loop.plain(lowered())
     weights = {name: value.detach().to(torch.bfloat16) for name, value in make("llama").state_dict().items()}
-    weights |= {name: value for name, value in make("llama").named_buffers()}
+    weights |= dict(make("llama").named_buffers())
     constants = fold_constants(loop, weights, CPU, {})
     return tune.tune_kernels(emitted(), loop, constants, CPU, 8, seconds)
 
