@@ -82,7 +82,7 @@ def test_every_kind_of_tiling_is_right(name: str, pool: ProcessPoolExecutor, tmp
             assert {label: error for label, error in found.items() if not error <= 1e-5} == {}
 
 
-# bf16 for every family; fp32, whose tiles differ, for one of each kind of kernel.
+# bf16 for every family; fp32, whose tiles differ, and sm_80 for one of each kind of kernel.
 WIDE = ("llama", "gemma2", "gpt2", "qwen3_moe", "gpt_oss")
 
 
@@ -90,8 +90,9 @@ WIDE = ("llama", "gemma2", "gpt2", "qwen3_moe", "gpt_oss")
     ("name", "dtype"), [(name, torch.bfloat16) for name in REQUIRED] + [(name, torch.float32) for name in WIDE]
 )
 def test_kernels_compile_without_spills(name: str, dtype: torch.dtype, tmp_path: Path) -> None:
+    targets = (80, 90) if name in WIDE else (90,)
     for kernel in emit_kernels(lowered(name, dtype)):
-        for resources in check_file(write(kernel, tmp_path), (80, 90)):
+        for resources in check_file(write(kernel, tmp_path), targets):
             assert resources.spill_bytes == 0
 
 
