@@ -9,7 +9,7 @@ from ..ir.ops import op_name
 from .columns import Plan, plan
 from .placement import tile_count
 from .rows import padded_width
-from .signature import fresh_outputs, parameters, pointer_types, types_text
+from .signature import COUNTERS, fresh_outputs, parameters, pointer_types, types_text
 
 Tiling = tuple[int, ...]
 
@@ -35,11 +35,7 @@ def tile(block_m, block_n, block_k, num_warps, num_stages, splits=1):
     }
 
 
-@functools.cache
-def counters(device, count):
-    """Zeros that the parts of a tile count their arrival in; the last of them leaves zero again."""
-    return torch.zeros(count, dtype=torch.int32, device=device)
-
+$COUNTERS$
 
 def workspace(blocks, tiles, device):
     """Memory for the parts of so many tiles, if there are several of each."""
@@ -103,6 +99,7 @@ def launch_text(graph: Graph, core: Graph, first: Graph | None, inner: Graph, fi
     extra = [item.name.upper() for item in [*([first] if first else []), *finish]]
     count = {"num_rows": "i32"}
     words = {
+        "COUNTERS": COUNTERS,
         "NAME": graph.name,
         "ROW_TYPES": types_text({**pointer_types(core), **count}),
         "LANES": str(layout.lanes),

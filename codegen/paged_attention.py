@@ -13,6 +13,7 @@ import torch
 from .expressions import HELPERS
 from .paged_attention_launch import HOPPER_CHOICE, LAUNCH, ONE_CHOICE
 from .paged_attention_template import TEMPLATE
+from .signature import COUNTERS, OVERLAPS
 
 
 @dataclass(frozen=True)
@@ -79,6 +80,8 @@ def paged_attention_source(spec: AttentionSpec) -> str:
     words = {
         "LAUNCH": LAUNCH,
         "PREFETCH_HELPER": HELPERS["prefetch"],
+        "OVERLAPS": OVERLAPS,
+        "COUNTERS": COUNTERS,
         "PREFETCH": str(whole),
         "CHOICE": (ONE_CHOICE if prefill == hopper else HOPPER_CHOICE).rstrip(),
         "SHAPE": repr(shape).replace("'", '"'),

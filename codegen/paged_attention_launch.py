@@ -31,11 +31,7 @@ PREFILL = {
 $CHOICE$
 
 
-@functools.cache
-def overlaps(device):
-    """Whether a kernel may begin before the one in front of it has ended, and waits for it by itself."""
-    return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (9, 0)
-
+$OVERLAPS$
 
 def run(variant, grid, **arguments):
     """Launch what VARIANTS describes."""
@@ -46,11 +42,7 @@ def run(variant, grid, **arguments):
     variant["kernel"][grid](**{**constants, **arguments}, **options, enable_fp_fusion=True)
 
 
-@functools.cache
-def counters(device, count):
-    """Zeros that splits count their arrival in; the last of them leaves zero again."""
-    return torch.zeros(count, dtype=torch.int32, device=device)
-
+$COUNTERS$
 
 @functools.cache
 def processors(device):

@@ -29,13 +29,21 @@ def pointer_types(graph: Graph) -> dict[str, str]:
     return {f"{node.name}_ptr": POINTERS[type_of(node).dtype] for node in [*graph.inputs(), *fresh_outputs(graph)]}
 
 
-_RUN = """\
+OVERLAPS = """\
 @functools.cache
 def overlaps(device):
     \"\"\"Whether a kernel may begin before the one in front of it has ended, and waits for it by itself.\"\"\"
     return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (9, 0)
+"""
 
+COUNTERS = """\
+@functools.cache
+def counters(device, count):
+    \"\"\"Zeros that the parts of a result count their arrival in; the last of them leaves zero again.\"\"\"
+    return torch.zeros(count, dtype=torch.int32, device=device)
+"""
 
+_RUN = """\
 def run(variant, grid, *arguments, **workspace):
     constants = {**variant["constexprs"], **workspace}
     options = {"num_warps": variant["num_warps"], "num_stages": variant["num_stages"]}
@@ -52,7 +60,7 @@ def file_text(kernels: Sequence[str], *host: str) -> str:
     """
     imports = "import functools\n\nimport torch\nimport triton\nimport triton.language as tl\n"
     helpers = helpers_used("\n".join(kernels))
-    return "\n\n".join([imports, *helpers, *kernels, _RUN, *host])
+    return "\n\n".join([imports, *helpers, *kernels, OVERLAPS, _RUN, *host])
 
 
 def kernel_text(name: str, parameters: str, body: str, unspecialised: Sequence[str] = ()) -> str:
