@@ -7,6 +7,7 @@ import operator
 import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import sympy
@@ -84,10 +85,8 @@ def export(module: Any, mode: FakeTensorMode, name: str, most_tokens: int) -> Tr
             with hooks.recording() as calls:
                 exported = _trace(module, mode, most_tokens, deferred=True)
             conditions = tuple(_conditions(exported))
-        table = {op: how for op, how in _decompositions().items() if _packet(op) in _TAKEN_APART}
-        packets = {_packet(node.target) for node in _nodes(exported)}
-        if _writes_in_place(exported) or packets & _TAKEN_APART:
-            exported = exported.run_decompositions(table)
+        if _writes_in_place(exported) or any(_packet(node.target) in _TAKEN_APART for node in _nodes(exported)):
+            exported = exported.run_decompositions(dict(_decompositions()))
         return Trace(exported, calls, conditions, most_tokens)
     except UnsupportedModelError:
         raise
@@ -163,8 +162,11 @@ def _without_attention(model: Any, calls: list[hooks.AttentionCall]) -> str:
     return ""
 
 
+@cache
 def _decompositions() -> dict[Any, Any]:
-    return torch.export.default_decompositions()
+    """How operators of ``_TAKEN_APART`` are. To list those of torch takes as long as all passes over a small model."""
+    table: Any = torch.export.default_decompositions()
+    return {op: how for op, how in table.items() if _packet(op) in _TAKEN_APART}
 
 
 def _packet(target: Any) -> str:

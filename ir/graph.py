@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,6 +11,10 @@ from torch.fx import Node
 
 from .ops import is_pure
 from .types import Dim, TensorType, Type
+
+# The setters alone: an assignment also looks the node up among those of its target, which stays as it is.
+_set_args: Callable[[Node, Any], None] = Node.args.fset  # type: ignore[attr-defined]
+_set_kwargs: Callable[[Node, Any], None] = Node.kwargs.fset  # type: ignore[attr-defined]
 
 
 @dataclass(frozen=True)
@@ -40,6 +44,24 @@ class Graph(torch.fx.Graph):
         self.name = name
         self.dims: dict[str, tuple[int, int]] = dict(dims or {})
         self.options: dict[str, int] = dict(options or {})
+
+    def create_node(
+        self,
+        op: str,
+        target: Any,
+        args: tuple[Any, ...] | None = None,
+        kwargs: dict[str, Any] | None = None,
+        name: str | None = None,
+        type_expr: Any = None,
+    ) -> Node:
+        """As in ``torch.fx``, which looks through the arguments it is given for symbolic sizes. There are none here, and
+        it takes longer than all the rest."""
+        node = super().create_node(op, target, None, None, name, type_expr)
+        if args:
+            _set_args(node, args)
+        if kwargs:
+            _set_kwargs(node, kwargs)
+        return node
 
     def __str__(self) -> str:
         from .dump import dump

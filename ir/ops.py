@@ -10,6 +10,7 @@ import inspect
 import operator
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import cache
 from typing import Any
 
 import torch
@@ -79,8 +80,11 @@ def resolve(name: str) -> Any:
     Raises:
         KeyError: there is no such operator.
     """
-    if name in _REGISTRY:
-        return _REGISTRY[name]
+    return _REGISTRY[name] if name in _REGISTRY else _aten(name)
+
+
+@cache
+def _aten(name: str) -> Any:
     namespace, _, rest = name.partition(".")
     if namespace != "aten" or not rest:
         raise KeyError(name)

@@ -47,6 +47,16 @@ def _size(tree: ast.expr) -> Size:
     return parse_size(ast.unparse(tree))
 
 
+def _dotted(tree: ast.expr) -> str:
+    """The text of ``a.b.c``."""
+    match tree:
+        case ast.Name(id=name):
+            return name
+        case ast.Attribute(value=owner, attr=name):
+            return f"{_dotted(owner)}.{name}"
+    return ast.unparse(tree)
+
+
 class _Parser:
     def __init__(self, text: str) -> None:
         self.lines = text.splitlines()
@@ -91,7 +101,8 @@ class _Parser:
     def _define(self, at: ast.AST, node: Node, name: str, type: Type) -> None:
         if name in self.values or name in self.graph.dims or name in DTYPES:
             raise self._fail(at, f"the name {name} is taken")
-        node.name = name
+        if node.name != name:
+            node.name = name
         node.meta["type"] = type
         source = self.comments.get(getattr(at, "lineno", 0))
         if source and node.op == "call_function":
@@ -150,18 +161,18 @@ class _Parser:
             raise self._fail(statement, "expected `name: type = op(...)`")
         call, name = statement.value, statement.target.id
         if isinstance(call, ast.Subscript):
-            node = self.graph.call_function(operator.getitem, (self._value(call.value), self._value(call.slice)))
+            target, arguments, named = operator.getitem, (self._value(call.value), self._value(call.slice)), {}
         elif isinstance(call, ast.Call):
-            op = ast.unparse(call.func)
+            op = _dotted(call.func)
             try:
                 target = resolve(op.removesuffix(".default"))
             except KeyError:
                 raise self._fail(call, f"unknown operator {op}") from None
             arguments = tuple(self._value(item) for item in call.args)
             named = {item.arg: self._value(item.value) for item in call.keywords if item.arg}
-            node = self.graph.call_function(target, arguments, named)
         else:
             raise self._fail(statement, "the right-hand side is no call")
+        node = self.graph.create_node("call_function", target, arguments, named, name=name)
         self._define(statement, node, name, self._type(statement.annotation))
         return node
 

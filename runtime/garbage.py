@@ -17,21 +17,24 @@ _YOUNG = 500_000
 def rarely_searched_for_garbage(function: Callable[P, R]) -> Callable[P, R]:
     """While the function runs, the garbage collector looks seldom, and at nothing that was there before.
 
-    What it was told before holds again afterwards. Where it is switched off, or was told to set objects aside already,
-    it is left alone.
+    What it was told before holds again afterwards: where it is switched off, it is left alone, and what others had it
+    set aside stays there.
     """
 
     @wraps(function)
     def run(*args: P.args, **kwargs: P.kwargs) -> R:
         thresholds = gc.get_threshold()
-        if not gc.isenabled() or not thresholds[0] or gc.get_freeze_count():
+        if not gc.isenabled() or not thresholds[0]:
             return function(*args, **kwargs)
-        gc.freeze()
+        aside = gc.get_freeze_count() > 0
+        if not aside:
+            gc.freeze()
         gc.set_threshold(max(_YOUNG, thresholds[0]), *thresholds[1:])
         try:
             return function(*args, **kwargs)
         finally:
             gc.set_threshold(*thresholds)
-            gc.unfreeze()
+            if not aside:
+                gc.unfreeze()
 
     return run
