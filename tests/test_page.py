@@ -27,8 +27,6 @@ from fuseline.runtime.page import Page, page_of
 from fuseline.runtime.page_passes import side_by_side
 from fuseline.runtime.report import Report
 
-pytestmark = pytest.mark.xdist_group("page")
-
 BROWSERS = ("chromium", "chromium-browser", "google-chrome")
 # No sandbox for root; the rest keeps the browser from asking the network for anything of its own.
 SWITCHES = (

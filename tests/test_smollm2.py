@@ -17,9 +17,6 @@ import fuseline
 from fuseline.runtime.models import resolve
 from fuseline.runtime.sequence import SamplingParams
 
-# One session's models serve all tests here, so one worker of xdist runs them all.
-pytestmark = pytest.mark.xdist_group("smollm2")
-
 LENGTHS = [1, 2, 3, 5, 7, 11, 16, 17, 31, 32, 33, 48, 64, 97, 100, 128, 150, 199, 256, 300]
 NEW_TOKENS = 64
 POOL_TOKENS = 1024
