@@ -114,7 +114,7 @@ def paged_attention(
     out = q.new_empty((*q.shape[:-1], v_cache.shape[-1]))
     if q.device.type == "meta":
         return out
-    lengths, starts = context_lens.tolist(), query_starts.tolist()
+    lengths, starts, tables = context_lens.tolist(), query_starts.tolist(), block_tables.tolist()
     caches = _Blocks(k_cache, block_size), _Blocks(v_cache, block_size)
     plain = not softcap and sinks is None
     decoding: list[tuple[int, int]] = []  # (blocks to read, sequence)
@@ -127,7 +127,7 @@ def paged_attention(
         if plain and last - first == 1:
             decoding.append(((length - 1) // block_size - begin // block_size + 1, index))
             continue
-        k, v = (cache.rows(block_tables[index], begin, length).to(q.dtype) for cache in caches)
+        k, v = (cache.rows(tables[index], begin, length).to(q.dtype) for cache in caches)
         seen = None
         if not (plain and kind == "causal" and last - first == length):
             places = torch.arange(begin, length, device=q.device)
@@ -166,7 +166,7 @@ def _decode(
     # The query heads of a group become the rows of one query, so its keys are read once.
     query = q.view(count, kv_heads, heads // kv_heads, -1)
     if count == 1:
-        k, v = (cache.rows(tables[0], begins[0], ends[0]).to(q.dtype) for cache in (k_cache, v_cache))
+        k, v = (cache.rows(tables[0].tolist(), begins[0], ends[0]).to(q.dtype) for cache in (k_cache, v_cache))
         k, v = (item.transpose(0, 1).unsqueeze(0) for item in (k, v))
         return F.scaled_dot_product_attention(query, k, v, scale=scale).reshape(count, heads, -1)
     size = k_cache.size
@@ -203,16 +203,15 @@ class _Blocks:
         self.heads = cache.shape[1]
         self._blocks = cache[: cache.shape[0] // size * size].view(-1, size, *cache.shape[1:])
 
-    def rows(self, table: Tensor, begin: int, end: int) -> Tensor:
+    def rows(self, table: list[int], begin: int, end: int) -> Tensor:
         """The positions ``begin`` to ``end`` of the sequence with this block table; a view if its blocks follow each other."""
         first = begin // self.size
-        part = table[first : (end - 1) // self.size + 1]
-        blocks = part.tolist()
+        blocks = table[first : (end - 1) // self.size + 1]
         start = begin - first * self.size
         if all(block == blocks[0] + place for place, block in enumerate(blocks)):
             start += blocks[0] * self.size
             return self.cache[start : start + end - begin]
-        found = self._blocks.index_select(0, part).flatten(0, 1)
+        found = self._blocks.index_select(0, torch.tensor(blocks, device=self.cache.device)).flatten(0, 1)
         return found[start : start + end - begin]
 
     def gather(self, tables: Tensor) -> Tensor:

@@ -34,7 +34,7 @@ def sharing_copy(model: Model) -> Model:
     for module, shell in shells:
         state = shell.__dict__
         for name, value in module.__dict__.items():
-            state[name] = _copied(value, memo)
+            state[name] = value if type(value) in _ATOMS else _copied(value, memo)
     return copy.deepcopy(model, memo)
 
 
@@ -51,10 +51,12 @@ def _copied(value: Any, memo: dict[int, Any]) -> Any:
         return value
     if kind in _CONTAINERS and not value:
         return kind()
+    known = memo.get(id(value))
+    if known is not None:  # parameters and modules, most of all
+        return known
     if kind is not dict:
         return copy.deepcopy(value, memo)
-    if id(value) not in memo:
-        memo[id(value)] = made = {}
-        for name, item in value.items():
-            made[_copied(name, memo)] = _copied(item, memo)
-    return memo[id(value)]
+    memo[id(value)] = made = {}
+    for name, item in value.items():
+        made[_copied(name, memo)] = _copied(item, memo)
+    return made

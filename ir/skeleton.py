@@ -30,9 +30,9 @@ Weights = Mapping[str, torch.Tensor]
 class Skeleton:
     """``model`` has fake parameters and real buffers; ``load`` brings the real values by checkpoint name.
 
-    ``score(prompt, fold)`` gives the logits ``[len(prompt), vocab]`` of the model itself with eager attention, the
-    yardstick of what was compiled, with ``fold`` of the layers alone that are traced then; it may be called after
-    ``load`` and until ``forget``.
+    ``score(prompts, fold)`` gives for each prompt the logits ``[len(prompt), vocab]`` of the model itself with eager
+    attention, the yardstick of what was compiled, with ``fold`` of the layers alone that are traced then; it may be
+    called after ``load`` and until ``forget``.
     """
 
     model: PreTrainedModel
@@ -40,7 +40,7 @@ class Skeleton:
     dtype: torch.dtype
     source_dtype: torch.dtype  # of the model that ``score`` runs
     load: Callable[[], dict[str, torch.Tensor]]
-    score: Callable[[Sequence[int], Fold | None], torch.Tensor]
+    score: Callable[[Sequence[Sequence[int]], Fold | None], list[torch.Tensor]]
     forget: Callable[[], None]
 
 
@@ -127,15 +127,18 @@ def _first_attention(model: PreTrainedModel) -> str:
     return ""
 
 
-def _score(model: PreTrainedModel, prompt: Sequence[int], fold: Fold | None) -> torch.Tensor:
+def _score(model: PreTrainedModel, prompts: Sequence[Sequence[int]], fold: Fold | None) -> list[torch.Tensor]:
+    found = []
     with torch.inference_mode(), shortened(model, fold) if fold else nullcontext():
-        tokens = torch.tensor([list(prompt)], device=model.device)
-        try:
-            return model(input_ids=tokens).logits[0].float().cpu()  # type: ignore[no-any-return]
-        except Exception as error:  # the model's own code
-            raise UnsupportedModelError(
-                f"{type(model).__name__} itself fails on a prompt of {len(prompt)} tokens: {error}"
-            ) from error
+        for prompt in prompts:
+            tokens = torch.tensor([list(prompt)], device=model.device)
+            try:
+                found.append(model(input_ids=tokens).logits[0].float().cpu())
+            except Exception as error:  # the model's own code
+                raise UnsupportedModelError(
+                    f"{type(model).__name__} itself fails on a prompt of {len(prompt)} tokens: {error}"
+                ) from error
+    return found
 
 
 def _sharing(model: PreTrainedModel) -> PreTrainedModel:
@@ -179,11 +182,11 @@ def _from_live(model: PreTrainedModel, dtype: torch.dtype) -> Skeleton:
         named = [*model.named_parameters(remove_duplicate=False), *twin.named_buffers(remove_duplicate=False)]
         return {name: item.detach() for name, item in named}
 
-    def score(prompt: Sequence[int], fold: Fold | None = None) -> torch.Tensor:
+    def score(prompts: Sequence[Sequence[int]], fold: Fold | None = None) -> list[torch.Tensor]:
         if not kept:
             kept.append(_sharing(model))
             _prepare(kept[0], "eager", "eager")
-        return _score(kept[0], prompt, fold)
+        return _score(kept[0], prompts, fold)
 
     return Skeleton(twin, mode, dtype, model.dtype, load, score, kept.clear)
 
@@ -220,7 +223,7 @@ def _from_path(path: str | Path, dtype: torch.dtype, trust_remote_code: bool) ->
         traced = model.named_buffers(remove_duplicate=False)
         return {**dict(traced), **{name: item.detach() for name, item in named}}
 
-    def score(prompt: Sequence[int], fold: Fold | None = None) -> torch.Tensor:
-        return _score(full(), prompt, fold)
+    def score(prompts: Sequence[Sequence[int]], fold: Fold | None = None) -> list[torch.Tensor]:
+        return _score(full(), prompts, fold)
 
     return Skeleton(model, mode, dtype, dtype, load, score, kept.clear)

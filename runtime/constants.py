@@ -51,7 +51,9 @@ def fold_constants(
             name, kind = loop.weight(node, time), type_of(node)
             made = placed.get(name)
             if made is None:
-                made = weights[name].to(device=device, dtype=kind.torch_dtype)
+                made = weights[name]
+                if made.device != device or made.dtype != kind.torch_dtype:
+                    made = made.to(device=device, dtype=kind.torch_dtype)
                 if node in kept:
                     placed[name] = made
             if made.shape != kind.shape:

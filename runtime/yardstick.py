@@ -11,7 +11,7 @@ from torch import Tensor
 from ..ir.errors import UnsupportedModelError
 from ..ir.fold import Fold
 
-Score = Callable[[Sequence[int], Fold | None], Tensor]
+Score = Callable[[Sequence[Sequence[int]], Fold | None], list[Tensor]]
 
 
 @dataclass(frozen=True)
@@ -46,10 +46,10 @@ def run_source(score: Score, fold: Fold | None, vocab_size: int, max_length: int
     prompts = [torch.randint(0, vocab_size, (length,), generator=generator).tolist() for length in lengths]
     if fold is not None:
         try:
-            few = [Expected(prompt, score(prompt, fold)) for prompt in prompts]
+            few = list(map(Expected, prompts, score(prompts, fold)))
         except UnsupportedModelError:  # its code may count on all layers
             pass
         else:
             some = prompts[min(1, len(prompts) - 1)]
-            return Yardstick(few, [Expected(some, score(some, None), prompts[-1][:7])])
-    return Yardstick([], [Expected(prompt, score(prompt, None)) for prompt in prompts])
+            return Yardstick(few, [Expected(some, score([some], None)[0], prompts[-1][:7])])
+    return Yardstick([], list(map(Expected, prompts, score(prompts, None))))
