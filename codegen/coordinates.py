@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from math import prod
 
 from torch.fx import Node
 
@@ -73,24 +74,45 @@ def _select(node: Node, source: Sequence[Size], shape: Sequence[Size], coords: t
 
 
 def _reshape(node: Node, source: Sequence[Size], shape: Sequence[Size], coords: tuple[str, ...]) -> tuple[str, ...]:
-    # Equal dims at the end keep their coordinates; the rest goes through the flat index.
-    kept = 0
-    while kept < min(len(source), len(shape)) and source[len(source) - 1 - kept] == shape[len(shape) - 1 - kept]:
-        kept += 1
-    tail = coords[len(coords) - kept :] if kept else ()
-    head, outer = source[: len(source) - kept], shape[: len(shape) - kept]
-    flat = flat_index(coords[: len(outer)], outer)
-    found: list[str] = []
-    for place in range(len(head) - 1, -1, -1):
-        size = head[place]
-        if place == 0:
-            found.insert(0, f"({flat})" if flat != "0" else "0")
-        elif size == 1:
-            found.insert(0, "0")
-        else:
-            found.insert(0, f"(({flat}) % {size})")
-            flat = f"({flat}) // {size}"
-    return (*found, *tail)
+    found: list[str] = ["0"] * len(source)
+    for dims, places in _blocks(source, shape):
+        flat = flat_index(coords[places], shape[places])
+        for place in range(dims.stop - 1, dims.start - 1, -1):
+            size = source[place]
+            if place == dims.start:
+                found[place] = flat if flat.isidentifier() or flat.isdigit() else f"({flat})"
+            elif size != 1:
+                found[place] = f"(({flat}) % {size})"
+                flat = f"({flat}) // {size}"
+    return tuple(found)
+
+
+def _blocks(source: Sequence[Size], shape: Sequence[Size]) -> Iterator[tuple[slice, slice]]:
+    """Runs of dims of the one shape that hold as many elements as a run of the other, the last first.
+
+    Only within them does a reshape mix coordinates. Dims of size one may be left over.
+    """
+    last, end = len(source), len(shape)
+    while last and end:
+        first, begin = last - 1, end - 1
+        while source[first:last] != shape[begin:end]:
+            here, there = _elements(source[first:last]), _elements(shape[begin:end])
+            if here == there != 0:
+                break
+            if here and there and here < there and first:
+                first -= 1
+            elif here and there and there < here and begin:
+                begin -= 1
+            else:
+                first = begin = 0
+                break
+        yield slice(first, last), slice(begin, end)
+        last, end = first, begin
+
+
+def _elements(sizes: Sequence[Size]) -> int:
+    """Their product; zero if one is dynamic."""
+    return prod(size if isinstance(size, int) else 0 for size in sizes)
 
 
 _VIEWS = {

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from ..ir.graph import Region
+from .greedy import greedy_source
 from .kernels import Kernel
 from .offline import load_kernel_file
 from .tuning import Choices
@@ -28,14 +29,19 @@ def cache_directory(kind: str) -> Path:
 
 
 def kernel_path(kernel: Kernel) -> Path:
-    """The file of a kernel in the cache; written if it is not there. Its name covers the whole text."""
-    digest = hashlib.sha256(kernel.source.encode()).hexdigest()[:16]
+    """The file of a kernel in the cache; written if it is not there."""
+    return _written(kernel.name, kernel.source)
+
+
+def _written(name: str, source: str) -> Path:
+    """A file with this text in the cache. Its name covers the whole text."""
+    digest = hashlib.sha256(source.encode()).hexdigest()[:16]
     folder = cache_directory("kernels")
-    path = folder / f"{kernel.name}_{digest}.py"
-    if not path.exists() or path.read_text() != kernel.source:
+    path = folder / f"{name}_{digest}.py"
+    if not path.exists() or path.read_text() != source:
         handle, temporary = tempfile.mkstemp(dir=folder, suffix=".tmp")
         with os.fdopen(handle, "w") as file:
-            file.write(kernel.source)
+            file.write(source)
         os.replace(temporary, path)
     return path
 
@@ -60,3 +66,8 @@ def load_launches(kernels: Sequence[Kernel], choices: Mapping[str, Choices] | No
         launch = load_launch(kernel, (choices or {}).get(kernel.name))
         found.update(dict.fromkeys(kernel.regions, launch))
     return found
+
+
+def load_greedy() -> Launch:
+    """``launch(logits, tokens, finite)`` of the kernel that chooses the most likely tokens."""
+    return load_kernel_file(_written("greedy", greedy_source())).launch  # type: ignore[no-any-return]

@@ -123,7 +123,7 @@ def rows_kernel(graph: Graph, function: str) -> tuple[str, str]:
             column = tile.columns(shape[-1])
             place = Position((*coords, column), "row_ok", _below(column, shape[-1]))
         store(tile, output, result, place)
-    block = max(1, min(32, _TILE // tile.widest))
+    block = padded_width(max(1, min(32, _TILE // (tile.widest * len(outputs)))))
     warps = 4 if block * tile.widest <= _TILE else 8
     rows = (
         f"{results[0].name}.numel() // {_width(type_of(results[0]).shape)}"

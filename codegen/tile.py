@@ -191,12 +191,8 @@ class Tile:
         assert isinstance(width, int)
         if pairing == "half":
             half = width // 2
-            high = (
-                f"{column} - {half}"
-                if width == type_of(x).shape[-1]
-                else (f"tl.where({column} < {width}, {column} - {half}, {column})")
-            )
-            partner = f"tl.where({column} < {half}, {column} + {half}, {high})"
+            # Said like this, neighbours are seen to have neighbours as partners, which are loaded together.
+            partner = f"({column} + {half}) % {width}"
             sign = f"tl.where({column} < {half}, -1.0, 1.0)"
         else:
             partner = f"tl.where({column} < {width}, {column} ^ 1, {column})"

@@ -63,11 +63,11 @@ def assemble(
     """
     vocab, dtype = logits
     batch, device, scratch = options.max_batch_size, options.device, plan.blocks
-    static = StaticStep(batch, table_width(options.max_seq_len, block_size), block_size, scratch, dtype, device)
+    static = StaticStep(batch, table_width(options.max_seq_len, block_size), block_size, scratch, device)
     decode = DecodeSteps(executor.into, static, batch, torch.empty(batch, vocab, dtype=dtype, device=device))
     if device.type == "cuda":
         # Other kernels are chosen for other numbers of rows: none is to be compiled while a request waits.
-        load, draws = load_of(options), Choices(static.capacity, dtype, device)
+        load, draws = load_of(options), Choices(static.capacity, device)
         for tokens in _REHEARSED:
             if tokens < min(load.tokens, options.max_seq_len):
                 rehearse(executor, replace(load, tokens=tokens, batch=1), block_size, scratch, draws)
@@ -82,7 +82,6 @@ def assemble(
         max_step_tokens=options.max_step_tokens,
         vocab_size=vocab,
         device=device,
-        logits_dtype=dtype,
         decode=decode if recorded else None,
         lookahead=options.lookahead,
     )

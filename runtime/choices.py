@@ -7,6 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from ..codegen.launch import load_greedy
 from .layout import ALIGNMENT, Layout
 from .sampler import draw_sampled
 from .sequence import SamplingParams
@@ -26,22 +27,20 @@ class Choices:
     host at a time.
     """
 
-    def __init__(
-        self, capacity: int, logits_dtype: torch.dtype, device: torch.device, store: Tensor | None = None
-    ) -> None:
+    def __init__(self, capacity: int, device: torch.device, store: Tensor | None = None) -> None:
         """``store u8[choices_bytes(...)]`` is memory to use instead of new one; the tokens are at its end."""
-        layout = _layout(capacity, logits_dtype)
+        layout = _layout(capacity)
         self._store = torch.zeros(layout.size, dtype=torch.uint8, device=device) if store is None else store
         views = layout.views(self._store)
         self.tokens = views["tokens"]
-        self._lowest, self._highest = views["lowest"], views["highest"]
+        self._finite = views["finite"]
+        self._choose = load_greedy() if device.type == "cuda" else _choose
         self._hosts = [_Host(layout, device) for _ in range(2)]
 
     def greedy(self, logits: Tensor) -> None:
         """Choose the most likely token of each row of ``logits [R, V]``, the lowest id among equals."""
         count = len(logits)
-        torch.max(logits, dim=-1, out=(self._highest[:count], self.tokens[:count]))
-        torch.amin(logits, dim=-1, out=self._lowest[:count])
+        self._choose(logits, self.tokens[:count], self._finite[:count])
 
     def draw(self, logits: Tensor, params: list[SamplingParams], indices: list[int]) -> None:
         """After ``greedy``: draw the tokens of the rows with a temperature instead (see ``sample``)."""
@@ -84,23 +83,23 @@ class _Host:
     def read(self, count: int) -> Chosen:
         if self._event is not None:
             self._event.synchronize()
-        # Both extremes carry a NaN on: together they are finite exactly when every logit is.
-        finite = self._views["lowest"][:count].isfinite() & self._views["highest"][:count].isfinite()
-        return Chosen(self._views["tokens"][:count].tolist(), finite.tolist())
+        return Chosen(self._views["tokens"][:count].tolist(), self._views["finite"][:count].tolist())
 
 
-def choices_bytes(capacity: int, logits_dtype: torch.dtype) -> int:
+def choices_bytes(capacity: int) -> int:
     """The size of the ``store`` of ``Choices``."""
-    return _layout(capacity, logits_dtype).size
+    return _layout(capacity).size
 
 
-def _layout(capacity: int, logits_dtype: torch.dtype) -> Layout:
+def _layout(capacity: int) -> Layout:
     if capacity * 8 % ALIGNMENT:
         raise ValueError(f"a capacity of {capacity} rows leaves a gap behind the tokens")
-    return Layout(
-        [
-            ("lowest", logits_dtype, (capacity,)),
-            ("highest", logits_dtype, (capacity,)),
-            ("tokens", torch.int64, (capacity,)),
-        ]
-    )
+    return Layout([("finite", torch.bool, (capacity,)), ("tokens", torch.int64, (capacity,))])
+
+
+def _choose(logits: Tensor, tokens: Tensor, finite: Tensor) -> None:
+    """Fill in the most likely token of each row, and whether all of the row is finite."""
+    top, places = logits.max(dim=-1)
+    tokens.copy_(places)
+    # Both extremes carry a NaN on: together they are finite exactly when every logit is.
+    torch.logical_and(top.isfinite(), logits.amin(dim=-1).isfinite(), out=finite)

@@ -42,20 +42,19 @@ class Engine:
         max_step_tokens: int,
         vocab_size: int,
         device: torch.device | str,
-        logits_dtype: torch.dtype = torch.float32,
         decode: DecodeSteps | None = None,
         lookahead: bool = False,
     ) -> None:
         """``num_blocks`` blocks of ``block_size`` tokens are the cache that ``model`` writes to; it may hold fewer
-        than ``max_seq_len`` tokens. ``max_step_tokens`` bounds the tokens of one call of the model, ``logits_dtype``
-        is the type of what it returns, and ``decode``, if given, computes the steps that only decode."""
+        than ``max_seq_len`` tokens. ``max_step_tokens`` bounds the tokens of one call of the model,
+        and ``decode``, if given, computes the steps that only decode."""
         if max_seq_len < 1 or vocab_size < 1:
             raise ValueError(f"max_seq_len={max_seq_len} and vocab_size={vocab_size} must be at least 1")
         self.pool = BlockPool(num_blocks, block_size)
         self.scheduler = Scheduler(self.pool, max_batch_size, max_step_tokens)
         self.max_seq_len = max_seq_len
         self.vocab_size = vocab_size
-        self._runner = Runner(model, block_size, device, max_batch_size, max_seq_len, logits_dtype, decode)
+        self._runner = Runner(model, block_size, device, max_batch_size, max_seq_len, decode)
         self._lookahead = lookahead
         self._flight: Flight | None = None
         self._live: dict[int, Sequence] = {}

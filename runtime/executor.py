@@ -17,7 +17,7 @@ from ..ir.interpret import bind_dims, call, read
 from ..ir.loop import Loop, Stage
 from ..ir.ops import op_name
 from ..ir.types import Dim
-from .liveness import last_uses
+from .liveness import last_uses, overwritten
 from .packed import Linear, at
 from .step import StepInput
 
@@ -69,6 +69,7 @@ class Executor:
         self._views = {region: views[region] for region in views if launches and region in launches}
         self._launches = launches or {}
         expiring = last_uses(loop, self._views)
+        self._overwritten = overwritten(loop, self._views)
         self._stages = [self._stage(loop, stage, constants, caches, expiring) for stage in loop.stages]
         result = graph.output_node().args[0]
         if not isinstance(result, Node):
@@ -207,7 +208,8 @@ class Executor:
     def _launch(self, view: RegionView, launch: Launch) -> Instruction:
         inputs = [self._slots[node] for node in view.inputs]
         written = {node: self._slots[source] for node, source in view.in_place.items()}
-        fresh = [(self._slots[node], type_of(node)) for node in view.outputs if node not in written]
+        fresh = [node for node in view.outputs if node not in written]
+        places = [(self._slots[node], self._slots.get(self._overwritten.get(node)), type_of(node)) for node in fresh]
         kept = [(self._slots[node], source) for node, source in written.items()]
         device = self._device
 
@@ -219,11 +221,13 @@ class Executor:
                 values[slot]
                 if slot == self._result and values[slot] is not None
                 else torch.empty(kind.concrete(dims), dtype=kind.torch_dtype, device=device)
-                for slot, kind in fresh
+                if over is None
+                else values[over]
+                for slot, over, kind in places
             ]
             # Kernels read plain rows; a strided view that reaches one is copied (the report names such views).
             launch(*[values[slot].contiguous() for slot in inputs], *made)
-            for (slot, _), value in zip(fresh, made):
+            for (slot, _, _), value in zip(places, made):
                 values[slot] = value
 
         return run

@@ -15,7 +15,7 @@ from ..ir.graph import Region, flat_types, is_constant, type_of
 from ..ir.loop import Loop
 from ..ir.ops import op_name
 from .caches import cache_bytes_per_token
-from .liveness import last_uses
+from .liveness import last_uses, overwritten
 from .options import OptionError
 from .sampler import DRAW_BYTES, draw_rows
 
@@ -160,7 +160,8 @@ def _constants_in_order(loop: Loop) -> Iterator[tuple[Node, int, bool, bool]]:
 def activation_bytes(loop: Loop, launched: Collection[Region], dims: Mapping[str, int]) -> int:
     """The most that the values computed in one step take at a time, as an ``Executor`` keeps and frees them."""
     views = {view.region: view for view in regions_of(loop.graph)}
-    expiring = last_uses(loop, {region: view for region, view in views.items() if region in launched})
+    views = {region: view for region, view in views.items() if region in launched}
+    expiring, replaced = last_uses(loop, views), overwritten(loop, views)
     owner: dict[Node, Node] = {}
     uses: Counter[Node] = Counter()
     sizes: dict[Node, int] = {}
@@ -172,7 +173,7 @@ def activation_bytes(loop: Loop, launched: Collection[Region], dims: Mapping[str
         region: Region | None = node.meta.get("region")
         made, copied = [node], 0
         key: Node | Region = node
-        if region is not None and region in launched:
+        if region is not None and region in views:
             if region in done:
                 continue
             done.add(region)
@@ -182,7 +183,7 @@ def activation_bytes(loop: Loop, launched: Collection[Region], dims: Mapping[str
             copied += _between_kernels(view, dims)
             key = region
         for item in made:
-            source = item.args[0] if key is node and op_name(item.target) in _ALIASES else None
+            source = item.args[0] if key is node and op_name(item.target) in _ALIASES else replaced.get(item)
             root = owner.get(source, source) if isinstance(source, Node) else item
             owner[item] = root
             uses[root] += 1

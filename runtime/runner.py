@@ -37,7 +37,6 @@ class Runner:
         device: torch.device | str,
         max_batch_size: int,
         max_seq_len: int,
-        logits_dtype: torch.dtype = torch.float32,
         decode: DecodeSteps | None = None,
     ) -> None:
         self.model = model
@@ -46,7 +45,7 @@ class Runner:
         self._decode = decode
         self._tables = BlockTables(max_batch_size, table_width(max_seq_len, block_size))
         capacity = -(-max_batch_size // 8) * 8
-        self._choices = decode.static.choices if decode else Choices(capacity, logits_dtype, self.device)
+        self._choices = decode.static.choices if decode else Choices(capacity, self.device)
 
     def launch(self, chunks: list[Chunk]) -> Flight:
         """Compute the chunks, and choose a token for each that reaches the end of its sequence.

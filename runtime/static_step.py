@@ -46,7 +46,6 @@ class StaticStep:
         width: int,
         block_size: int,
         scratch_block: int,
-        logits_dtype: torch.dtype,
         device: torch.device,
     ) -> None:
         per_line = ALIGNMENT // 8
@@ -60,10 +59,10 @@ class StaticStep:
             [(name, long, (capacity,)) for name in ("known", "sources", "positions", "slots")]
             + [("contexts", short, (capacity,)), ("tables", short, (capacity, width))]
         )
-        before = choices_bytes(capacity, logits_dtype)
+        before = choices_bytes(capacity)
         # The choices lie right before the tokens from the host, so one gather takes each token from where it is.
         store = torch.zeros(before + layout.size, dtype=torch.uint8, device=device)
-        self.choices = Choices(capacity, logits_dtype, device, store[:before])
+        self.choices = Choices(capacity, device, store[:before])
         self._inputs = store[before:]
         self._head = layout.offsets["tables"]
         views = layout.views(self._inputs)

@@ -47,7 +47,6 @@ def engine_of(compiled: fuseline.CompiledModel, blocks: int | None = None, **cha
         max_step_tokens=options.max_step_tokens,
         vocab_size=compiled.engine.vocab_size,
         device=options.device,
-        logits_dtype=compiled._decode._logits.dtype,
         **changes,
     )
 
@@ -225,7 +224,11 @@ def test_what_cannot_be_recorded_leaves_nothing_behind(when: str) -> None:
     assert torch.cuda.get_sync_debug_mode() == 0
     torch.cuda.synchronize()
     before = float(counter[0])
-    replay = GraphReplay(lambda size: counter.add_(size) and None, [1, 2], torch.device("cuda", 0))
+
+    def counts(size: int) -> None:
+        counter.add_(size)
+
+    replay = GraphReplay(counts, [1, 2], torch.device("cuda", 0))
     started = float(counter[0])
     replay(1)
     replay(2)

@@ -47,7 +47,7 @@ def make_engine(
     decode = None
     if mode != "ahead":
         width = table_width(max_seq_len, block_size)
-        static = StaticStep(max_batch_size, width, block_size, num_blocks, torch.float32, torch.device(device))
+        static = StaticStep(max_batch_size, width, block_size, num_blocks, torch.device(device))
         logits = torch.full((max_batch_size, VOCAB), math.nan, device=device)
         decode = DecodeSteps(
             without_padding(model, num_blocks * block_size, block_size), static, max_batch_size, logits
