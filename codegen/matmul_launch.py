@@ -22,16 +22,27 @@ def row(block_n, block_k, num_warps):
     }
 
 
-def tile(block_m, block_n, block_k, num_warps, num_stages, splits=1):
+def few(block_m, block_n, block_k, num_warps, num_stages, splits):
     """block_m rows by block_n columns a program, and the sums over depth in so many parts."""
-    # As much of the weight as there are registers for is loaded before the kernel in front has ended.
-    early = block_m <= 16 and $LANES$ * block_n * block_k <= $EARLY$ * num_warps
-    blocks = {"BLOCK_M": block_m, "BLOCK_N": block_n, "BLOCK_K": block_k, "SPLITS": splits, "EARLY": early, "PDL": False}
+    # As much of the weight is sent for early as is on its way at any time.
+    ahead = min(block_k * num_stages, $DEPTH$ // splits // block_k * block_k)
+    blocks = {"BLOCK_M": block_m, "BLOCK_N": block_n, "BLOCK_K": block_k, "SPLITS": splits, "AHEAD": ahead, "PDL": False}
     pointers = {"partial_ptr": "*fp32", "arrived_ptr": "*i32"} if splits > 1 else {}
     absent = {} if splits > 1 else {"partial_ptr": None, "arrived_ptr": None}
     return {
-        "kernel": $NAME$_kernel, "signature": {**$TILE_TYPES$, **pointers},
+        "kernel": $NAME$_few_kernel, "signature": {**$FEW_TYPES$, **pointers},
         "constexprs": {**blocks, **absent}, "num_warps": num_warps, "num_stages": num_stages,
+    }
+
+
+def tile(block_m, block_n, block_k, num_warps, num_stages):
+    """block_m rows by block_n columns a program."""
+    # For few rows, as much of the weight as registers hold is loaded before the kernel in front has ended.
+    early = block_m <= 16 and $LANES$ * block_n * block_k <= $EARLY$ * num_warps
+    return {
+        "kernel": $NAME$_kernel, "signature": $TILE_TYPES$,
+        "constexprs": {"BLOCK_M": block_m, "BLOCK_N": block_n, "BLOCK_K": block_k, "EARLY": early, "PDL": False},
+        "num_warps": num_warps, "num_stages": num_stages,
     }
 
 
@@ -41,8 +52,8 @@ def workspace(blocks, tiles, device):
     """Memory for the parts of so many tiles, if there are several of each."""
     if blocks["SPLITS"] == 1:
         return {}
-    size = tiles * blocks["SPLITS"] * $LANES$ * blocks["BLOCK_M"] * blocks["BLOCK_N"]
-    partial = torch.empty(size, dtype=torch.float32, device=device)
+    size = ($STACK$ * blocks["BLOCK_N"] + $SQUARES$) * blocks["BLOCK_M"]
+    partial = torch.empty(tiles * blocks["SPLITS"] * size, dtype=torch.float32, device=device)
     return {"partial_ptr": partial, "arrived_ptr": counters(device, triton.next_power_of_2(tiles))}
 
 
@@ -70,30 +81,33 @@ $BODY$"""
 # What was fastest on an H100 for one kernel or another of models of 1 and 7 billion parameters, in bf16: (columns, depth,
 # warps) for one row, and (rows, columns, depth, warps, stages).
 _ROW = ((2, 2048, 8), (2, 4096, 4), (4, 1024, 2), (2, 1024, 4), (8, 512, 2), (2, 2048, 2))
+# Rows, columns, depth, warps, stages and parts of the depth.
 _FEW = (
-    (16, 16, 512, 2, 3, 1),
-    (16, 32, 256, 4, 4, 1),
-    (16, 64, 128, 2, 5, 1),
-    (16, 32, 128, 2, 5, 2),
-    (16, 16, 512, 2, 5, 1),
-    (16, 32, 128, 4, 5, 1),
     (16, 64, 128, 4, 4, 4),
+    (16, 64, 128, 4, 5, 1),
+    (16, 64, 128, 4, 4, 2),
+    (16, 128, 128, 4, 4, 2),
+    (16, 64, 128, 4, 4, 6),
+    (64, 128, 64, 4, 4, 2),
 )
-_SOME = ((64, 32, 256, 4, 4, 1), (64, 128, 128, 8, 4, 1), (64, 16, 256, 4, 4, 1), (64, 32, 128, 4, 3, 1))
-_MANY = ((128, 128, 64, 8, 3, 1), (128, 64, 64, 8, 4, 1), (128, 256, 64, 8, 4, 1))
+# Rows, columns, depth, warps and stages.
+_NARROW = ((16, 16, 512, 2, 5), (16, 32, 256, 4, 4), (16, 64, 128, 2, 5))
+_SOME = ((64, 32, 256, 4, 4), (64, 128, 128, 8, 4), (64, 16, 256, 4, 4), (64, 32, 128, 4, 3))
+_MANY = ((128, 128, 64, 8, 3), (128, 64, 64, 8, 4), (128, 256, 64, 8, 4))
 
 
-def launch_text(graph: Graph, core: Graph, first: Graph | None, inner: Graph, finish: list[Graph]) -> str:
+def launch_text(graph: Graph, core: Graph, first: Graph | None, few: Graph, inner: Graph, finish: list[Graph]) -> str:
     """The text for a region: ``core`` is what the kernels of its product compute, all of it or the product alone.
 
-    ``first`` is the work before the product, ``inner`` the core without it, ``finish`` the work after the product.
+    ``first`` is the work before the product, ``inner`` the core without it, ``few`` what the kernel for few rows
+    computes, one of both; ``finish`` is the work after the product.
     """
     layout = plan(core)
-    rows, few, some, many = row_tilings(layout), *tile_tilings(layout)
     configs: list[str] = []
     choices: list[tuple[int | None, int]] = []
-    for most, kind, tilings in ((1, "row", rows), (16, "tile", few), (64, "tile", some), (None, "tile", many)):
-        choices.append((most, len(configs)))
+    for most, kind, tilings in tilings_of(layout):
+        if not choices or choices[-1][0] != most:
+            choices.append((most, len(configs)))
         configs += [f"    {kind}({', '.join(map(str, tiling))})," for tiling in tilings]
     choices[-1] = (None, len(configs))
     extra = [item.name.upper() for item in [*([first] if first else []), *finish]]
@@ -103,14 +117,18 @@ def launch_text(graph: Graph, core: Graph, first: Graph | None, inner: Graph, fi
         "NAME": graph.name,
         "ROW_TYPES": types_text({**pointer_types(core), **count}),
         "LANES": str(layout.lanes),
-        "EARLY": str(8192 // _bytes(layout) // layout.lanes),
+        "EARLY": str(8192 // _bytes(layout)),
+        "STACK": str(padded_width(layout.lanes)),
+        "SQUARES": str(int(few is core and first is not None)),
+        "DEPTH": str(layout.depth),
+        "FEW_TYPES": types_text({**pointer_types(few), **count}),
         "TILE_TYPES": types_text({**pointer_types(inner), **count}),
         "CONFIGS": "\n".join(configs),
         "CHOICES": str(choices),
         "EXTRA": "".join(f", {name}" for name in extra),
         "ARGUMENTS": ", ".join(parameters(graph)),
         "ROWS": _row_input(core, layout.anchor),
-        "BODY": "".join(f"    {line}\n" for line in _body(graph, core, first, inner, finish)),
+        "BODY": "".join(f"    {line}\n" for line in _body(graph, core, first, few, inner, finish)),
     }
     text = f"{_TILINGS}\n\n{_LAUNCH}"
     for name, value in words.items():
@@ -118,7 +136,7 @@ def launch_text(graph: Graph, core: Graph, first: Graph | None, inner: Graph, fi
     return text
 
 
-def _body(graph: Graph, core: Graph, first: Graph | None, inner: Graph, finish: list[Graph]) -> list[str]:
+def _body(graph: Graph, core: Graph, first: Graph | None, few: Graph, inner: Graph, finish: list[Graph]) -> list[str]:
     """The lines that launch one row, a tiling, or the product of the library."""
     layout = plan(core)
     anchor, tiles = layout.anchor, tile_count(layout, 'blocks["BLOCK_N"]')
@@ -130,14 +148,18 @@ def _body(graph: Graph, core: Graph, first: Graph | None, inner: Graph, finish: 
     lines = [_empty(anchor, device)] if apart and not given else []
     row = f"run(config, ({tiles} * num_rows,), {', '.join(parameters(core))}, num_rows)"
     lines += ['if config and "BLOCK_M" not in blocks:', *_indented(_returned(row, done))]
+    columns, rows = tiles, 'triton.cdiv(num_rows, blocks["BLOCK_M"])'
+    parts = f"**workspace(blocks, grid[0] * grid[1], {device})"
+    call = f"run(config, grid, {', '.join(parameters(few))}, num_rows, {parts})"
+    grid = f'grid = ({columns}, {rows}, blocks["SPLITS"])'
+    some = ['if config and "SPLITS" in blocks:', *_indented([grid, *_returned(call, done)])]
+    whole = few is core
+    lines += some if whole else []
     if first:
         lines += [_empty(fresh_outputs(first)[0], device), f"launch_{first.name}({', '.join(parameters(first))})"]
-    columns, rows = tiles, 'triton.cdiv(num_rows, blocks["BLOCK_M"])'
-    tile = (
-        f"run(config, grid, {', '.join(parameters(inner))}, num_rows, **workspace(blocks, grid[0] * grid[1], {device}))"
-    )
-    grid = f'grid = ({columns}, {rows}, blocks["SPLITS"])'
-    lines += ["if config:", *_indented([grid, *_returned(tile, done)])]
+    lines += [] if whole else some
+    call = f"run(config, ({columns}, {rows}), {', '.join(parameters(inner))}, num_rows)"
+    lines += ["if config:", *_indented(_returned(call, done))]
     return lines + _library(inner, finish, given, "" if apart or given else device)
 
 
@@ -197,24 +219,51 @@ def row_tilings(layout: Plan) -> list[Tiling]:
     return found or [(2, min(deepest, 4096), 4)]
 
 
-def tile_tilings(layout: Plan) -> tuple[list[Tiling], list[Tiling], list[Tiling]]:
-    """``(BLOCK_M, BLOCK_N, BLOCK_K, num_warps, num_stages, SPLITS)`` for few, some and many rows, the likeliest first."""
-    wide, lanes = _bytes(layout) > 2, layout.lanes
-    if wide:
+def few_tilings(layout: Plan) -> list[Tiling]:
+    """``(BLOCK_M, BLOCK_N, BLOCK_K, num_warps, num_stages, SPLITS)`` for a few rows, the likeliest first."""
+    if _bytes(layout) > 2:
+        return [(16, 32, 64, 4, 3, 1)]
+    most, deepest = _widest(layout), padded_width(layout.depth)
+    found: list[Tiling] = []
+    for m, columns, k, warps, stages, splits in _FEW:
+        n = max(16, min(columns // layout.lanes, most))
+        # Each part of a sum has a few turns.
+        if splits == 1 or layout.depth >= 2 * splits * k:
+            found.append((m, n, max(16, min(k, deepest)), warps, stages, splits))
+    return list(dict.fromkeys(found))
+
+
+def tile_tilings(layout: Plan) -> list[list[Tiling]]:
+    """``(BLOCK_M, BLOCK_N, BLOCK_K, num_warps, num_stages)`` for few, some and many rows, the likeliest first."""
+    if _bytes(layout) > 2:
         broad = max(16, min(64, padded_width(layout.head_dim))) if layout.head_dim else 64
-        return [(16, 32, 64, 4, 3, 1)], [(32, broad, 32, 8, 2, 1)], [(32, broad, 32, 8, 2, 1)]
-    most = padded_width(layout.head_dim) if layout.head_dim else 256
+        return [[], [(32, broad, 32, 8, 2)], [(32, broad, 32, 8, 2)]]
     found: list[list[Tiling]] = []
-    for tilings in (_FEW, _SOME, _MANY):
-        fitting: list[Tiling] = []
-        for m, columns, k, warps, stages, splits in tilings:
-            n = max(16, min(columns // lanes, most))
-            # The weights of all lanes are in registers together, and each part of a sum has a few turns.
-            if lanes * n * k <= 128 * 32 * warps and (splits == 1 or layout.depth >= 2 * splits * k):
-                fitting.append((m, n, k, warps, stages, splits))
-        found.append(list(dict.fromkeys(fitting)) or [(tilings[0][0], 16, 64, 4, 3, 1)])
-    few, some, many = found
-    return few, some, many
+    for tilings in (_NARROW, _SOME, _MANY):
+        fitting = [
+            (m, max(16, min(columns // layout.lanes, _widest(layout))), k, warps, stages)
+            for m, columns, k, warps, stages in tilings
+        ]
+        found.append(list(dict.fromkeys(fitting)))
+    return found
+
+
+def _widest(layout: Plan) -> int:
+    """The most columns of a tile."""
+    return padded_width(layout.head_dim) if layout.head_dim else 256
+
+
+def tilings_of(layout: Plan) -> list[tuple[int | None, str, list[Tiling]]]:
+    """The tilings for up to so many rows, and the function of the file that makes each of them."""
+    narrow, some, many = tile_tilings(layout)
+    few = few_tilings(layout)
+    return [
+        (1, "row", row_tilings(layout)),
+        (16, "few", few),
+        (16, "tile", narrow),
+        (64, "tile", some),
+        (None, "tile", many),
+    ]
 
 
 def _bytes(layout: Plan) -> int:

@@ -19,6 +19,7 @@ from .merge import merge_gate_up, merge_qkv
 from .paging import page_attention
 from .registry import GraphPass, Registry
 from .rule import Rule
+from .scales import fold_norm_scales
 from .select_rows import select_rows
 from .switches import Switches
 from .transposes import sink_transposes
@@ -53,6 +54,7 @@ _OWN: dict[str, GraphPass] = {
     **{rule.name: rule for rule in RULES},
     "MergeQKV": merge_qkv,
     "MergeGateUp": merge_gate_up,
+    "FoldNormScales": fold_norm_scales,
     "PageAttention": page_attention,
     "SelectRows": select_rows,
     "GroupKernels": group_kernels,
@@ -69,7 +71,14 @@ CANONICAL: tuple[str, ...] = (
     "MergeDuplicates",
 )
 # Our operators become kernels over a paged cache.
-LOWERING: tuple[str, ...] = ("MergeQKV", "MergeGateUp", "PageAttention", "SelectRows", "GroupKernels")
+LOWERING: tuple[str, ...] = (
+    "MergeQKV",
+    "MergeGateUp",
+    "FoldNormScales",
+    "PageAttention",
+    "SelectRows",
+    "GroupKernels",
+)
 
 PASSES = Registry(_OWN, CANONICAL + LOWERING)
 # Without these a graph does not run over a paged cache.

@@ -64,10 +64,17 @@ def tilings(path: str, text: str) -> dict[str, float]:
     """The worst error of each kind of tiling of a matmul, whatever the number of rows; runs where Triton interprets."""
     graph, module = parse(text), load_kernel_file(path)
     order = Kernel(graph.name, "", graph).order
-    module.CONFIGS += [module.tile(16, 16, 16, 4, 1, 2), module.tile(32, 32, 32, 4, 1, 1)]
-    rows, library, parts, tile = 0, len(module.CONFIGS) - 3, len(module.CONFIGS) - 2, len(module.CONFIGS) - 1
+    kinds = {"row": 0, "library": len(module.CONFIGS) - 1}
+    own = {
+        "few": module.few(16, 16, 32, 4, 1, 1),
+        "parts": module.few(16, 32, 16, 4, 1, 2),
+        "tile": module.tile(32, 32, 32, 4, 1),
+    }
+    for label, config in own.items():
+        kinds[label] = len(module.CONFIGS)
+        module.CONFIGS.append(config)
     found = {}
-    for label, index in {"rows": rows, "library": library, "parts": parts, "tile": tile}.items():
+    for label, index in kinds.items():
         launch = partial(module.launch, choices=((None, index),))
         case = random_case(graph, 3, 3, seed=7, device="cpu")
         found[label] = max(errors(graph, launch, order, case))

@@ -64,7 +64,9 @@ def test_a_layer_of_a_llama_adds_in_place(layers: int) -> None:
     options = resolve(model.config.get_text_config(), CPU, torch.float32, 4, 64, 64, KVCacheConfig())
     loop = lower(skeleton(model, torch.float32), options, Wishes(), Report("cpu", "float32")).loop
     views = {view.region: view for view in regions_of(loop.graph)}
-    sums = [node for node in loop.graph.calls() if op_name(node.target) == "aten.add.Tensor" and node.meta.get("region")]
+    sums = [
+        node for node in loop.graph.calls() if op_name(node.target) == "aten.add.Tensor" and node.meta.get("region")
+    ]
     # After a loop the first sum keeps what the loop left: its last turn is no other value than those before.
     assert len(sums) - (layers > 2) <= len(overwritten(loop, views)) <= len(sums)
 

@@ -1,0 +1,143 @@
+"""The body of a matmul for a few rows, which is as fast as the weight is read.
+
+The weight is the left operand, whose 64 rows the tensor cores take at a time: rows of activations would be padded to as
+many. A tile's sums over the depth may be shared by several programs, so that all processors have the same work.
+"""
+
+from __future__ import annotations
+
+from ..ir.graph import Graph, type_of
+from .columns import Plan
+from .matmul_loop import accumulators_of, body_writer, print_lookups, print_rows, wait
+from .matmul_tile import MatmulTile
+from .placement import place_columns
+from .rows import padded_width
+from .writer import Writer
+
+
+def few_rows(graph: Graph, layout: Plan) -> str:
+    """The lines of the kernel. A norm right before the product is folded into it."""
+    writer = body_writer(graph)
+    loop = "for k0 in range(first, until, BLOCK_K):"
+    tile = MatmulTile(graph, writer, layout, loop, "BLOCK_M")
+    writer.line("row = (tl.program_id(1) * BLOCK_M + tl.arange(0, BLOCK_M))[:, None].to(tl.int64)")
+    writer.line("row_ok = row < num_rows")
+    writer.line("tile = tl.program_id(0)")
+    tiles = place_columns(writer, layout)
+    writer.line(f"span = ({layout.depth} + SPLITS * BLOCK_K - 1) // (SPLITS * BLOCK_K) * BLOCK_K")
+    writer.line("first = tl.program_id(2) * span")
+    writer.line(f"until = tl.minimum(first + span, {layout.depth})")
+    writer.line("if PDL:")
+    writer.line("    tl.extra.cuda.gdc_launch_dependents()")
+    column, ok = _stack_lanes(writer, layout)
+    _print_prefetch(writer, layout, column, ok)
+    wait(writer)
+    print_lookups(tile)
+    tile.prepare_norms()
+    writer.line(f"acc = tl.zeros(({_stacked(layout)}, BLOCK_M), tl.float32)")
+    tile.begin_squares()
+    with writer.block(loop):
+        tile.enter()
+        writer.line("k = k0 + tl.arange(0, BLOCK_K)")
+        again = _rows_again(tile)
+        rows = print_rows(tile, layout)
+        weight = f"{layout.weight.name}_ptr"
+        mask = f"{ok}[:, None] & (k < {layout.depth})[None, :]"
+        writer.line(f"w = tl.load({weight} + {column}[:, None] * {layout.depth} + k[None, :], mask={mask}, other=0)")
+        writer.line(f"x = tl.trans({rows}.to({weight}.dtype.element_ty))")
+        writer.line('acc = tl.dot(w, x, acc, input_precision="ieee")')
+        tile.add_squares(again)
+        tile.leave()
+    tile.total_squares()
+    _join_splits(writer, _stacked(layout), tile.folded is not None)
+    tile.finish(_part_lanes(writer, layout), tiles)
+    return writer.text()
+
+
+def _rows_again(tile: MatmulTile) -> str:
+    """Print how the rows are read for the folded norm alone; returns their name.
+
+    The product reads them in shared memory, asynchronously. If the norm read them there as well, it would meet those of
+    a later turn now and then (seen with Triton 3.6 on an H100).
+    """
+    tile.enter()
+    tile.modifier = ', cache_modifier=".ca"'
+    name = tile.folded_rows()
+    tile.modifier = ""
+    tile.leave()
+    return name
+
+
+def _stacked(layout: Plan) -> str:
+    """The number of columns of all lanes, as Triton text."""
+    count = padded_width(layout.lanes)
+    return "BLOCK_N" if count == 1 else f"{count} * BLOCK_N"
+
+
+def _stack_lanes(writer: Writer, layout: Plan) -> tuple[str, str]:
+    """Print the columns of all lanes, one lane after the other, and their mask; returns their names."""
+    count = padded_width(layout.lanes)
+    if count == 1:
+        return "n", "ok"
+    writer.line("# The columns of all lanes are one operand.")
+    writer.line(f"which = tl.arange(0, {count} * BLOCK_N) // BLOCK_N")
+    offset = "0"
+    for lane, columns in enumerate(layout.offsets):
+        offset = f"tl.where(which == {lane}, {columns}, {offset})" if columns else offset
+    writer.line(f"across = tl.reshape(tl.broadcast_to(n[None, :], {count}, BLOCK_N), ({count} * BLOCK_N,)) + {offset}")
+    wide = f"tl.reshape(tl.broadcast_to(ok[None, :], {count}, BLOCK_N), ({count} * BLOCK_N,))"
+    writer.line(f"across_ok = {wide} & (which < {layout.lanes})")
+    return "across", "across_ok"
+
+
+def _part_lanes(writer: Writer, layout: Plan) -> list[str]:
+    """Print the sums of each lane, with the rows first; returns their names."""
+    names, count = accumulators_of(layout), padded_width(layout.lanes)
+    if count == 1:
+        writer.line("acc = tl.trans(acc)")
+        return names
+    writer.line(f"acc = tl.reshape(acc, ({count}, BLOCK_N, BLOCK_M))")
+    writer.line(f"which = tl.arange(0, {count})[:, None, None]")
+    for lane, name in enumerate(names):
+        writer.line(f"{name} = tl.trans(tl.sum(tl.where(which == {lane}, acc, 0.0), 0))")
+    return names
+
+
+def _print_prefetch(writer: Writer, layout: Plan, column: str, ok: str) -> None:
+    """Print how the beginning of the weight is sent for while the kernels in front end: it depends on none of them."""
+    size = type_of(layout.weight).torch_dtype.itemsize
+    if layout.depth * size % 16:
+        return  # rows begin at addresses that the copy engine does not take
+    writer.line("# The weight depends on no other kernel: its beginning is on its way while those before this one end.")
+    with writer.block("if PDL and AHEAD > 0:"), writer.block(f"if first + AHEAD <= {layout.depth}:"):
+        where = f"tl.where({ok}, {column}, 0) * {layout.depth} + first"
+        writer.line(f"prefetch({layout.weight.name}_ptr + {where}, AHEAD * {size})")
+
+
+def _join_splits(writer: Writer, columns: str, folded: bool) -> None:
+    """Print how the programs of one tile add up their parts: the last one to arrive does, in the order of the parts."""
+    size = f"({columns} + 1) * BLOCK_M" if folded else f"{columns} * BLOCK_M"
+    with writer.block("if SPLITS > 1:"):
+        writer.line("place = tl.program_id(1) * tl.num_programs(0) + tl.program_id(0)")
+        writer.line(f"parts_ptr = partial_ptr + place.to(tl.int64) * (SPLITS * {size})")
+        writer.line("token = tl.arange(0, BLOCK_M)")
+        writer.line(f"here = tl.arange(0, {columns})[:, None] * BLOCK_M + token[None, :]")
+        writer.line("used = (tl.program_id(1) * BLOCK_M + token < num_rows)[None, :]")
+        writer.line(f"own_ptr = parts_ptr + tl.program_id(2) * ({size})")
+        writer.line("tl.store(own_ptr + here, acc, mask=used)")
+        if folded:
+            writer.line(f"tl.store(own_ptr + {columns} * BLOCK_M + token, total)")
+        writer.line("tl.debug_barrier()  # one thread announces what all have written")
+        writer.line('before = tl.atomic_add(arrived_ptr + place, 1, sem="acq_rel", scope="gpu")')
+        writer.line("if before + 1 < SPLITS:")
+        writer.line("    return")
+        writer.line("tl.debug_barrier()")
+        writer.line("tl.store(arrived_ptr + place, 0)  # as the next launch expects it")
+        writer.line(f"acc = tl.zeros(({columns}, BLOCK_M), tl.float32)")
+        if folded:
+            writer.line("total = tl.zeros((BLOCK_M,), tl.float32)")
+        with writer.block("for split in tl.static_range(SPLITS):"):
+            writer.line(f"own_ptr = parts_ptr + split * ({size})")
+            writer.line('acc += tl.load(own_ptr + here, mask=used, other=0, cache_modifier=".cg")')
+            if folded:
+                writer.line(f'total += tl.load(own_ptr + {columns} * BLOCK_M + token, cache_modifier=".cg")')
