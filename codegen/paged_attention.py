@@ -90,6 +90,7 @@ def paged_attention_source(spec: AttentionSpec) -> str:
         "LOGITS": _logits(spec),
         "DECODE_INIT": _DECODE_INIT[spec.sinks],
         "PREFILL_INIT": _PREFILL_INIT[spec.sinks],
+        "ATTEND": _attend(spec),
         "SINKS_ARG": " sinks_ptr," if spec.sinks else "",
         "SINKS_PARAMETER": " sinks," if spec.sinks else "",
         "SINKS_VALUE": ', "sinks_ptr": sinks' if spec.sinks else "",
@@ -149,15 +150,35 @@ def _prefill_tile(spec: AttentionSpec) -> _Tile:
 
 
 def _hopper_prefill_tile(spec: AttentionSpec) -> _Tile:
-    width = max(_pad(spec.head_dim), _pad(spec.v_head_dim))
-    if spec.dtype == torch.float32 or width <= 128:
+    group, width = spec.num_heads // spec.num_kv_heads, max(_pad(spec.head_dim), _pad(spec.v_head_dim))
+    if spec.dtype == torch.float32 or width <= 64:
         return _prefill_tile(spec)
-    return _Tile(128, 32, _even_share(spec.num_heads // spec.num_kv_heads, 128), num_warps=8, num_stages=2)
+    if width <= 128:
+        return _Tile(64, 64, _even_share(group, 64), num_warps=4, num_stages=3)
+    return _Tile(128, 32, _even_share(group, 128), num_warps=8, num_stages=2)
 
 
 def _even_share(group: int, block_m: int) -> int:
     """Heads per program: the whole group, or equal shares of a group of more than block_m heads."""
     return math.ceil(group / math.ceil(group / block_m))
+
+
+def _attend(spec: AttentionSpec) -> str:
+    """The ranges of keys of a tile of queries: whole tiles that all rows see need no mask."""
+    call = """\
+    acc, top, total = attend(
+        q, past + query, acc, top, total, kv_head, {begin}, {end}, table_ptr, k_ptr, v_ptr,
+        NUM_KV_HEADS, HEAD_DIM, V_HEAD_DIM, CACHE_BLOCK, BLOCK_N, PAD_D, PAD_DV, {masked}, {whole},
+    )"""
+    lines = ["    # The tiles of keys that all of these queries see whole.", "    first_seen = begin"]
+    if spec.kind != "causal":
+        lines.append("    first_seen += tl.cdiv(first_key(end - 1) - begin, BLOCK_N) * BLOCK_N")
+    lines.append("    all_seen = tl.maximum(past + first_query + 1 - first_seen, 0) // BLOCK_N * BLOCK_N + first_seen")
+    if spec.kind != "causal":
+        lines.append(call.format(begin="begin", end="tl.minimum(first_seen, end)", masked=True, whole=False))
+    lines.append(call.format(begin="first_seen", end="all_seen", masked=False, whole=True))
+    lines.append(call.format(begin="all_seen", end="end", masked=True, whole=False))
+    return "\n".join(lines)
 
 
 def _first_key(spec: AttentionSpec) -> str:

@@ -29,19 +29,19 @@ $LOGITS$
 def attend(
     q, q_position, acc, top, total, kv_head, begin, end, table_ptr, k_ptr, v_ptr,
     NUM_KV_HEADS: tl.constexpr, HEAD_DIM: tl.constexpr, V_HEAD_DIM: tl.constexpr, CACHE_BLOCK: tl.constexpr,
-    BLOCK_N: tl.constexpr, PAD_D: tl.constexpr, PAD_DV: tl.constexpr, MASKED: tl.constexpr,
+    BLOCK_N: tl.constexpr, PAD_D: tl.constexpr, PAD_DV: tl.constexpr, MASKED: tl.constexpr, WHOLE: tl.constexpr,
 ):
     """Online softmax of the rows of q over the keys [begin, end) of one sequence.
 
     acc, top and total are each row's weighted values, largest logit and sum of weights so far. MASKED is for rows at
-    different positions: each then sees only its own part of the range.
+    different positions: each then sees only its own part of the range. WHOLE is for a range of whole tiles.
     """
     d = tl.arange(0, PAD_D)
     dv = tl.arange(0, PAD_DV)
     for start in tl.range(begin, end, BLOCK_N):
         key = start + tl.arange(0, BLOCK_N)
         # A slot past the end may hold anything, NaN too, and 0 * NaN is NaN: it is not loaded at all.
-        live = key < end
+        live = (key < end) | WHOLE
         block = tl.load(table_ptr + key // CACHE_BLOCK, mask=live, other=0)
         row = (block.to(tl.int64) * CACHE_BLOCK + key % CACHE_BLOCK) * NUM_KV_HEADS + kv_head
         k_mask = live[:, None] & (d < HEAD_DIM)[None, :]
@@ -50,10 +50,13 @@ def attend(
         visible = live[None, :]
         if MASKED:
             visible = visible & (key[None, :] <= q_position[:, None]) & (key[None, :] >= first_key(q_position)[:, None])
-        logits = tl.where(visible, logits, -float("inf"))
+        if MASKED or not WHOLE:
+            logits = tl.where(visible, logits, -float("inf"))
         new_top = tl.maximum(top, tl.max(logits, 1))
-        # A row that has seen no key yet has top = -inf; shifting by 0 instead keeps -inf - -inf from being NaN.
-        shift = tl.where(new_top == -float("inf"), 0.0, new_top)
+        shift = new_top
+        if MASKED or not WHOLE:
+            # A row that has seen no key yet has top = -inf; shifting by 0 instead keeps -inf - -inf from being NaN.
+            shift = tl.where(new_top == -float("inf"), 0.0, new_top)
         weights = tl.exp2(logits - shift[:, None])
         decay = tl.exp2(top - shift)
         v_mask = live[:, None] & (dv < V_HEAD_DIM)[None, :]
@@ -184,7 +187,7 @@ $DECODE_INIT$
     table_ptr = tables_ptr + seq.to(tl.int64) * table_width
     acc, top, total = attend(
         q, head, acc, top, total, kv_head, begin, end, table_ptr, k_ptr, v_ptr,
-        NUM_KV_HEADS, HEAD_DIM, V_HEAD_DIM, CACHE_BLOCK, BLOCK_N, PAD_D, PAD_DV, False,
+        NUM_KV_HEADS, HEAD_DIM, V_HEAD_DIM, CACHE_BLOCK, BLOCK_N, PAD_D, PAD_DV, False, False,
     )
     acc = acc / tl.where(total == 0.0, 1.0, total)[:, None]
     out_mask = row_live[:, None] & (dv < V_HEAD_DIM)[None, :]
@@ -224,7 +227,8 @@ def prefill(
     if PDL:
         tl.extra.cuda.gdc_launch_dependents()
         tl.extra.cuda.gdc_wait()
-    program = tl.program_id(0)
+    # Late queries see most keys: they come first, so that the last to end are short.
+    program = tl.num_programs(0) - 1 - tl.program_id(0)
     kv_head = tl.program_id(1) // PARTS
     # Counting one partly filled block for each sequence before it, sequence s begins at program starts[s]//BLOCK_Q + s.
     # That leaves programs without queries, but needs no table of blocks and no size from the device.
@@ -252,10 +256,7 @@ $PREFILL_INIT$
     begin = first_key(past + first_query)
     end = past + tl.minimum(first_query + BLOCK_Q, num_queries)
     table_ptr = tables_ptr + seq.to(tl.int64) * table_width
-    acc, top, total = attend(
-        q, past + query, acc, top, total, kv_head, begin, end, table_ptr, k_ptr, v_ptr,
-        NUM_KV_HEADS, HEAD_DIM, V_HEAD_DIM, CACHE_BLOCK, BLOCK_N, PAD_D, PAD_DV, True,
-    )
+$ATTEND$
     acc = acc / tl.where(total == 0.0, 1.0, total)[:, None]
     out_mask = row_live[:, None] & (dv < V_HEAD_DIM)[None, :]
     tl.store(out_ptr + row[:, None] * V_HEAD_DIM + dv[None, :], acc.to(out_ptr.dtype.element_ty), mask=out_mask)

@@ -17,7 +17,7 @@ from pytest import MonkeyPatch
 
 from fuseline import passes
 from fuseline.codegen import coordinates, expressions, grouped_linear, kernels, matmul_tile, paged_attention, rows, tile
-from fuseline.passes import batch_dim, duplicates, grouping, merge, paging, select_rows, transposes
+from fuseline.passes import batch_dim, duplicates, grouping, merge, paging, scales, select_rows, transposes
 from fuseline.passes.names import aten, nn
 from fuseline.passes.pattern import read_pattern
 
@@ -283,6 +283,11 @@ _IN_PASSES = {
         "llama",
         "MergeGateUp",
         in_pass("MergeGateUp", merge, "        start += width\n", "        start += 0\n"),
+    ),
+    "the scale of a norm applied in the weight as well": Mutation(
+        "llama",
+        "FoldNormScales",
+        in_pass("FoldNormScales", scales, "(norm.args[0], None, ", "(norm.args[0], norm.args[1], "),
     ),
     "all layers share a cache": Mutation(
         "llama",

@@ -120,7 +120,7 @@ def test_a_llama_layer_is_five_kernels() -> None:
 
 def test_a_wrong_kernel_is_noticed(pool: ProcessPoolExecutor, tmp_path: Path) -> None:
     kernel = next(item for item in emit_kernels(lowered("llama")) if item.name == "gate_up")
-    (depth,) = {node.meta["type"].shape[1] for node in kernel.graph.inputs() if node.name == "gate_up_weight"}
+    (depth,) = {node.meta["type"].shape[1] for node in kernel.graph.inputs() if node.name == "gate_up_weight_scaled"}
     broken = kernel.source.replace(f"(k < {depth})", f"(k < {depth - 1})")  # the last column of K is dropped
     assert broken != kernel.source
     path = tmp_path / "gate_up.py"

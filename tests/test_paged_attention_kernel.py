@@ -202,8 +202,8 @@ def run_broken(case: Case, change: str, folder: str) -> float:
     """The error of a kernel file in which the bound of the keys is changed."""
     path = Path(folder, "broken.py")
     text = paged_attention_source(case.spec)
-    assert text.count("live = key < end\n") == 1
-    path.write_text(text.replace("live = key < end\n", f"live = {change}\n"))
+    assert text.count("live = (key < end) |") == 1
+    path.write_text(text.replace("live = (key < end) |", f"live = ({change}) |"))
     inputs = batch(case)
     load_kernel_file(path).launch(*inputs, num_splits=case.num_splits)
     expected = paged_attention_reference(case.spec, *inputs[:6], *inputs[7:])
