@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -30,7 +31,8 @@ from .progress import Progress
 from .rehearsal import Meter
 from .report import Report
 from .selfcheck import check_concatenation, check_source, most_slots
-from .tune import listed, replayed, tune_kernels
+from .step_tuning import tune_steps
+from .tune import TUNING_SECONDS, listed, replayed, tune_kernels
 from .yardstick import Yardstick, run_source
 
 # Legal reordering of sums moves fp32 logits by about 1e-6 and rounded ones by a few percent; real mixing by far more.
@@ -147,10 +149,11 @@ def compile(
             if isinstance(tuning, (str, Path)):
                 choices = replayed(tuning, kernels)
             elif tuning:
-                batch = options.max_batch_size
-                choices = tune_kernels(
-                    kernels, loop, constants, place, batch, progress=lambda items: show.bar(items, "tuning")
+                until, batch = time.perf_counter() + TUNING_SECONDS, options.max_batch_size
+                measured = tune_kernels(
+                    kernels, loop, constants, place, batch, until, lambda items: show.bar(items, "tuning")
                 )
+                choices = tune_steps(measured, kernels, few, few_constants, place, block, options.max_seq_len, until)
             report.tilings = listed(choices, kernels)
             launches = load_launches(kernels, choices)
 

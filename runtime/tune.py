@@ -28,6 +28,9 @@ from .options import OptionError
 
 Constants = Mapping[Node, Sequence[Tensor]]
 
+TUNING_SECONDS = 45.0
+"""How long a compile measures at most."""
+
 
 @dataclass(frozen=True)
 class Tuning:
@@ -50,11 +53,15 @@ class Tuning:
         )
 
     def write(self, path: Path) -> None:
-        """Replace the file at once, so that others never read half of it."""
-        handle, temporary = tempfile.mkstemp(dir=path.parent, suffix=".tmp")
-        with os.fdopen(handle, "w") as file:
-            json.dump(asdict(self), file, indent=1)
-        os.replace(temporary, path)
+        replace_file(path, json.dumps(asdict(self), indent=1))
+
+
+def replace_file(path: Path, text: str) -> None:
+    """Write a file at once, so that others never read half of it."""
+    handle, temporary = tempfile.mkstemp(dir=path.parent, suffix=".tmp")
+    with os.fdopen(handle, "w") as file:
+        file.write(text)
+    os.replace(temporary, path)
 
 
 def machine_of(device: torch.device) -> dict[str, str]:
@@ -76,20 +83,20 @@ def tune_kernels(
     constants: Constants,
     device: torch.device,
     max_rows: int,
-    seconds: float = 45.0,
+    until: float,
     progress: Callable[[list[Kernel]], Iterable[Kernel]] = iter,
-) -> dict[str, Choices]:
-    """The tilings of every kernel that has several, by its name: from the record of earlier compiles, else measured.
+) -> dict[str, Tuning]:
+    """What is known of every kernel that has several tilings, by its name: from earlier compiles, else measured.
 
     Args:
         constants: the weights of the kernels' regions, by node and time. ``max_rows``: sequences in a decode step.
-        seconds: after so long, the kernels not measured yet keep the tilings of their files, and a kernel that was
-            measured in part is not recorded.
+        until: a time of ``time.perf_counter``. After it, the kernels not measured yet keep the tilings of their files,
+            and a kernel that was measured in part is not recorded.
     """
-    until, machine = time.perf_counter() + seconds, machine_of(device)
+    machine = machine_of(device)
     views = {view.region: view for view in regions_of(loop.graph)}
     rows_of = [rows for rows in ROWS if rows < 2 * max_rows]
-    found: dict[str, Choices] = {}
+    found: dict[str, Tuning] = {}
     # The heaviest first: time is best spent on them.
     for kernel in progress(sorted(kernels, key=lambda item: -_work(item))):
         path = kernel_path(kernel)
@@ -99,7 +106,7 @@ def tune_kernels(
         key = hashlib.sha256(json.dumps([kernel.source, machine, rows_of]).encode()).hexdigest()[:16]
         record = cache_directory("tuning") / f"{kernel.name}_{key}.json"
         try:
-            found[kernel.name] = Tuning.read(record).choices
+            found[kernel.name] = Tuning.read(record)
             continue
         except (OSError, ValueError, KeyError, TypeError):
             pass  # there is none, or one of another version: measure
@@ -108,7 +115,7 @@ def tune_kernels(
                 [views[region] for region in kernel.regions if region in views], constants, device, rows_of[-1]
             )
             tuning, complete = _measured(kernel, module, sets, rows_of, machine, until)
-            found[kernel.name] = tuning.choices
+            found[kernel.name] = tuning
             if complete:
                 tuning.write(record)
     return found

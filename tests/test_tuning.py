@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import math
+import time
 from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
@@ -25,6 +27,7 @@ from fuseline.ir.skeleton import skeleton
 from fuseline.runtime import tune
 from fuseline.runtime.constants import fold_constants
 from fuseline.runtime.options import OptionError
+from fuseline.runtime.step_tuning import choose_in_steps
 
 CPU = torch.device("cpu")
 
@@ -100,7 +103,25 @@ def tuned(seconds: float = 60.0) -> dict[str, Any]:
     weights = {name: value.detach().to(torch.bfloat16) for name, value in make("llama").state_dict().items()}
     weights |= dict(make("llama").named_buffers())
     constants = fold_constants(loop, weights, CPU, {})
-    return tune.tune_kernels(emitted(), loop, constants, CPU, 8, seconds)
+    found = tune.tune_kernels(emitted(), loop, constants, CPU, 8, time.perf_counter() + seconds)
+    return {name: item.choices for name, item in found.items()}
+
+
+def steps(times: dict[int, float]) -> Any:
+    """A step takes what its two kernels take there, whatever they take alone."""
+    return lambda choices, rows: sum(times[dict(pairs)[rows]] for pairs in choices.values())
+
+
+def test_a_step_decides_between_those_that_are_alike_alone() -> None:
+    choices = {"a": ((1, 0), (8, 0), (None, 9)), "b": ((1, 0), (8, 1), (None, 9))}
+    alone = [Timing(rows, config, 10.0 + config) for rows in (1, 8) for config in range(5)]
+    timings = {"a": alone, "b": alone}
+    found, complete = choose_in_steps(choices, timings, steps({0: 5, 1: 4, 2: 3, 3: 4, 4: 1}), [8], math.inf)
+    # Four is too slow alone to be a rival of nought; of one it is not.
+    assert complete and found == {"a": ((1, 0), (8, 2), (None, 9)), "b": ((1, 0), (8, 2), (None, 9))}
+    noise = steps({0: 5.0, 1: 4.999, 2: 4.998, 3: 5.1, 4: 6.0})
+    assert choose_in_steps(choices, timings, noise, [1, 8], math.inf) == (choices, True)
+    assert choose_in_steps(choices, timings, steps(dict.fromkeys(range(5), 1.0)), [1, 8], 0.0) == (choices, False)
 
 
 def test_a_kernel_is_measured_once(measured: list[str], tmp_path: Path) -> None:
