@@ -16,7 +16,7 @@ from .writer import Writer
 
 
 def few_rows(graph: Graph, layout: Plan) -> str:
-    """The lines of the kernel. A norm right before the product is folded into it."""
+    """The lines of the kernel, of a region without work before the product."""
     writer = body_writer(graph)
     loop = "for k0 in range(first, until, BLOCK_K):"
     tile = MatmulTile(graph, writer, layout, loop, "BLOCK_M")
@@ -33,39 +33,20 @@ def few_rows(graph: Graph, layout: Plan) -> str:
     _print_prefetch(writer, layout, column, ok)
     wait(writer)
     print_lookups(tile)
-    tile.prepare_norms()
     writer.line(f"acc = tl.zeros(({_stacked(layout)}, BLOCK_M), tl.float32)")
-    tile.begin_squares()
     with writer.block(loop):
         tile.enter()
         writer.line("k = k0 + tl.arange(0, BLOCK_K)")
-        again = _rows_again(tile)
         rows = print_rows(tile, layout)
         weight = f"{layout.weight.name}_ptr"
         mask = f"{ok}[:, None] & (k < {layout.depth})[None, :]"
         writer.line(f"w = tl.load({weight} + {column}[:, None] * {layout.depth} + k[None, :], mask={mask}, other=0)")
         writer.line(f"x = tl.trans({rows}.to({weight}.dtype.element_ty))")
         writer.line('acc = tl.dot(w, x, acc, input_precision="ieee")')
-        tile.add_squares(again)
         tile.leave()
-    tile.total_squares()
-    _join_splits(writer, _stacked(layout), tile.folded is not None)
+    _join_splits(writer, _stacked(layout))
     tile.finish(_part_lanes(writer, layout), tiles)
     return writer.text()
-
-
-def _rows_again(tile: MatmulTile) -> str:
-    """Print how the rows are read for the folded norm alone; returns their name.
-
-    The product reads them in shared memory, asynchronously. If the norm read them there as well, it would meet those of
-    a later turn now and then (seen with Triton 3.6 on an H100).
-    """
-    tile.enter()
-    tile.modifier = ', cache_modifier=".ca"'
-    name = tile.folded_rows()
-    tile.modifier = ""
-    tile.leave()
-    return name
 
 
 def _stacked(layout: Plan) -> str:
@@ -114,19 +95,15 @@ def _print_prefetch(writer: Writer, layout: Plan, column: str, ok: str) -> None:
         writer.line(f"prefetch({layout.weight.name}_ptr + {where}, AHEAD * {size})")
 
 
-def _join_splits(writer: Writer, columns: str, folded: bool) -> None:
+def _join_splits(writer: Writer, columns: str) -> None:
     """Print how the programs of one tile add up their parts: the last one to arrive does, in the order of the parts."""
-    size = f"({columns} + 1) * BLOCK_M" if folded else f"{columns} * BLOCK_M"
     with writer.block("if SPLITS > 1:"):
         writer.line("place = tl.program_id(1) * tl.num_programs(0) + tl.program_id(0)")
-        writer.line(f"parts_ptr = partial_ptr + place.to(tl.int64) * (SPLITS * {size})")
+        writer.line(f"parts_ptr = partial_ptr + place.to(tl.int64) * (SPLITS * {columns} * BLOCK_M)")
         writer.line("token = tl.arange(0, BLOCK_M)")
         writer.line(f"here = tl.arange(0, {columns})[:, None] * BLOCK_M + token[None, :]")
         writer.line("used = (tl.program_id(1) * BLOCK_M + token < num_rows)[None, :]")
-        writer.line(f"own_ptr = parts_ptr + tl.program_id(2) * ({size})")
-        writer.line("tl.store(own_ptr + here, acc, mask=used)")
-        if folded:
-            writer.line(f"tl.store(own_ptr + {columns} * BLOCK_M + token, total)")
+        writer.line(f"tl.store(parts_ptr + tl.program_id(2) * ({columns} * BLOCK_M) + here, acc, mask=used)")
         writer.line("tl.debug_barrier()  # one thread announces what all have written")
         writer.line('before = tl.atomic_add(arrived_ptr + place, 1, sem="acq_rel", scope="gpu")')
         writer.line("if before + 1 < SPLITS:")
@@ -134,10 +111,6 @@ def _join_splits(writer: Writer, columns: str, folded: bool) -> None:
         writer.line("tl.debug_barrier()")
         writer.line("tl.store(arrived_ptr + place, 0)  # as the next launch expects it")
         writer.line(f"acc = tl.zeros(({columns}, BLOCK_M), tl.float32)")
-        if folded:
-            writer.line("total = tl.zeros((BLOCK_M,), tl.float32)")
         with writer.block("for split in tl.static_range(SPLITS):"):
-            writer.line(f"own_ptr = parts_ptr + split * ({size})")
-            writer.line('acc += tl.load(own_ptr + here, mask=used, other=0, cache_modifier=".cg")')
-            if folded:
-                writer.line(f'total += tl.load(own_ptr + {columns} * BLOCK_M + token, cache_modifier=".cg")')
+            where = f"parts_ptr + split * ({columns} * BLOCK_M) + here"
+            writer.line(f'acc += tl.load({where}, mask=used, other=0, cache_modifier=".cg")')

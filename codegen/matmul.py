@@ -8,7 +8,7 @@ from .few_rows import few_rows
 from .matmul_launch import launch_text
 from .matmul_loop import accumulators_of, body_writer, print_lookups, print_rows, wait, weight_loads
 from .matmul_tile import MatmulTile
-from .parts import finish_parts, folds, product_part, rows_part, without_rows
+from .parts import finish_parts, product_part, rows_part, without_rows
 from .placement import place_columns
 from .rows import rows_kernel
 from .signature import file_text, kernel_text, parameters
@@ -17,15 +17,13 @@ from .signature import file_text, kernel_text, parameters
 def matmul_source(graph: Graph) -> str:
     """The file of a kernel around one matmul, without its header.
 
-    One row is computed whole by one kernel, and so are a few rows, unless more comes before the product than a norm
-    that is one factor for each row. For many rows the work before the product is a kernel of its own: each tile would
-    do it anew. The library's product may then be faster, with the rest as kernels of rows.
+    One row is computed whole by one kernel. For several rows, the work before the product is a kernel of its own: each
+    tile would do it anew. For many rows the library's product may be faster, with the rest as kernels of rows.
     """
     layout = plan(graph)
     core = product_part(graph, layout.anchor) if layout.apart else graph
     whole = plan(core)
     first, inner = rows_part(core, whole.anchor), without_rows(core, whole.anchor)
-    few = core if folds(core, whole.anchor) else inner
     finish = finish_parts(graph, layout.anchor)
     blocks = "BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, PDL: tl.constexpr"
     rows = f"BLOCK_M: tl.constexpr, {blocks}"
@@ -33,7 +31,10 @@ def matmul_source(graph: Graph) -> str:
     kernels = [
         kernel_text(f"{graph.name}_row_kernel", f"{_pointers(core)}, num_rows, {blocks}", _one_row(core, whole)),
         kernel_text(
-            f"{graph.name}_few_kernel", f"{_pointers(few)}, num_rows, {parts}", few_rows(few, plan(few)), ["num_rows"]
+            f"{graph.name}_few_kernel",
+            f"{_pointers(inner)}, num_rows, {parts}",
+            few_rows(inner, plan(inner)),
+            ["num_rows"],
         ),
         kernel_text(
             f"{graph.name}_kernel",
@@ -47,7 +48,7 @@ def matmul_source(graph: Graph) -> str:
         kernel, launch = rows_kernel(extra, f"launch_{extra.name}")
         kernels.append(kernel)
         host.append(launch)
-    return file_text(kernels, *host, launch_text(graph, core, first, few, inner, finish))
+    return file_text(kernels, *host, launch_text(graph, core, first, inner, finish))
 
 
 def _pointers(graph: Graph) -> str:
@@ -86,13 +87,12 @@ def _one_row(graph: Graph, layout: Plan) -> str:
             for name, load in zip(accumulators, loads):
                 writer.line(f"{name}_w = {load}")
         value = print_rows(tile, layout)
-        tile.add_squares(tile.folded_rows())
+        tile.add_squares()
         for name in accumulators:
             writer.line(f"{name}_sums += {name}_w.to(tl.float32) * {value}")
         tile.leave()
     for name in accumulators:
         writer.line(f"{name} = tl.sum({name}_sums, 1)[None, :]")
-    tile.total_squares()
     tile.finish(accumulators, tiles)
     return writer.text()
 

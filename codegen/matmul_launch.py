@@ -30,7 +30,7 @@ def few(block_m, block_n, block_k, num_warps, num_stages, splits):
     pointers = {"partial_ptr": "*fp32", "arrived_ptr": "*i32"} if splits > 1 else {}
     absent = {} if splits > 1 else {"partial_ptr": None, "arrived_ptr": None}
     return {
-        "kernel": $NAME$_few_kernel, "signature": {**$FEW_TYPES$, **pointers},
+        "kernel": $NAME$_few_kernel, "signature": {**$TILE_TYPES$, **pointers},
         "constexprs": {**blocks, **absent}, "num_warps": num_warps, "num_stages": num_stages,
     }
 
@@ -52,7 +52,7 @@ def workspace(blocks, tiles, device):
     """Memory for the parts of so many tiles, if there are several of each."""
     if blocks["SPLITS"] == 1:
         return {}
-    size = ($STACK$ * blocks["BLOCK_N"] + $SQUARES$) * blocks["BLOCK_M"]
+    size = $STACK$ * blocks["BLOCK_N"] * blocks["BLOCK_M"]
     partial = torch.empty(tiles * blocks["SPLITS"] * size, dtype=torch.float32, device=device)
     return {"partial_ptr": partial, "arrived_ptr": counters(device, triton.next_power_of_2(tiles))}
 
@@ -96,11 +96,10 @@ _SOME = ((64, 32, 256, 4, 4), (64, 128, 128, 8, 4), (64, 16, 256, 4, 4), (64, 32
 _MANY = ((128, 128, 64, 8, 3), (128, 64, 64, 8, 4), (128, 256, 64, 8, 4))
 
 
-def launch_text(graph: Graph, core: Graph, first: Graph | None, few: Graph, inner: Graph, finish: list[Graph]) -> str:
+def launch_text(graph: Graph, core: Graph, first: Graph | None, inner: Graph, finish: list[Graph]) -> str:
     """The text for a region: ``core`` is what the kernels of its product compute, all of it or the product alone.
 
-    ``first`` is the work before the product, ``inner`` the core without it, ``few`` what the kernel for few rows
-    computes, one of both; ``finish`` is the work after the product.
+    ``first`` is the work before the product, ``inner`` the core without it, ``finish`` the work after the product.
     """
     layout = plan(core)
     configs: list[str] = []
@@ -119,16 +118,14 @@ def launch_text(graph: Graph, core: Graph, first: Graph | None, few: Graph, inne
         "LANES": str(layout.lanes),
         "EARLY": str(8192 // _bytes(layout)),
         "STACK": str(padded_width(layout.lanes)),
-        "SQUARES": str(int(few is core and first is not None)),
         "DEPTH": str(layout.depth),
-        "FEW_TYPES": types_text({**pointer_types(few), **count}),
         "TILE_TYPES": types_text({**pointer_types(inner), **count}),
         "CONFIGS": "\n".join(configs),
         "CHOICES": str(choices),
         "EXTRA": "".join(f", {name}" for name in extra),
         "ARGUMENTS": ", ".join(parameters(graph)),
         "ROWS": _row_input(core, layout.anchor),
-        "BODY": "".join(f"    {line}\n" for line in _body(graph, core, first, few, inner, finish)),
+        "BODY": "".join(f"    {line}\n" for line in _body(graph, core, first, inner, finish)),
     }
     text = f"{_TILINGS}\n\n{_LAUNCH}"
     for name, value in words.items():
@@ -136,7 +133,7 @@ def launch_text(graph: Graph, core: Graph, first: Graph | None, few: Graph, inne
     return text
 
 
-def _body(graph: Graph, core: Graph, first: Graph | None, few: Graph, inner: Graph, finish: list[Graph]) -> list[str]:
+def _body(graph: Graph, core: Graph, first: Graph | None, inner: Graph, finish: list[Graph]) -> list[str]:
     """The lines that launch one row, a tiling, or the product of the library."""
     layout = plan(core)
     anchor, tiles = layout.anchor, tile_count(layout, 'blocks["BLOCK_N"]')
@@ -149,17 +146,13 @@ def _body(graph: Graph, core: Graph, first: Graph | None, few: Graph, inner: Gra
     row = f"run(config, ({tiles} * num_rows,), {', '.join(parameters(core))}, num_rows)"
     lines += ['if config and "BLOCK_M" not in blocks:', *_indented(_returned(row, done))]
     columns, rows = tiles, 'triton.cdiv(num_rows, blocks["BLOCK_M"])'
-    parts = f"**workspace(blocks, grid[0] * grid[1], {device})"
-    call = f"run(config, grid, {', '.join(parameters(few))}, num_rows, {parts})"
-    grid = f'grid = ({columns}, {rows}, blocks["SPLITS"])'
-    some = ['if config and "SPLITS" in blocks:', *_indented([grid, *_returned(call, done)])]
-    whole = few is core
-    lines += some if whole else []
     if first:
         lines += [_empty(fresh_outputs(first)[0], device), f"launch_{first.name}({', '.join(parameters(first))})"]
-    lines += [] if whole else some
-    call = f"run(config, ({columns}, {rows}), {', '.join(parameters(inner))}, num_rows)"
-    lines += ["if config:", *_indented(_returned(call, done))]
+    arguments = f"{', '.join(parameters(inner))}, num_rows"
+    few = f"run(config, grid, {arguments}, **workspace(blocks, grid[0] * grid[1], {device}))"
+    grid = f'grid = ({columns}, {rows}, blocks["SPLITS"])'
+    lines += ['if config and "SPLITS" in blocks:', *_indented([grid, *_returned(few, done)])]
+    lines += ["if config:", *_indented(_returned(f"run(config, ({columns}, {rows}), {arguments})", done))]
     return lines + _library(inner, finish, given, "" if apart or given else device)
 
 

@@ -90,31 +90,21 @@ class MatmulTile(Tile):
     def begin_squares(self) -> None:
         """Print the sums of the folded norm before the loop of the product."""
         if self.folded is not None:
-            self.writer.line(f"squares = tl.zeros(({self._block_m}, BLOCK_K), tl.float32)")
+            self.writer.line("squares = tl.zeros((1, BLOCK_K), tl.float32)")
 
-    def folded_rows(self) -> str:
-        """Print the rows that the folded norm is of, in the loop of the product; returns their name, empty if none is."""
-        if self.folded is None:
-            return ""
-        source = self.folded.args[0]
-        assert isinstance(source, Node)
-        return self.value(source, self.at_k)
-
-    def add_squares(self, rows: str) -> None:
+    def add_squares(self) -> None:
         """Print what the folded norm adds up in the loop of the product."""
         if self.folded is not None:
-            self.writer.line(f"squares += {rows} * {rows}")
-
-    def total_squares(self) -> None:
-        """Print the folded norm's sums of squares after the loop of the product."""
-        if self.folded is not None:
-            self.writer.line("total = tl.sum(squares, 1)")
+            source = self.folded.args[0]
+            assert isinstance(source, Node)
+            x = self.value(source, self.at_k)
+            self.writer.line(f"squares += {x} * {x}")
 
     def scale_by_norm(self, accumulators: list[str]) -> None:
         """Print the folded norm's factor and apply it to the product."""
         if self.folded is not None:
-            mean = f"total[:, None] / {self._depth}"
-            self.writer.line(f"inverse = 1.0 / tl.sqrt({mean} + {norm_epsilon(self.folded)})")
+            total = f"tl.sum(squares, 1)[:, None] / {self._depth}"
+            self.writer.line(f"inverse = 1.0 / tl.sqrt({total} + {norm_epsilon(self.folded)})")
             for name in accumulators:
                 self.writer.line(f"{name} *= inverse")
 

@@ -57,12 +57,13 @@ def programs(variant):
 
 
 def choose_splits(device, tokens, table_width):
-    """Splits per query: two programs for each processor, but no split of less than a tile of keys.
+    """Splits per query: about two programs for each processor, but no split of less than a tile of keys.
 
     The span is what the block table can hold, not what the sequences hold: asking the device would make the host wait.
     """
     span = $SPAN$
-    wanted = triton.cdiv(2 * processors(device), tokens * programs(DECODE))
+    whole = tokens * programs(DECODE)
+    wanted = (2 * processors(device) + whole // 2) // whole
     return max(1, min(wanted, triton.cdiv(span, $DECODE_BLOCK_N$)))
 
 

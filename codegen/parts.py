@@ -7,7 +7,6 @@ from collections.abc import Iterable
 from torch.fx import Node
 
 from ..ir.graph import Graph, dims_of, type_of
-from ..ir.ops import op_name
 from ..ir.types import Size
 from .rows import leading, value_written
 
@@ -16,16 +15,6 @@ def rows_part(graph: Graph, anchor: Node) -> Graph | None:
     """The work before the product as a graph of its own, which returns the product's rows; nothing if there is none."""
     before = [node for node in graph.calls() if node < anchor]
     return part(graph, before, [anchor.args[0]], f"{graph.name}_rows") if before else None  # type: ignore[list-item]
-
-
-def folds(graph: Graph, anchor: Node) -> bool:
-    """Whether all work before the product is an RMS norm without a scale: one factor for each row, which may as well be
-    applied to the product."""
-    norm = anchor.args[0]
-    if not isinstance(norm, Node) or op_name(norm.target) != "nn.rms_norm" or norm.args[1] is not None:
-        return False
-    before = [node for node in graph.calls() if node < anchor and node is not norm]
-    return all(op_name(node.target) == "aten.index_select" for node in before)
 
 
 def without_rows(graph: Graph, anchor: Node) -> Graph:

@@ -61,7 +61,6 @@ class Tile:
         # Names in coordinates that vary with the row, and those that are one number for the whole tile.
         self.row_names: set[str] = {"row"}
         self.scalars: set[str] = set()
-        self.modifier = ""  # further arguments of loads
         self._known: list[dict[tuple[Node, Position], str]] = [{}]
         self._on_given: dict[Node, bool] = {}
 
@@ -111,7 +110,7 @@ class Tile:
             )
         mask = self._needed_mask(at)
         guard = f", mask={mask}, other=0" if mask else ""
-        loaded = f"tl.load({node.name}_ptr + {flat_index(at.coords, kind.shape)}{guard}{self.modifier})"
+        loaded = f"tl.load({node.name}_ptr + {flat_index(at.coords, kind.shape)}{guard})"
         if kind.dtype == "bool":
             return f"{loaded} != 0"
         return f"{loaded}.to(tl.float32)" if kind.torch_dtype.is_floating_point else loaded

@@ -76,7 +76,7 @@ def compile(
         graphs: run steps that only decode as CUDA graphs, recorded here for a few batch sizes that others are padded
             to; the default on a GPU. On the CPU the same padded steps are plain calls, for tests.
         lookahead: launch each step before the tokens of the last are known to the host; the default on a GPU.
-        tuning: on a GPU, measure the tilings of matmuls against each other (45 seconds at most), once for each GPU:
+        tuning: on a GPU, measure the tilings of matmuls against each other (40 seconds at most), once for each GPU:
             what was measured is kept in the user's cache. ``False``: each kernel takes the tilings of its file. The
             path of a dump's ``report.json``: those that it lists.
         skip: what is not to be done: a pass by name (``"FuseRope"``) or by its number in the dumps (``17``), or one

@@ -28,7 +28,7 @@ from .options import OptionError
 
 Constants = Mapping[Node, Sequence[Tensor]]
 
-TUNING_SECONDS = 45.0
+TUNING_SECONDS = 40.0
 """How long a compile measures at most."""
 
 
