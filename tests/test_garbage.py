@@ -29,7 +29,9 @@ def test_what_the_collector_was_told_holds_again_afterwards(frozen: bool, aside:
     thresholds, count = gc.get_threshold(), gc.get_freeze_count()
     assert (count > 0) == frozen
     assert state() == (500_000, True)
-    assert (gc.get_threshold(), gc.get_freeze_count()) == (thresholds, count)
+    assert gc.get_threshold() == thresholds
+    # Some of those set aside may have ended meanwhile.
+    assert gc.get_freeze_count() == pytest.approx(count, rel=0.01)
 
 
 def test_a_collector_that_is_off_stays_off() -> None:
