@@ -28,10 +28,10 @@ _INTEGERS = {
 HELPERS = {
     "prefetch": """@triton.jit
 def prefetch(pointers, BYTES: tl.constexpr):
-    # To the L2 cache, by the copy engine: no register waits for it. Needs sm_90 and addresses in whole 16 bytes.
+    # To the L2 cache, by the copy engine: no register waits for it. Needs sm_90, and takes whole 16 bytes.
     tl.inline_asm_elementwise(
         "cp.async.bulk.prefetch.L2.global [$1], $2; mov.u32 $0, 0;", "=r,l,n",
-        [pointers.to(tl.int64), BYTES], dtype=tl.int32, is_pure=False, pack=1,
+        [pointers.to(tl.int64) & -16, BYTES], dtype=tl.int32, is_pure=False, pack=1,
     )
 """,
     "tanh": """@triton.jit

@@ -6,12 +6,11 @@ from torch.fx import Node
 
 from ..ir.graph import Graph, type_of
 from ..ir.ops import op_name
-from .columns import Plan, plan
+from .columns import plan
+from .matmul_tilings import tilings_of, weight_bytes
 from .placement import tile_count
 from .rows import padded_width
 from .signature import COUNTERS, fresh_outputs, parameters, pointer_types, types_text
-
-Tiling = tuple[int, ...]
 
 _TILINGS = '''\
 def row(block_n, block_k, num_warps):
@@ -78,24 +77,6 @@ def launch($ARGUMENTS$, choices=CHOICES):
 $BODY$"""
 
 
-# What was fastest on an H100 for one kernel or another of models of 1 and 7 billion parameters, in bf16: (columns, depth,
-# warps) for one row, and (rows, columns, depth, warps, stages).
-_ROW = ((2, 2048, 8), (2, 4096, 4), (4, 1024, 2), (2, 1024, 4), (8, 512, 2), (2, 2048, 2))
-# Rows, columns, depth, warps, stages and parts of the depth.
-_FEW = (
-    (16, 64, 128, 4, 4, 4),
-    (16, 64, 128, 4, 5, 1),
-    (16, 64, 128, 4, 4, 2),
-    (16, 128, 128, 4, 4, 2),
-    (16, 64, 128, 4, 4, 6),
-    (64, 128, 64, 4, 4, 2),
-)
-# Rows, columns, depth, warps and stages.
-_NARROW = ((16, 16, 512, 2, 5), (16, 32, 256, 4, 4), (16, 64, 128, 2, 5))
-_SOME = ((64, 32, 256, 4, 4), (64, 128, 128, 8, 4), (64, 16, 256, 4, 4), (64, 32, 128, 4, 3))
-_MANY = ((128, 128, 64, 8, 3), (128, 64, 64, 8, 4), (128, 256, 64, 8, 4))
-
-
 def launch_text(graph: Graph, core: Graph, first: Graph | None, inner: Graph, finish: list[Graph]) -> str:
     """The text for a region: ``core`` is what the kernels of its product compute, all of it or the product alone.
 
@@ -116,7 +97,7 @@ def launch_text(graph: Graph, core: Graph, first: Graph | None, inner: Graph, fi
         "NAME": graph.name,
         "ROW_TYPES": types_text({**pointer_types(core), **count}),
         "LANES": str(layout.lanes),
-        "EARLY": str(8192 // _bytes(layout)),
+        "EARLY": str(8192 // weight_bytes(layout)),
         "STACK": str(padded_width(layout.lanes)),
         "DEPTH": str(layout.depth),
         "TILE_TYPES": types_text({**pointer_types(inner), **count}),
@@ -196,71 +177,6 @@ def _summand(finish: Graph, anchor: Node) -> Node | None:
 def _empty(node: Node, device: str) -> str:
     kind = type_of(node)
     return f"{node.name} = torch.empty(num_rows, {kind.shape[1]}, dtype={kind.torch_dtype}, device={device})"
-
-
-def row_tilings(layout: Plan) -> list[Tiling]:
-    """``(BLOCK_N, BLOCK_K, num_warps)`` for one row, the likeliest to be fast first."""
-    wide = _bytes(layout) > 2
-    deepest = padded_width(layout.depth)
-    found: list[Tiling] = []
-    for block_n, block_k, warps in _ROW:
-        block_k = min(deepest, block_k // (2 if wide else 1))
-        tiling = (max(2, block_n // layout.lanes), block_k, warps)
-        # Unrolled loops: a few turns keep the kernel small.
-        if tiling not in found and -(-layout.depth // block_k) <= 16:
-            found.append(tiling)
-    return found or [(2, min(deepest, 4096), 4)]
-
-
-def few_tilings(layout: Plan) -> list[Tiling]:
-    """``(BLOCK_M, BLOCK_N, BLOCK_K, num_warps, num_stages, SPLITS)`` for a few rows, the likeliest first."""
-    if _bytes(layout) > 2:
-        return [(16, 32, 64, 4, 3, 1)]
-    most, deepest = _widest(layout), padded_width(layout.depth)
-    found: list[Tiling] = []
-    for m, columns, k, warps, stages, splits in _FEW:
-        n = max(16, min(columns // layout.lanes, most))
-        # Each part of a sum has a few turns.
-        if splits == 1 or layout.depth >= 2 * splits * k:
-            found.append((m, n, max(16, min(k, deepest)), warps, stages, splits))
-    return list(dict.fromkeys(found))
-
-
-def tile_tilings(layout: Plan) -> list[list[Tiling]]:
-    """``(BLOCK_M, BLOCK_N, BLOCK_K, num_warps, num_stages)`` for few, some and many rows, the likeliest first."""
-    if _bytes(layout) > 2:
-        broad = max(16, min(64, padded_width(layout.head_dim))) if layout.head_dim else 64
-        return [[], [(32, broad, 32, 8, 2)], [(32, broad, 32, 8, 2)]]
-    found: list[list[Tiling]] = []
-    for tilings in (_NARROW, _SOME, _MANY):
-        fitting = [
-            (m, max(16, min(columns // layout.lanes, _widest(layout))), k, warps, stages)
-            for m, columns, k, warps, stages in tilings
-        ]
-        found.append(list(dict.fromkeys(fitting)))
-    return found
-
-
-def _widest(layout: Plan) -> int:
-    """The most columns of a tile."""
-    return padded_width(layout.head_dim) if layout.head_dim else 256
-
-
-def tilings_of(layout: Plan) -> list[tuple[int | None, str, list[Tiling]]]:
-    """The tilings for up to so many rows, and the function of the file that makes each of them."""
-    narrow, some, many = tile_tilings(layout)
-    few = few_tilings(layout)
-    return [
-        (1, "row", row_tilings(layout)),
-        (16, "few", few),
-        (16, "tile", narrow),
-        (64, "tile", some),
-        (None, "tile", many),
-    ]
-
-
-def _bytes(layout: Plan) -> int:
-    return type_of(layout.weight).torch_dtype.itemsize
 
 
 def _row_input(graph: Graph, anchor: Node) -> str:

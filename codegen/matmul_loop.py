@@ -16,8 +16,8 @@ from .writer import Writer
 _TAKEN = frozenset(
     (
         "num_rows row row_ok n_ok ok k k0 n w x tile head lane lanes cols part parts parts_ptr partial_ptr arrived_ptr "
-        "place before split span first until pair upper squares total inverse start acc which across across_ok token "
-        "here used own_ptr"
+        "place before split span first until pair upper squares inverse start acc which across across_ok token "
+        "here used"
     ).split()
 )
 
