@@ -13,7 +13,7 @@ from torch.fx import Node
 from .errors import VerificationError
 from .graph import Graph, Region
 from .ops import resolve
-from .types import DTYPES, Dim, Size, TensorType, Type, parse_size
+from .types import DTYPES, Dim, Size, TensorType, Type, parse_placement, parse_size
 
 
 class ParseError(VerificationError):
@@ -124,6 +124,7 @@ class _Parser:
             raise self._fail(tree, f"unknown element type {tree.value.id}")
         try:
             shape = tuple(map(_size, sizes))
+            placement = parse_placement(placement, len(shape)) if placement else ""
         except ValueError as error:
             raise self._fail(tree, str(error)) from error
         return TensorType(tree.value.id, shape, placement)

@@ -126,6 +126,22 @@ def parse_size(text: str) -> Size:
     return Dim.build(terms, offset)
 
 
+def parse_placement(text: str, rank: int) -> str:
+    """The placement that a type of ``rank`` dims states after ``@``: ``shard(dim)``, ``partial``, or replicated (empty).
+
+    ``shard(d)``: each rank holds its part of dim ``d``; ``partial``: the value is the sum of what the ranks hold.
+    Raises ``ValueError`` for any other word and for a dim that the type does not have.
+    """
+    if text in ("replicated", "partial"):
+        return "" if text == "replicated" else text
+    match = re.fullmatch(r"shard\((\d+)\)", text)
+    if match is None:
+        raise ValueError(f"unknown placement {text}; write shard(dim), partial or replicated")
+    if int(match[1]) >= rank:
+        raise ValueError(f"{text} names no dim of a type of {rank}; dims count from 0")
+    return text
+
+
 def type_text(value: Type) -> str:
     """The text of a type; several results stand in parentheses."""
     if isinstance(value, tuple):

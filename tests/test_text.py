@@ -59,6 +59,8 @@ def test_every_stage_of_every_family_round_trips_and_replays(name: str) -> None:
         ("aten.linear(n, w)", "aten.linnear(n, w)", "unknown operator aten.linnear"),
         ("aten.linear(n, w)", "__import__('os').system('true')", "unknown operator"),
         ("y: f32[T, 6] = aten", "y: f33[T, 6] = aten", "unknown element type f33"),
+        ("w: f32[6, 8] =", "w: f32[6, 8] @ split(0) =", "unknown placement split(0)"),
+        ("w: f32[6, 8] =", "w: f32[6, 8] @ shard(2) =", "shard(2) names no dim of a type of 2"),
         ("y: f32[T, 6] = aten", "y = aten", "expected `name: type = op"),
         ("y: f32[T, 6] = aten", "n: f32[T, 6] = aten", "the name n is taken"),
         ("    return (d, y)\n", "", "the graph returns nothing"),
@@ -71,6 +73,14 @@ def test_a_bad_text_is_refused(old: str, new: str, message: str) -> None:
     with pytest.raises(ir.ParseError, match="line ") as caught:
         ir.parse(TEXT.replace(old, new, 1))
     assert message in str(caught.value)
+
+
+def test_placements_stand_in_the_text_and_replicated_prints_nothing() -> None:
+    placed = TEXT.replace("w: f32[6, 8] =", "w: f32[6, 8] @ shard(0) =").replace(
+        "z: f32[T, 6] =", "z: f32[T, 6] @ partial ="
+    )
+    assert ir.dump(ir.parse(placed)) == placed
+    assert ir.dump(ir.parse(TEXT.replace("w: f32[6, 8] =", "w: f32[6, 8] @ replicated ="))) == TEXT
 
 
 @pytest.mark.parametrize(
