@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 from torch.fx import Node
 
@@ -10,6 +10,7 @@ from ..ir.build import insert_before
 from ..ir.graph import Graph, is_constant, type_of
 from ..ir.infer import Inference
 from ..ir.ops import aten, op_name
+from ..ir.types import TensorType
 from .ledger import PassReport
 
 
@@ -20,13 +21,15 @@ def fold_norm_scales(graph: Graph, report: PassReport) -> Graph:
     reads ``x`` as it is.
     """
     infer = Inference()
+    lookups = [node for node in graph.calls() if op_name(node.target) == "aten.embedding"]
+    tables = {type_of(node.args[0]) for node in lookups if isinstance(node.args[0], Node)}
     for norm in list(graph.calls()):
         if op_name(norm.target) != "nn.rms_norm" or not isinstance(norm.args[1], Node):
             continue
         projections = [user for user in norm.users if op_name(user.target) == "aten.linear" and user.args[0] is norm]
         if not projections:
             continue
-        why, blocking = _reason_against(norm, norm.args[1], projections)
+        why, blocking = _reason_against(norm, norm.args[1], projections, tables)
         if why:
             report.refuse(norm.name, why, blocking)
             continue
@@ -45,8 +48,14 @@ def fold_norm_scales(graph: Graph, report: PassReport) -> Graph:
     return graph
 
 
-def _reason_against(norm: Node, scale: Node, projections: Sequence[Node]) -> tuple[str, Node]:
-    """Why a norm keeps its scale, and the node that stands in the way; an empty reason if nothing does."""
+def _reason_against(
+    norm: Node, scale: Node, projections: Sequence[Node], tables: Collection[TensorType]
+) -> tuple[str, Node]:
+    """Why a norm keeps its scale, and the node that stands in the way; an empty reason if nothing does.
+
+    ``tables`` are the types of embeddings. The text does not say which weights are tied to one, and a scaled copy would
+    take as much memory again.
+    """
     for user in norm.users:
         if user not in projections:
             return f"{user.name} reads it beside a projection", user
@@ -58,6 +67,8 @@ def _reason_against(norm: Node, scale: Node, projections: Sequence[Node]) -> tup
             return "a weight is computed from the tokens", linear
         if len(weight.users) > 1:
             return f"{weight.name} has another reader", weight
+        if type_of(weight) in tables:
+            return f"{weight.name} may be tied to an embedding, which would be held twice", weight
         if not type_of(scale).dtype == type_of(weight).dtype == type_of(norm).dtype:
             return "scale, weight and rows differ in type", scale
         if type_of(weight).dtype == "f16":

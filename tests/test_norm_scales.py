@@ -69,9 +69,20 @@ WIDE = """\
 """
 
 
+TIED = """\
+    ids: i64[3] = const([0, 2, 5], i64)
+    t: f32[6, 8] = weight("t")
+    e: f32[3, 8] = aten.embedding(t, ids)
+    n: f32[T, 8] = nn.rms_norm(x, s, 1e-05)
+    y: f32[T, 6] = aten.linear(n, w, b)
+    return [y, e]
+"""
+
+
 @pytest.mark.parametrize(
     ("body", "kind", "why"),
     [
+        (TIED, "f32", "w may be tied to an embedding, which would be held twice"),
         (BESIDE, "f32", "z reads it beside a projection"),
         (SHARED, "f32", "w has another reader"),
         (WIDE, "bf16", "scale, weight and rows differ in type"),
