@@ -39,11 +39,16 @@ def _written(name: str, source: str) -> Path:
     folder = cache_directory("kernels")
     path = folder / f"{name}_{digest}.py"
     if not path.exists() or path.read_text() != source:
-        handle, temporary = tempfile.mkstemp(dir=folder, suffix=".tmp")
-        with os.fdopen(handle, "w") as file:
-            file.write(source)
-        os.replace(temporary, path)
+        replace_file(path, source)
     return path
+
+
+def replace_file(path: Path, text: str) -> None:
+    """Write a file at once, so that others never read half of it."""
+    handle, temporary = tempfile.mkstemp(dir=path.parent, suffix=".tmp")
+    with os.fdopen(handle, "w") as file:
+        file.write(text)
+    os.replace(temporary, path)
 
 
 def load_launch(kernel: Kernel, choices: Choices | None = None) -> Launch:

@@ -8,8 +8,8 @@ from .rows import padded_width
 
 Tiling = tuple[int, ...]
 
-# What was fastest on an H100 for one kernel or another of models of 1 and 7 billion parameters, in bf16: (columns, depth,
-# warps) for one row, and (rows, columns, depth, warps, stages).
+# What was fastest on an H100 for one kernel or another of models of 1 and 7 billion parameters, in bf16.
+# Columns, depth and warps, for one row.
 _ROW = ((2, 2048, 8), (2, 4096, 4), (4, 1024, 2), (2, 1024, 4), (8, 512, 2), (2, 2048, 2))
 # Rows, columns, depth, warps, stages and parts of the depth.
 _FEW = (

@@ -240,10 +240,10 @@ class Tile:
 
     def rotated_partner(self, here: str) -> str:
         """The other value of each pair of a given tile that is rotated."""
-        raise NotImplementedError("rotating a tile of this kind")
+        raise AssertionError("only a matmul holds tiles that are rotated")
 
     def _reduction(self, node: Node, source: Node, name: str, at: Position) -> str:
-        raise NotImplementedError(f"{name} on this kind of tile")
+        raise AssertionError(f"{name} needs whole rows, which a tile of a matmul does not hold")
 
     def _no_statistics(self, node: Node, read: Any, at: Position) -> tuple[str, str]:
         raise AssertionError("this tile holds no whole rows")

@@ -99,6 +99,7 @@ def _micros(module: ModuleType, sets: Sequence[Sequence[Tensor]], config: int, a
     Kernels for few rows begin before the one in front of them has ended, as they do in a step. Those for many rows do
     not, and would hide each other's ends back to back: if ``apart``, a small kernel lies between them.
     """
+    module.launch(*sets[0], choices=((None, config),))  # what it keeps between launches is made outside of the graph
     graph: Any = torch.cuda.CUDAGraph()
     between = torch.empty(1, device=sets[0][0].device)
     with torch.cuda.graph(graph):

@@ -14,14 +14,15 @@ from collections.abc import Callable, Mapping, Sequence
 import torch
 
 from ..codegen.kernels import Kernel
-from ..codegen.launch import cache_directory, load_launches
+from ..codegen.launch import cache_directory, load_launches, replace_file
 from ..codegen.tuning import Choices, Timing
 from ..ir.loop import Loop
 from .caches import new_caches
 from .executor import Executor
+from .replay import GraphReplay, NotCapturable
 from .step import StepInput
 from .timing import median_milliseconds
-from .tune import Constants, Tuning, digest_of, replace_file
+from .tune import Constants, Tuning, digest_of
 
 Milliseconds = Callable[[Mapping[str, Choices], int], float]
 """The time of a step of so many sequences with these tilings, by the kernel's name."""
@@ -43,6 +44,8 @@ def tune_steps(
 ) -> dict[str, Choices]:
     """The tilings of every tuned kernel, by its name: from the record of earlier compiles, else measured.
 
+    Those that are best alone stay where steps cannot be recorded as CUDA graphs.
+
     Args:
         loop: a model of few layers with all its kernels, of which ``constants`` are the weights.
         until: a time of ``time.perf_counter`` after which nothing more is measured, and nothing recorded.
@@ -51,7 +54,8 @@ def tune_steps(
     rows_of = sorted({timing.rows for item in tunings.values() for timing in item.timings if timing.rows <= 64})
     sources = {kernel.name: digest_of(kernel) for kernel in kernels}
     machine = next((item.machine for item in tunings.values()), {})
-    known = [sources, machine, rows_of, sorted(first.items()), len(loop.stages)]
+    context = min(_CONTEXT, max_seq_len)
+    known = [sources, machine, rows_of, sorted(first.items()), len(loop.stages), context]
     record = cache_directory("tuning") / f"step_{hashlib.sha256(json.dumps(known).encode()).hexdigest()[:16]}.json"
     try:
         found = json.loads(record.read_text())["choices"]
@@ -60,9 +64,12 @@ def tune_steps(
         pass  # there is none, or one of another version: measure
     if not first or time.perf_counter() > until:
         return first
-    steps = _Steps(loop, constants, kernels, device, block_size, min(_CONTEXT, max_seq_len))
+    steps = _Steps(loop, constants, kernels, device, block_size, context)
     timings = {name: item.timings for name, item in tunings.items()}
-    best, complete = choose_in_steps(first, timings, steps.milliseconds, rows_of, until)
+    try:
+        best, complete = choose_in_steps(first, timings, steps.milliseconds, rows_of, until)
+    except NotCapturable:
+        return first
     if complete:
         replace_file(record, json.dumps({"machine": machine, "choices": best}, indent=1))
     return best
@@ -123,15 +130,16 @@ class _Steps:
             store.zero_()
 
     def milliseconds(self, choices: Mapping[str, Choices], rows: int) -> float:
-        """Median time of a step, replayed as a CUDA graph."""
+        """Median time of a step, replayed as a CUDA graph. Raises NotCapturable if it cannot be recorded."""
         launches = load_launches(self._kernels, choices)
         executor = Executor(self._loop, self._constants, self._caches, self._device, launches)
         step = self._step(rows)
-        executor(step)  # what is not compiled yet is now
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
+
+        def compute(_: int) -> None:
             executor(step)
-        return median_milliseconds(graph.replay, _REPEATS, self._device)
+
+        replay = GraphReplay(compute, [rows], self._device)
+        return median_milliseconds(lambda: replay(rows), _REPEATS, self._device)
 
     def _step(self, rows: int) -> StepInput:
         def count(dtype: torch.dtype, many: int = rows) -> torch.Tensor:

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
-import tempfile
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -17,7 +15,7 @@ from torch import Tensor
 from torch.fx import Node
 
 from ..codegen.kernels import Kernel
-from ..codegen.launch import cache_directory, kernel_path
+from ..codegen.launch import cache_directory, kernel_path, replace_file
 from ..codegen.offline import load_kernel_file
 from ..codegen.region import RegionView, regions_of
 from ..codegen.tuning import ROWS, Choices, Timing, choose, measure
@@ -54,14 +52,6 @@ class Tuning:
 
     def write(self, path: Path) -> None:
         replace_file(path, json.dumps(asdict(self), indent=1))
-
-
-def replace_file(path: Path, text: str) -> None:
-    """Write a file at once, so that others never read half of it."""
-    handle, temporary = tempfile.mkstemp(dir=path.parent, suffix=".tmp")
-    with os.fdopen(handle, "w") as file:
-        file.write(text)
-    os.replace(temporary, path)
 
 
 def machine_of(device: torch.device) -> dict[str, str]:

@@ -6,212 +6,20 @@
 
 from __future__ import annotations
 
-import inspect
-import sys
-from collections.abc import Callable
-from dataclasses import dataclass, replace
-from types import ModuleType
-from typing import Any
+from mutated_rules import IN_RULES
+from mutation_switches import (
+    Mutation,
+    edited,
+    in_attention,
+    in_experts,
+    in_helper,
+    in_kernels,
+    in_pass,
+    in_printer,
+)
 
-from pytest import MonkeyPatch
-
-from fuseline import passes
-from fuseline.codegen import coordinates, expressions, grouped_linear, kernels, matmul_tile, paged_attention, rows, tile
+from fuseline.codegen import coordinates, grouped_linear, kernels, matmul_tile, paged_attention, rows, tile
 from fuseline.passes import batch_dim, duplicates, grouping, merge, paging, scales, select_rows, transposes
-from fuseline.passes.names import aten, nn
-from fuseline.passes.pattern import read_pattern
-
-Switch = Callable[[MonkeyPatch], None]
-
-
-@dataclass(frozen=True)
-class Mutation:
-    """One bug. ``block`` is the block size of the KV cache that it is looked for with."""
-
-    family: str
-    blamed: str
-    switch: Switch
-    block: int = 16
-
-
-def edited(module: ModuleType, *changes: tuple[str, str]) -> ModuleType:
-    """A copy of a module whose source has each first text replaced by the second, everywhere."""
-    source = inspect.getsource(module)
-    for old, new in changes:
-        assert old in source, f"{module.__name__} holds no {old!r}"
-        source = source.replace(old, new)
-    twin = ModuleType(module.__name__)
-    twin.__package__, twin.__file__ = module.__package__, module.__file__
-    known = sys.modules[module.__name__]
-    try:
-        sys.modules[module.__name__] = twin  # dataclasses look their module up
-        exec(compile(source, str(module.__file__), "exec"), twin.__dict__)
-    finally:
-        sys.modules[module.__name__] = known
-    return twin
-
-
-def after(name: str, pattern: Callable[..., Any], when: object = ...) -> Switch:
-    """A rule puts something else in place of what it finds."""
-
-    def switch(patch: MonkeyPatch) -> None:
-        rule: Any = passes.PASSES[name]
-        changed = replace(rule, after=read_pattern(pattern), when=rule.when if when is ... else when)
-        patch.setitem(passes.PASSES._passes, name, changed)
-
-    return switch
-
-
-def in_pass(name: str, module: ModuleType, old: str, new: str) -> Switch:
-    """A line of a pass says something else."""
-    function = passes.PASSES[name].__name__  # type: ignore[attr-defined]
-    return lambda patch: patch.setitem(passes.PASSES._passes, name, getattr(edited(module, (old, new)), function))
-
-
-def in_kernels(function: str, *changes: tuple[str, str]) -> Switch:
-    """The text of all kernels of a kind says something else."""
-
-    def switch(patch: MonkeyPatch) -> None:
-        original = getattr(kernels, function)
-
-        def wrong(*args: Any) -> str:
-            text: str = original(*args)
-            for old, new in changes:
-                text = text.replace(old, new)
-            return text
-
-        patch.setattr(kernels, function, wrong)
-
-    return switch
-
-
-def in_printer(module: ModuleType, owner: str, method: str, old: str, new: str) -> Switch:
-    """A method that prints a part of a kernel says something else."""
-    return lambda patch: patch.setattr(
-        getattr(module, owner), method, vars(getattr(edited(module, (old, new)), owner))[method]
-    )
-
-
-def in_helper(name: str, old: str, new: str) -> Switch:
-    """A function that kernels call says something else."""
-    assert old in expressions.HELPERS[name]
-    return lambda patch: patch.setitem(expressions.HELPERS, name, expressions.HELPERS[name].replace(old, new))
-
-
-def in_attention(old: str, new: str) -> Switch:
-    """A line of the attention kernels says something else."""
-    assert old in paged_attention.TEMPLATE, old
-    return lambda patch: patch.setattr(paged_attention, "TEMPLATE", paged_attention.TEMPLATE.replace(old, new))
-
-
-def in_experts(old: str, new: str) -> Switch:
-    """A line of the kernels of experts says something else."""
-    assert old in grouped_linear.TEMPLATE, old
-    return lambda patch: patch.setattr(grouped_linear, "TEMPLATE", grouped_linear.TEMPLATE.replace(old, new))
-
-
-# What rules put in place of what they find; read as text, like the rules themselves.
-
-
-def epsilon_of_another_model(x, eps):
-    return nn.rms_norm(x, None, 1e-05)
-
-
-def no_scale(x, scale, eps):
-    return nn.rms_norm(x, None, eps)
-
-
-def no_bias(x, shape, scale, bias, eps):
-    return nn.layer_norm(x, scale, None, eps)
-
-
-def another_epsilon(x, shape, scale, bias, eps):
-    return nn.layer_norm(x, scale, bias, 1e-06)
-
-
-def no_mean(x, scale, eps):
-    return nn.rms_norm(x, scale, eps)
-
-
-def up_gated(gate, up):
-    return nn.silu_mul.default(up, gate)
-
-
-def tanh_for_erf(gate, up):
-    return nn.gelu_mul(gate, up, "tanh")
-
-
-def erf_for_tanh(gate, up):
-    return nn.gelu_mul(gate, up)
-
-
-def erf_gelu(x):
-    return aten.gelu(x)
-
-
-def interleaved(x, cos, sin, half, width):
-    return nn.rope(x, cos, sin, "interleaved")
-
-
-def sine_first(x, cos, sin, half, width):
-    return nn.rope(x, sin, cos, "half")
-
-
-def mixed_tables(x, cos, sin, half, width):
-    return nn.rope(x, aten.cat([cos, cos], -1), aten.cat([sin, cos], -1), "half")
-
-
-def partial_pairs(x, cos, sin, width, start, end, pairing):
-    return nn.rope(x, cos, sin, "interleaved")
-
-
-def sum_of_one(x, residual, scale, eps):
-    both = nn.add_rms_norm(x, residual, scale, eps)
-    return x, both[1]
-
-
-def results_swapped(x, residual, scale, eps):
-    both = nn.add_rms_norm(x, residual, scale, eps)
-    return both[1], both[0]
-
-
-def residual_dropped(x, residual, scale, eps):
-    both = nn.add_rms_norm(x, residual, scale, eps)
-    return both[0], nn.rms_norm(x, scale, eps)
-
-
-def addmm_without_bias(bias, x, w):
-    return aten.linear(x, aten.transpose.int(w, -2, -1))
-
-
-def bias_twice(bias, x, w):
-    return aten.add.Tensor(aten.linear(x, aten.transpose.int(w, -2, -1), bias), bias)
-
-
-_IN_RULES = {
-    "epsilon of another model": Mutation("llama", "FuseRMSNorm", after("FuseRMSNorm", epsilon_of_another_model)),
-    "norm without its scale": Mutation("llama", "FuseNormScale", after("FuseNormScale", no_scale)),
-    "layer norm without its bias": Mutation("gpt2-inverse-layer", "FuseLayerNorm", after("FuseLayerNorm", no_bias)),
-    "epsilon of another layer norm": Mutation(
-        "gpt2-inverse-layer", "FuseLayerNorm", after("FuseLayerNorm", another_epsilon)
-    ),
-    "layer norm without its mean": Mutation("cohere2", "FuseWrittenLayerNorm", after("FuseWrittenLayerNorm", no_mean)),
-    "gate and up swapped": Mutation("llama", "FuseSiluMul", after("FuseSiluMul", up_gated)),
-    "tanh approximation for erf": Mutation("llama-gelu", "FuseGeluMul", after("FuseGeluMul", tanh_for_erf)),
-    "erf for the tanh approximation": Mutation("gemma2", "FuseTanhGeluMul", after("FuseTanhGeluMul", erf_for_tanh)),
-    "another gelu": Mutation("gpt2-inverse-layer", "FuseTanhGelu", after("FuseTanhGelu", erf_gelu)),
-    "rope with the wrong pairing": Mutation("llama", "FuseRope", after("FuseRope", interleaved)),
-    "cosine and sine swapped": Mutation("qwen2", "FuseRope", after("FuseRope", sine_first)),
-    "one table of rope in place of the other": Mutation(
-        "gpt_oss", "FuseSplitRope", after("FuseSplitRope", mixed_tables)
-    ),
-    "partial rope with the wrong pairing": Mutation("phi", "FusePartialRope", after("FusePartialRope", partial_pairs)),
-    "a fused add with two users": Mutation("gpt_oss", "FuseAddRMSNorm", after("FuseAddRMSNorm", sum_of_one)),
-    "results of a fused add swapped": Mutation("gpt_oss", "FuseAddRMSNorm", after("FuseAddRMSNorm", results_swapped)),
-    "residual dropped": Mutation("gemma2", "FuseAddRMSNorm", after("FuseAddRMSNorm", residual_dropped)),
-    "bias dropped": Mutation("gpt2-inverse-layer", "LinearFromAddmm", after("LinearFromAddmm", addmm_without_bias)),
-    "bias added twice": Mutation("gpt2-inverse-layer", "LinearFromAddmm", after("LinearFromAddmm", bias_twice)),
-}
 
 _IN_PASSES = {
     "equal calls told apart by their operands alone": Mutation(
@@ -508,4 +316,4 @@ _IN_KERNELS = {
     ),
 }
 
-MUTATIONS: dict[str, Mutation] = {**_IN_RULES, **_IN_PASSES, **_IN_KERNELS}
+MUTATIONS: dict[str, Mutation] = {**IN_RULES, **_IN_PASSES, **_IN_KERNELS}

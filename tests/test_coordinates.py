@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import ast
 import itertools
 import math
+import operator
 import random
 
 import pytest
@@ -29,6 +31,21 @@ def shapes(seed: int) -> tuple[list[int], list[int]]:
     return cut(), cut()
 
 
+_OPERATIONS = {ast.Add: operator.add, ast.Mult: operator.mul, ast.FloorDiv: operator.floordiv, ast.Mod: operator.mod}
+
+
+def value(tree: ast.expr, known: dict[str, int]) -> int:
+    """The number that a printed coordinate is."""
+    match tree:
+        case ast.Constant(value=int(number)):
+            return number
+        case ast.Name(id=name):
+            return known[name]
+        case ast.BinOp(left=left, op=sign, right=right):
+            return _OPERATIONS[type(sign)](value(left, known), value(right, known))
+    raise AssertionError(f"no coordinate: {ast.unparse(tree)}")
+
+
 def read(source: list[int], shape: list[int]) -> torch.Tensor:
     """The elements that the printed coordinates name, of a tensor that counts its elements."""
     text = f"def f(x: f32{source}):\n    y: f32{shape} = aten.reshape(x, {shape})\n    return y\n"
@@ -37,8 +54,9 @@ def read(source: list[int], shape: list[int]) -> torch.Tensor:
     coords = through_view(node, names)
     assert coords is not None and len(coords) == len(source)
     values = torch.arange(math.prod(source)).reshape(source)
+    trees = [ast.parse(text, mode="eval").body for text in coords]
     found = [
-        values[tuple(eval(text, {}, dict(zip(names, index))) for text in coords)]
+        values[tuple(value(tree, dict(zip(names, index))) for tree in trees)]
         for index in itertools.product(*map(range, shape))
     ]
     return torch.stack(found).reshape(shape)

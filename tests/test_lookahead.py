@@ -1,17 +1,18 @@
 """An engine that launches each step before it knows the tokens of the last: everything that holds without it holds.
 
-``ahead`` looks ahead, ``padded`` pads steps that only decode, ``both`` does both. The model is that of test_engine.
+``ahead`` looks ahead, ``padded`` pads steps that only decode, ``both`` does both. The model is that of ``fake_engine``.
 """
 
 import math
 import random
 
+import fake_engine
 import pytest
-import test_engine as base
 import torch
+from fake_engine import VOCAB, FakeModel, Interrupted, assert_all_as_alone, expected_output, some_requests
 from hypothesis import settings
 from hypothesis.stateful import rule
-from test_engine import VOCAB, FakeModel, Interrupted, assert_all_as_alone, expected_output, some_requests
+from test_engine import EngineMachine
 
 from fuseline.ir.errors import VerificationError
 from fuseline.runtime.choices import Pending
@@ -110,7 +111,7 @@ def test_any_order_and_time_of_arrival_gives_the_same_tokens(seed):
     assert {number: (outputs[number], reasons[number]) for number in ids} == expected
 
 
-class AheadMachine(base.EngineMachine):
+class AheadMachine(EngineMachine):
     make = staticmethod(make_engine)
 
     @rule()
@@ -246,7 +247,7 @@ def test_scores_with_a_step_under_way(max_step_tokens):
         engine.step()
     prompts = [[1, 2, 3, 4, 5, 6, 7], [3], [4, 5], [9] * 32]
     for prompt, scores in zip(prompts, engine.score(prompts), strict=True):
-        expected = torch.stack([base.expected_logits(prompt[: stop + 1]) for stop in range(len(prompt))])
+        expected = torch.stack([fake_engine.expected_logits(prompt[: stop + 1]) for stop in range(len(prompt))])
         assert torch.equal(scores, expected)
     assert_all_as_alone(engine, ids, requests, engine.run())
 
@@ -255,7 +256,7 @@ def test_scores_with_a_step_under_way(max_step_tokens):
 def test_statistics_are_those_of_one_step_after_the_other(mode):
     """Without preemptions: the same tokens, computed the same way, whatever stops when."""
     counts = []
-    for make in (base.make_engine, lambda: make_engine(mode=mode)):
+    for make in (fake_engine.make_engine, lambda: make_engine(mode=mode)):
         engine, _ = make()
         for request in some_requests(8, seed=2):
             engine.add(*request)

@@ -24,9 +24,10 @@ from fuseline.ir.capture import capture
 from fuseline.ir.graph import Graph
 from fuseline.ir.loop import Loop
 from fuseline.ir.skeleton import skeleton
-from fuseline.runtime import tune
+from fuseline.runtime import step_tuning, tune
 from fuseline.runtime.constants import fold_constants
 from fuseline.runtime.options import OptionError
+from fuseline.runtime.replay import NotCapturable
 from fuseline.runtime.step_tuning import choose_in_steps
 
 CPU = torch.device("cpu")
@@ -98,11 +99,15 @@ def measured(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[list[s
     yield names
 
 
-def tuned(seconds: float = 60.0) -> dict[str, Any]:
+def tuned_model() -> tuple[Loop, Any]:
     loop = Loop.plain(lowered())
     weights = {name: value.detach().to(torch.bfloat16) for name, value in make("llama").state_dict().items()}
     weights |= dict(make("llama").named_buffers())
-    constants = fold_constants(loop, weights, CPU, {})
+    return loop, fold_constants(loop, weights, CPU, {})
+
+
+def tuned(seconds: float = 60.0) -> dict[str, Any]:
+    loop, constants = tuned_model()
     found = tune.tune_kernels(emitted(), loop, constants, CPU, 8, time.perf_counter() + seconds)
     return {name: item.choices for name, item in found.items()}
 
@@ -122,6 +127,34 @@ def test_a_step_decides_between_those_that_are_alike_alone() -> None:
     noise = steps({0: 5.0, 1: 4.999, 2: 4.998, 3: 5.1, 4: 6.0})
     assert choose_in_steps(choices, timings, noise, [1, 8], math.inf) == (choices, True)
     assert choose_in_steps(choices, timings, steps(dict.fromkeys(range(5), 1.0)), [1, 8], 0.0) == (choices, False)
+
+
+@pytest.mark.parametrize("recordable", [True, False])
+def test_steps_are_measured_once_where_they_can_be_recorded(
+    recordable: bool, measured: list[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Plain calls stand in for CUDA graphs, and references for kernels."""
+    trials: list[int] = []
+
+    def replay(compute: Any, sizes: list[int], device: torch.device) -> Any:
+        if not recordable:
+            raise NotCapturable("in aten.item: waits")
+        trials.extend(sizes)
+        compute(sizes[0])
+        return lambda size: None
+
+    monkeypatch.setattr(step_tuning, "GraphReplay", replay)
+    monkeypatch.setattr(step_tuning, "load_launches", lambda kernels, choices: {})
+    monkeypatch.setattr(step_tuning, "median_milliseconds", lambda work, repeats, device: 1.0)
+    loop, constants = tuned_model()
+    tunings = tune.tune_kernels(emitted(), loop, constants, CPU, 2, math.inf)
+    alone = {name: item.choices for name, item in tunings.items()}
+    rest = (emitted(), loop, constants, CPU, 16, 40, math.inf)
+    assert step_tuning.tune_steps(tunings, *rest) == alone
+    assert (len(trials) > 3) == recordable
+    count = len(trials)
+    assert step_tuning.tune_steps(tunings, *rest) == alone and len(trials) == count
+    assert len(list((tmp_path / "fuseline" / "tuning").glob("step_*.json"))) == recordable
 
 
 def test_a_kernel_is_measured_once(measured: list[str], tmp_path: Path) -> None:

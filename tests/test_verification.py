@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 import torch
 from families import make
-from mutations import MUTATIONS, Mutation
+from mutation_switches import Mutation
+from mutations import MUTATIONS
 from triton_interpreter import shared_interpreter
 
 import fuseline
