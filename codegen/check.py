@@ -15,6 +15,8 @@ from ..ir.graph import Graph, type_of
 from ..ir.interpret import bind_dims, interpret
 from ..ir.ops import op_name
 from ..ir.parse import parse
+from ..ir.quantized import quantize
+from ..ir.schemes import scheme_of
 from ..ir.twin import widened, windows_of
 from .kernels import Kernel
 from .signature import fresh_outputs
@@ -58,6 +60,8 @@ def random_case(graph: Graph, tokens: int, sequences: int, seed: int, device: to
             case[node.name] = special[role].to(device)
         elif role == "slots":
             case[node.name] = torch.randperm(dims["C"], generator=generator)[:tokens].to(device)
+        elif scheme := scheme_of(kind.dtype):
+            case[node.name] = quantize(draw_floats(kind.with_dtype("f32"), shape, generator), scheme).to(device)
         elif kind.torch_dtype.is_floating_point:
             case[node.name] = draw_floats(kind, shape, generator).to(device)
         else:

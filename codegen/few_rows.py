@@ -12,6 +12,7 @@ from .matmul_loop import accumulators_of, body_writer, print_lookups, print_rows
 from .matmul_tile import MatmulTile
 from .placement import place_columns
 from .rows import padded_width
+from .weights import element, is_rounded, weight_tile
 from .writer import Writer
 
 
@@ -38,10 +39,9 @@ def few_rows(graph: Graph, layout: Plan) -> str:
         tile.enter()
         writer.line("k = k0 + tl.arange(0, BLOCK_K)")
         rows = print_rows(tile, layout)
-        weight = f"{layout.weight.name}_ptr"
-        mask = f"{ok}[:, None] & (k < {layout.depth})[None, :]"
-        writer.line(f"w = tl.load({weight} + {column}[:, None] * {layout.depth} + k[None, :], mask={mask}, other=0)")
-        writer.line(f"x = tl.trans({rows}.to({weight}.dtype.element_ty))")
+        load = weight_tile(layout, column, ok, "[:, None]", "[None, :]")
+        writer.line(f"w = {load}.to({element(layout)})" if is_rounded(layout) else f"w = {load}")
+        writer.line(f"x = tl.trans({rows}.to({element(layout)}))")
         writer.line('acc = tl.dot(w, x, acc, input_precision="ieee")')
         tile.leave()
     _join_splits(writer, _stacked(layout))
@@ -87,7 +87,7 @@ def _part_lanes(writer: Writer, layout: Plan) -> list[str]:
 def _print_prefetch(writer: Writer, layout: Plan, column: str, ok: str) -> None:
     """Print how the beginning of the weight is sent for while the kernels in front end: it depends on none of them."""
     size = type_of(layout.weight).torch_dtype.itemsize
-    if layout.depth * size % 16:
+    if layout.depth * size % 16 or is_rounded(layout):
         return  # rows begin at addresses that the copy engine does not take
     writer.line("# The weight depends on no other kernel: its beginning is on its way while those before this one end.")
     with writer.block("if PDL and AHEAD > 0:"), writer.block(f"if first + AHEAD <= {layout.depth}:"):

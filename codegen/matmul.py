@@ -12,6 +12,7 @@ from .parts import finish_parts, product_part, rows_part, without_rows
 from .placement import place_columns
 from .rows import rows_kernel
 from .signature import file_text, kernel_text, parameters
+from .weights import element, is_rounded
 
 
 def matmul_source(graph: Graph) -> str:
@@ -109,18 +110,19 @@ def _many_rows(graph: Graph, layout: Plan) -> str:
     tiles = place_columns(writer, layout)
     accumulators = accumulators_of(layout)
     loads = weight_loads(layout, "[None, :]", "[:, None]")
+    x = element(layout)
+    cast = f".to({x})" if is_rounded(layout) else ""
     writer.line("if PDL:")
     writer.line("    tl.extra.cuda.gdc_launch_dependents()")
     writer.line("first = 0")
     with writer.block("if EARLY:"):
         writer.line("k = tl.arange(0, BLOCK_K)")
         for name, load in zip(accumulators, loads):
-            writer.line(f"{name}_w = {load}")
+            writer.line(f"{name}_w = {load}{cast}")
     wait(writer)
     print_lookups(tile)
     for name in accumulators:
         writer.line(f"{name} = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)")
-    x = f"{layout.weight.name}_ptr.dtype.element_ty"
     with writer.block("if EARLY:"):
         tile.enter()
         writer.line(f"x = {print_rows(tile, layout)}.to({x})")
@@ -133,7 +135,7 @@ def _many_rows(graph: Graph, layout: Plan) -> str:
         writer.line("k = k0 + tl.arange(0, BLOCK_K)")
         writer.line(f"x = {print_rows(tile, layout)}.to({x})")
         for name, load in zip(accumulators, loads):
-            writer.line(f"w = {load}")
+            writer.line(f"w = {load}{cast}")
             writer.line(f'{name} = tl.dot(x, w, {name}, input_precision="ieee")')
         tile.leave()
     tile.finish(accumulators, tiles)

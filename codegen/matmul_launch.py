@@ -11,6 +11,7 @@ from .matmul_tilings import tilings_of, weight_bytes
 from .placement import tile_count
 from .rows import padded_width
 from .signature import COUNTERS, fresh_outputs, parameters, pointer_types, types_text
+from .weights import is_rounded
 
 _TILINGS = '''\
 def row(block_n, block_k, num_warps):
@@ -56,11 +57,9 @@ def workspace(blocks, tiles, device):
     return {"partial_ptr": partial, "arrived_ptr": counters(device, triton.next_power_of_2(tiles))}
 
 
-# What may be measured against each other; the product of the library comes without a kernel.
-LIBRARY = {}
+$LIBRARY$
 CONFIGS = [
 $CONFIGS$
-    LIBRARY,
 ]
 # Which of them is for how many rows: each for up to so many, the last for all others.
 CHOICES = $CHOICES$
@@ -89,11 +88,16 @@ def launch_text(graph: Graph, core: Graph, first: Graph | None, inner: Graph, fi
         if not choices or choices[-1][0] != most:
             choices.append((most, len(configs)))
         configs += [f"    {kind}({', '.join(map(str, tiling))})," for tiling in tilings]
-    choices[-1] = (None, len(configs))
+    library = "# What may be measured against each other."
+    if not is_rounded(layout):
+        choices[-1] = (None, len(configs))
+        configs.append("    LIBRARY,")
+        library = f"{library[:-1]}; the product of the library comes without a kernel.\nLIBRARY = {{}}"
     extra = [item.name.upper() for item in [*([first] if first else []), *finish]]
     count = {"num_rows": "i32"}
     words = {
         "COUNTERS": COUNTERS,
+        "LIBRARY": library,
         "NAME": graph.name,
         "ROW_TYPES": types_text({**pointer_types(core), **count}),
         "LANES": str(layout.lanes),
@@ -134,6 +138,8 @@ def _body(graph: Graph, core: Graph, first: Graph | None, inner: Graph, finish: 
     grid = f'grid = ({columns}, {rows}, blocks["SPLITS"])'
     lines += ['if config and "SPLITS" in blocks:', *_indented([grid, *_returned(few, done)])]
     lines += ["if config:", *_indented(_returned(f"run(config, ({columns}, {rows}), {arguments})", done))]
+    if is_rounded(layout):
+        return lines
     return lines + _library(inner, finish, given, "" if apart or given else device)
 
 

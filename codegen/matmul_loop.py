@@ -10,6 +10,7 @@ from .columns import Plan
 from .matmul_tile import MatmulTile
 from .signature import parameters
 from .tile import Position
+from .weights import weight_tile
 from .writer import Writer
 
 # Names that a kernel uses beside those of its values.
@@ -40,11 +41,8 @@ def accumulators_of(layout: Plan) -> list[str]:
 
 def weight_loads(layout: Plan, across: str = "[:, None]", along: str = "[None, :]", more: str = "") -> list[str]:
     """A tile of the weight for each lane; ``across`` and ``along`` are the shapes of its columns and of ``k``."""
-    depth = layout.depth
     return [
-        f"tl.load({layout.weight.name}_ptr + {f'(n + {offset})' if offset else 'n'}{across} * {depth} + k{along}, "
-        f"mask=ok{across} & (k < {depth}){along}, other=0{more})"
-        for offset in layout.offsets
+        weight_tile(layout, f"(n + {offset})" if offset else "n", "ok", across, along, more) for offset in layout.offsets
     ]
 
 

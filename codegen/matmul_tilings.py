@@ -5,6 +5,7 @@ from __future__ import annotations
 from ..ir.graph import type_of
 from .columns import Plan
 from .rows import padded_width
+from .weights import is_rounded, rows_type
 
 Tiling = tuple[int, ...]
 
@@ -88,5 +89,6 @@ def tilings_of(layout: Plan) -> list[tuple[int | None, str, list[Tiling]]]:
 
 
 def weight_bytes(layout: Plan) -> int:
-    """The size of an element of the weight."""
-    return type_of(layout.weight).torch_dtype.itemsize
+    """The size of an element of the weight, as it is multiplied."""
+    kind = rows_type(layout) if is_rounded(layout) else type_of(layout.weight)
+    return kind.torch_dtype.itemsize

@@ -8,6 +8,7 @@ from torch.fx import Node
 
 from ..ir.graph import Graph, type_of
 from ..ir.ops import op_name
+from ..ir.schemes import scheme_of
 from .expressions import helpers_used
 
 POINTERS = {"f32": "*fp32", "f16": "*fp16", "bf16": "*bf16", "i64": "*i64", "i32": "*i32", "bool": "*i1"}
@@ -26,7 +27,11 @@ def parameters(graph: Graph) -> list[str]:
 
 def pointer_types(graph: Graph) -> dict[str, str]:
     """Triton's types of the pointer parameters."""
-    return {f"{node.name}_ptr": POINTERS[type_of(node).dtype] for node in [*graph.inputs(), *fresh_outputs(graph)]}
+    return {f"{node.name}_ptr": _pointer(type_of(node).dtype) for node in [*graph.inputs(), *fresh_outputs(graph)]}
+
+
+def _pointer(dtype: str) -> str:
+    return "*u8" if scheme_of(dtype) else POINTERS[dtype]
 
 
 OVERLAPS = """\

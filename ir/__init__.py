@@ -2,6 +2,7 @@
 
 from . import attention as _attention
 from . import nn as _operators
+from . import quantized as _quantized
 from .dump import dump
 from .errors import (
     ExpectationError,
@@ -30,4 +31,4 @@ __all__ = [
     "parse",
     "verify",
 ]
-del _attention, _operators
+del _attention, _operators, _quantized

@@ -50,7 +50,7 @@ class _FlatTokens(torch.nn.Module):
 
 
 def capture(
-    source: Skeleton, options: dict[str, int] | None = None, max_seq_len: int | None = None, fold: bool = False
+    source: Skeleton, options: dict[str, Any] | None = None, max_seq_len: int | None = None, fold: bool = False
 ) -> Graph:
     """The graph of a model: ``decoder(tokens i64[T], positions i64[T]) -> logits [T, vocab]``.
 

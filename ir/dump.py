@@ -35,7 +35,7 @@ def signature(graph: Graph) -> str:
     """The first line: inputs with their types, then the dims with their ranges and the options."""
     inputs = [f"{node.name}: {type_text(node.meta['type'])}" for node in graph.inputs()]
     named = [f"{name}: dim({low}, {high})" for name, (low, high) in graph.dims.items()]
-    named += [f"{name}: option({value})" for name, value in graph.options.items()]
+    named += [f"{name}: option({value_text(value)})" for name, value in graph.options.items()]
     return f"def {graph.name}({', '.join(inputs + (['*', *named] if named else []))}):"
 
 

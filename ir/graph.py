@@ -38,12 +38,12 @@ class Graph(torch.fx.Graph):
         self,
         name: str = "decoder",
         dims: dict[str, tuple[int, int]] | None = None,
-        options: dict[str, int] | None = None,
+        options: dict[str, Any] | None = None,
     ) -> None:
         super().__init__()
         self.name = name
         self.dims: dict[str, tuple[int, int]] = dict(dims or {})
-        self.options: dict[str, int] = dict(options or {})
+        self.options: dict[str, Any] = dict(options or {})
 
     def create_node(
         self,

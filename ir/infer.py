@@ -9,6 +9,7 @@ import torch
 from torch.fx import Node
 
 from .graph import dims_of
+from .schemes import scheme_of
 from .types import DTYPE_NAMES, Dim, TensorType, Type, concrete_args
 
 # Large enough that no branch for tiny sizes is taken, and odd, so that nothing divides it by accident.
@@ -49,8 +50,9 @@ def _key(value: Any) -> Any:
 
 
 def _infer(target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Type:
-    if hasattr(target, "infer_type"):
-        return target.infer_type(*args, **kwargs)  # type: ignore[no-any-return]
+    own = getattr(target, "infer_type", None)
+    if own is not None:
+        return own(*args, **kwargs)  # type: ignore[no-any-return]
     types: list[Type] = []
     constants: list[TensorType] = []
     _walk(args, types, constants)
@@ -93,8 +95,11 @@ def _walk(value: Any, types: list[Type], constants: list[TensorType]) -> None:
 def _run(
     target: Any, args: tuple[Any, ...], kwargs: dict[str, Any], dims: dict[str, int]
 ) -> list[tuple[str, tuple[int, ...]]]:
+    reading = reading_dtype(args)
+
     def tensor(kind: TensorType) -> torch.Tensor:
-        return torch.empty(kind.concrete(dims), dtype=kind.torch_dtype, device="meta")
+        dtype = reading if scheme_of(kind.dtype) else kind.torch_dtype
+        return torch.empty(kind.concrete(dims), dtype=dtype, device="meta")
 
     concrete_positional = _map(args, tensor, dims)
     concrete_named = _map(kwargs, tensor, dims)
@@ -106,6 +111,15 @@ def _run(
         raise TypeInferenceError(str(error).strip().partition("\n")[0]) from error
     outputs = result if isinstance(result, (list, tuple)) else [result]
     return [(DTYPE_NAMES[item.dtype], tuple(item.shape)) for item in outputs]
+
+
+def reading_dtype(args: Any) -> torch.dtype:
+    """The type in which a call reads its quantised operands: that of its first operand that is not one."""
+    for item in args:
+        kind = item.meta["type"] if isinstance(item, Node) else None
+        if isinstance(kind, TensorType) and kind.torch_dtype.is_floating_point:
+            return kind.torch_dtype
+    return torch.float32
 
 
 def target_makes_tensor(target: Any) -> bool:

@@ -10,7 +10,8 @@ from torch import Tensor
 from torch.fx import Node
 
 from .graph import Graph, type_of
-from .infer import target_makes_tensor
+from .infer import reading_dtype, target_makes_tensor
+from .quantized import dequantize, is_quantised, quantised_inputs
 from .types import Dim, Size, TensorType
 
 Values = Mapping[str, Tensor]
@@ -46,7 +47,14 @@ def interpret(graph: Graph, inputs: Values, weights: Values, caches: Values | No
 
 
 def call(node: Node, convert: Callable[[Any], Any], device: torch.device) -> Any:
-    """Call a node's operator on its converted arguments."""
+    """Call a node's operator on its converted arguments; quantised ones are read as the numbers that they stand for."""
+    if any(quantised_inputs(node)):
+        plain, dtype = convert, reading_dtype(node.args)
+
+        def convert(item: Any) -> Any:
+            value = plain(item)
+            return dequantize(value, type_of(item), dtype) if isinstance(item, Node) and is_quantised(item) else value
+
     kwargs = {name: convert(item) for name, item in node.kwargs.items()}
     if target_makes_tensor(node.target) or str(node.target) == "const":
         with torch.device(device):

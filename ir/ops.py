@@ -21,13 +21,15 @@ class Op:
     """An operator of our own.
 
     ``reference`` computes it with torch on any device (the ``meta`` device included, which is how types are
-    inferred). ``pure`` is false for operators that write to an argument in place.
+    inferred, unless there is ``infer_type``, which makes the type from the arguments' nodes). ``pure`` is false for
+    operators that write to an argument in place.
     """
 
     name: str
     reference: Callable[..., Any]
     pure: bool = True
     parameters: tuple[inspect.Parameter, ...] = field(default=(), repr=False)
+    infer_type: Callable[..., Any] | None = field(default=None, repr=False)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         return self.reference(*args, **kwargs)
@@ -45,12 +47,14 @@ class Op:
 _REGISTRY: dict[str, Op] = {}
 
 
-def register(name: str, *, pure: bool = True) -> Callable[[Callable[..., Any]], Op]:
+def register(
+    name: str, *, pure: bool = True, infer_type: Callable[..., Any] | None = None
+) -> Callable[[Callable[..., Any]], Op]:
     """Register the decorated function as the reference implementation of the operator ``name``."""
 
     def wrap(reference: Callable[..., Any]) -> Op:
         parameters = tuple(inspect.signature(reference).parameters.values())
-        op = Op(name, reference, pure, parameters)
+        op = Op(name, reference, pure, parameters, infer_type)
         if name in _REGISTRY:
             raise ValueError(f"operator {name} is registered twice")
         _REGISTRY[name] = op

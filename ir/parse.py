@@ -13,6 +13,7 @@ from torch.fx import Node
 from .errors import VerificationError
 from .graph import Graph, Region
 from .ops import resolve
+from .schemes import scheme_of
 from .types import DTYPES, Dim, Size, TensorType, Type, parse_placement, parse_size
 
 
@@ -88,7 +89,7 @@ class _Parser:
                     func=ast.Name(id="dim"), args=[ast.Constant(value=int(low)), ast.Constant(value=int(high))]
                 ):
                     self.graph.dims[item.arg] = (low, high)
-                case ast.Call(func=ast.Name(id="option"), args=[ast.Constant(value=int(value))]):
+                case ast.Call(func=ast.Name(id="option"), args=[ast.Constant(value=(int() | str()) as value)]):
                     self.graph.options[item.arg] = value
                 case _:
                     raise self._fail(item, f"dim {item.arg} needs a range: {item.arg}: dim(1, 8192)")
@@ -99,7 +100,7 @@ class _Parser:
             self._define(item, node, item.arg, self._type(item.annotation))
 
     def _define(self, at: ast.AST, node: Node, name: str, type: Type) -> None:
-        if name in self.values or name in self.graph.dims or name in DTYPES:
+        if name in self.values or name in self.graph.dims or name in DTYPES or scheme_of(name):
             raise self._fail(at, f"the name {name} is taken")
         if node.name != name:
             node.name = name
@@ -120,7 +121,7 @@ class _Parser:
         if not isinstance(tree, ast.Subscript) or not isinstance(tree.value, ast.Name):
             raise self._fail(tree, f"not a type: {ast.unparse(tree)}")
         sizes = tree.slice.elts if isinstance(tree.slice, ast.Tuple) else [tree.slice]
-        if tree.value.id not in DTYPES:
+        if tree.value.id not in DTYPES and scheme_of(tree.value.id) is None:
             raise self._fail(tree, f"unknown element type {tree.value.id}")
         try:
             shape = tuple(map(_size, sizes))

@@ -6,6 +6,7 @@ from torch.fx import Node
 
 from .graph import Graph, flat_types, is_constant, type_of
 from .ops import op_name
+from .schemes import scheme_of
 from .types import Dim
 
 # One expression on a tile; the operators with a condition on their arguments are checked in `is_pointwise`.
@@ -93,11 +94,15 @@ def is_view(node: Node) -> bool:
     return name in TILE_VIEWS and name != "aten.cat" and _plain(node) and _is_view(node, name)
 
 
+def _is_element(dtype: str) -> bool:
+    return dtype in _ELEMENTS or scheme_of(dtype) is not None
+
+
 def _plain(node: Node) -> bool:
     """Element types that kernels handle, and the dynamic dim outermost, so that all strides are known."""
     for value in [node, *node.all_input_nodes]:
         for kind in flat_types(value.meta["type"]):
-            if kind.dtype not in _ELEMENTS or any(isinstance(size, Dim) for size in kind.shape[1:]):
+            if not _is_element(kind.dtype) or any(isinstance(size, Dim) for size in kind.shape[1:]):
                 return False
     return True
 
@@ -147,7 +152,7 @@ def why_outside(node: Node) -> str:
     name = op_name(node.target)
     for value in [node, *node.all_input_nodes]:
         for kind in flat_types(value.meta["type"]):
-            if kind.dtype not in _ELEMENTS:
+            if not _is_element(kind.dtype):
                 return f"{value.name} has elements of type {kind.dtype}, which kernels do not handle"
             if any(isinstance(size, Dim) for size in kind.shape[1:]):
                 return f"{value.name} has rows of tokens in an inner dim: {kind}"

@@ -5,8 +5,11 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from math import prod
 
 import torch
+
+from .schemes import scheme_of
 
 DTYPES: dict[str, torch.dtype] = {
     "bf16": torch.bfloat16,
@@ -65,7 +68,8 @@ Size = int | Dim
 class TensorType:
     """The type of one value, printed ``bf16[T, 4096] @ shard(0)``.
 
-    ``placement`` is empty for a value that every rank holds whole.
+    ``placement`` is empty for a value that every rank holds whole. A matrix whose ``dtype`` is a quantisation scheme
+    (``int4g128[4096, 4096]``) has the shape of the numbers it stands for, and is held in bytes.
     """
 
     dtype: str
@@ -74,7 +78,8 @@ class TensorType:
 
     @property
     def torch_dtype(self) -> torch.dtype:
-        return DTYPES[self.dtype]
+        """The element type of the tensor that holds the value."""
+        return torch.uint8 if scheme_of(self.dtype) else DTYPES[self.dtype]
 
     @property
     def rank(self) -> int:
@@ -83,6 +88,15 @@ class TensorType:
     def concrete(self, dims: Mapping[str, int]) -> tuple[int, ...]:
         """The shape as integers, with the named dims replaced by their values."""
         return tuple(size if isinstance(size, int) else size.substitute(dims) for size in self.shape)
+
+    def stored(self, dims: Mapping[str, int]) -> tuple[int, ...]:
+        """The shape of the tensor that holds the value."""
+        shape, scheme = self.concrete(dims), scheme_of(self.dtype)
+        return (*shape[:-1], scheme.row_bytes(shape[-1])) if scheme else shape
+
+    def nbytes(self, dims: Mapping[str, int]) -> int:
+        """The bytes of the tensor that holds the value."""
+        return prod(self.stored(dims)) * self.torch_dtype.itemsize
 
     def with_shape(self, shape: Iterable[Size]) -> TensorType:
         return TensorType(self.dtype, tuple(shape), self.placement)

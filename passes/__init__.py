@@ -2,6 +2,8 @@
 
 from .ledger import PassReport, Refusal
 from .pipeline import NEEDED, PASSES, RULES, Step, apply, run, steps
+from .quantize import OPTION as QUANTIZATION
+from .quantize import spelled
 from .registry import GraphPass, UnknownPassError
 from .rule import Reject, Rule, rule
 from .switches import Switches, switches
@@ -12,6 +14,7 @@ register = PASSES.register
 __all__ = [
     "NEEDED",
     "PASSES",
+    "QUANTIZATION",
     "RULES",
     "GraphPass",
     "PassReport",
@@ -25,6 +28,7 @@ __all__ = [
     "register",
     "rule",
     "run",
+    "spelled",
     "steps",
     "switches",
     "verified",

@@ -11,6 +11,7 @@ from ..ir.graph import Graph, is_constant, type_of
 from ..ir.infer import Inference
 from ..ir.ops import POINTWISE, aten, op_name
 from .ledger import PassReport
+from .quantize import same_scheme
 from .rule import hoist
 
 _GATED = frozenset({"nn.silu_mul", "nn.gelu_mul", "aten.mul.Tensor"})
@@ -89,7 +90,7 @@ def _merge(graph: Graph, linears: Sequence[Node], what: str, report: PassReport,
     """Replace the linears by one on the concatenated weights and a slice for each."""
     ordered = list(linears)
     site = "+".join(node.name for node in ordered)
-    why = _reason_against(ordered)
+    why = _reason_against(ordered) or ("" if same_scheme(ordered, graph) else "their weights are to be quantised differently")
     if why:
         report.refuse(site, why, ordered[-1])
         return

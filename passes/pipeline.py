@@ -17,6 +17,8 @@ from .grouping import group_kernels
 from .ledger import PassReport
 from .merge import merge_gate_up, merge_qkv
 from .paging import page_attention
+from .quantize import OPTION as QUANTIZATION
+from .quantize import quantize
 from .registry import GraphPass, Registry
 from .rule import Rule
 from .scales import fold_norm_scales
@@ -54,6 +56,7 @@ _OWN: dict[str, GraphPass] = {
     **{rule.name: rule for rule in RULES},
     "MergeQKV": merge_qkv,
     "MergeGateUp": merge_gate_up,
+    "Quantize": quantize,
     "FoldNormScales": fold_norm_scales,
     "PageAttention": page_attention,
     "SelectRows": select_rows,
@@ -74,6 +77,7 @@ CANONICAL: tuple[str, ...] = (
 LOWERING: tuple[str, ...] = (
     "MergeQKV",
     "MergeGateUp",
+    "Quantize",
     "FoldNormScales",
     "PageAttention",
     "SelectRows",
@@ -136,7 +140,7 @@ def apply(name: str, graph: Graph, report: PassReport, check: bool = False) -> G
         if check:
             raise
         why = f"{type(error).__name__}: {error}"
-        if name in NEEDED:
+        if name in NEEDED or graph.options.get(QUANTIZATION) and name == "Quantize":
             raise UnsupportedModelError(f"{name} cannot handle this model: {why}") from error
         report.refuse("graph", why)
         after = graph

@@ -10,6 +10,7 @@ from ..ir.build import insert_before
 from ..ir.graph import Graph, is_constant, type_of
 from ..ir.infer import Inference
 from ..ir.ops import aten, op_name
+from ..ir.quantized import is_quantised
 from ..ir.types import TensorType
 from .ledger import PassReport
 
@@ -65,6 +66,8 @@ def _reason_against(
         weight = linear.args[1]
         if not isinstance(weight, Node) or not is_constant(weight):
             return "a weight is computed from the tokens", linear
+        if is_quantised(weight):
+            return f"{weight.name} is rounded", weight
         if len(weight.users) > 1:
             return f"{weight.name} has another reader", weight
         if type_of(weight) in tables:

@@ -25,7 +25,7 @@ from .executor import Executor
 from .garbage import rarely_searched_for_garbage
 from .lower import Wishes, lower
 from .memory import plan_memory
-from .options import KVCacheConfig, OptionError, refuse_later, resolve, resolve_device, resolve_dtype
+from .options import KVCacheConfig, OptionError, refuse_later, resolve, resolve_device, resolve_dtype, resolve_quantization
 from .packed import pack_linears
 from .progress import Progress
 from .rehearsal import Meter
@@ -49,7 +49,7 @@ def compile(
     max_seq_len: int | None = None,
     max_step_tokens: int | None = None,
     kv_cache: KVCacheConfig | None = None,
-    quantization: object = None,
+    quantization: str | Mapping[str, str | None] | None = None,
     tensor_parallel: int = 1,
     schedule: str = "auto",
     graphs: bool | None = None,
@@ -73,6 +73,11 @@ def compile(
             model's ``max_position_embeddings``. max_step_tokens: tokens in one step, prefill included.
         kv_cache: block size and number of tokens of the KV cache; on a GPU it takes by default what weights and steps
             leave of 85 % of the memory.
+        quantization: hold the weights of projections in fewer bits, rounded to nearest: ``"int8"`` (a factor for each
+            output channel), ``"int4g128"`` (or ``"int4"``; a factor for each 128 inputs), ``"int4g64"``, ``"int4g32"``,
+            and with zero points ``"uint4g128"``, ``"uint4g64"``, ``"uint4g32"``; or schemes by pattern over weight
+            names, of which the first that fits decides (``{"*.down_proj": "int8", "*.lm_head": None, "*": "int4"}``).
+            Embeddings stay as they are, and so does the output projection unless a pattern other than ``"*"`` fits it.
         graphs: run steps that only decode as CUDA graphs, recorded here for a few batch sizes that others are padded
             to; the default on a GPU. On the CPU the same padded steps are plain calls, for tests.
         lookahead: launch each step before the tokens of the last are known to the host; the default on a GPU.
@@ -96,7 +101,7 @@ def compile(
         OptionError: an option makes no sense or is not available yet. UnknownPassError: ``skip`` names no pass.
     """
     kv_cache = kv_cache or KVCacheConfig()
-    refuse_later(quantization, tensor_parallel, schedule, kv_cache)
+    refuse_later(tensor_parallel, schedule, kv_cache)
     place = resolve_device(device)
     kind = resolve_dtype(dtype, place)
     meter = Meter(place) if place.type == "cuda" else None
@@ -106,6 +111,8 @@ def compile(
     source = model if weights is None else weights
     if isinstance(source, Graph):
         raise OptionError("a graph has no weights: pass weights=<the model it was made from>")
+    if isinstance(model, Graph) and quantization is not None:
+        raise OptionError("a graph from a dump states its quantization itself; leave quantization at None")
     with report.timed("read the model"):
         bones = skeleton(source, kind, trust_remote_code)
     config = bones.model.config.get_text_config()
@@ -113,6 +120,7 @@ def compile(
     gpu = place.type == "cuda"
     options = replace(
         resolve(config, place, kind, max_batch_size, max_seq_len, max_step_tokens, kv_cache),
+        quantization=resolve_quantization(quantization),
         graphs=gpu if graphs is None else graphs,
         lookahead=gpu if lookahead is None else lookahead,
     )
@@ -125,7 +133,8 @@ def compile(
     vocab = type_of(_result(loop.graph)).shape[-1]
     assert isinstance(vocab, int)
     yardstick = Yardstick()
-    if not isinstance(model, Graph):  # a graph may have been changed on purpose
+    # A graph may have been changed on purpose, and rounded weights give other numbers.
+    if not isinstance(model, Graph) and not options.quantization:
         with report.timed("run the model itself"), show.line("run the model itself"):
             fold = fold_of(lowered.folded) if loop.repeats else None
             yardstick = run_source(bones.score, fold, vocab, options.max_seq_len)

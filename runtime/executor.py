@@ -16,6 +16,7 @@ from ..ir.infer import target_makes_tensor
 from ..ir.interpret import bind_dims, call, read
 from ..ir.loop import Loop, Stage
 from ..ir.ops import op_name
+from ..ir.quantized import quantised_inputs
 from ..ir.types import Dim
 from .liveness import last_uses, overwritten
 from .packed import Linear, at
@@ -176,6 +177,7 @@ class Executor:
         target = getattr(target, "reference", target)
         if (
             node.kwargs
+            or any(quantised_inputs(node))
             or target_makes_tensor(node.target)
             or _has_dims(node.args, lone=op_name(node.target) == "aten.reshape")
             or any(isinstance(item, (list, tuple)) and any(node_inputs(item)) for item in node.args)

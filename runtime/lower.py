@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from .. import passes
 from ..codegen.kernels import Kernel, emit_kernels
@@ -73,7 +75,12 @@ def lower(source: Skeleton | Graph, options: Options, wishes: Wishes, report: Re
         graph = source
     else:
         with report.timed("capture"), wishes.progress.line("capture"):
-            graph = capture(source, {"kv_block": options.kv_cache.block_size}, options.max_seq_len, fold)
+            choices: dict[str, Any] = {"kv_block": options.kv_cache.block_size}
+            if options.quantization:
+                choices[passes.QUANTIZATION] = passes.spelled(options.quantization)
+            # A pattern with numbers may tell equal layers apart.
+            fold = fold and not any(re.search(r"[0-9?\[]", pattern) for pattern in options.quantization)
+            graph = capture(source, choices, options.max_seq_len, fold)
     captured = graph
     if wishes.dump:
         wishes.dump.graph("capture", graph)

@@ -216,4 +216,4 @@ def _own_size(node: Node, dims: Mapping[str, int]) -> int:
 
 
 def _size(node: Node, dims: Mapping[str, int]) -> int:
-    return sum(prod(kind.concrete(dims)) * kind.torch_dtype.itemsize for kind in flat_types(node.meta["type"]))
+    return sum(kind.nbytes(dims) for kind in flat_types(node.meta["type"]))

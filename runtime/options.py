@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 
 from ..ir.capture import MAX_STEP_TOKENS
 from ..ir.errors import FuselineError
+from ..ir.schemes import NAMES as SCHEMES
 
 
 class OptionError(FuselineError, ValueError):
@@ -38,6 +40,7 @@ class Options:
     max_seq_len: int
     max_step_tokens: int
     kv_cache: KVCacheConfig
+    quantization: Mapping[str, str | None] = field(default_factory=dict)
     graphs: bool = False
     lookahead: bool = False
 
@@ -74,10 +77,27 @@ def positive(name: str, value: object) -> int:
     return value
 
 
-def refuse_later(quantization: object, tensor_parallel: int, schedule: str, kv_cache: KVCacheConfig) -> None:
+def resolve_quantization(quantization: object) -> dict[str, str | None]:
+    """Schemes by name pattern: one scheme is that of all projections, ``"*"``; ``None`` leaves all as they are.
+
+    Raises:
+        OptionError: there is no such scheme, or a pattern that no dump could state.
+    """
+    wanted = {"*": quantization} if isinstance(quantization, str) else quantization
+    if wanted is None:
+        return {}
+    if not isinstance(wanted, Mapping):
+        raise OptionError(f"quantization must be a scheme or schemes by name pattern, not {quantization!r}")
+    for pattern, scheme in wanted.items():
+        if not isinstance(pattern, str) or not pattern or not set(pattern).isdisjoint(',: "\\'):
+            raise OptionError(f"quantization: {pattern!r} is no pattern of weight names, such as '*.down_proj'")
+        if scheme is not None and scheme not in SCHEMES:
+            raise OptionError(f"quantization: there is no scheme {scheme!r}; use one of {', '.join(SCHEMES)}")
+    return {pattern: "int4g128" if scheme == "int4" else scheme for pattern, scheme in wanted.items()}
+
+
+def refuse_later(tensor_parallel: int, schedule: str, kv_cache: KVCacheConfig) -> None:
     """Options whose place in the signature is fixed but which are not built yet."""
-    if quantization is not None:
-        raise OptionError(f"quantization={quantization!r} is not available yet; leave it at None")
     if tensor_parallel != 1:
         raise OptionError(f"tensor_parallel={tensor_parallel} is not available yet; leave it at 1")
     if schedule not in ("auto", "split"):

@@ -1,0 +1,132 @@
+"""Quantised matrices: rounding to nearest, and back. See ``schemes`` for how their bytes lie."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.fx import Node
+
+from .graph import Graph, type_of
+from .infer import TypeInferenceError
+from .ops import Op, op_name, register
+from .schemes import Scheme, scheme_of
+from .types import TensorType
+
+_BLOCK = 32
+
+
+def quantize(matrix: Tensor, scheme: Scheme) -> Tensor:
+    """``matrix [..., N, K]``, rounded to nearest (ties to even), as ``u8 [..., N, scheme.row_bytes(K)]``.
+
+    With ``m`` the largest magnitude of a group, its factor is ``s = m / 127`` (8 bits) or ``m / 7.5`` (4 bits), and a
+    code is ``w / s``, rounded and kept within -127..127 or -8..7. With zero points ``s = (max(w, 0) - min(w, 0)) / 15``,
+    ``z = -min(w, 0) / s`` rounded, and a code is ``w / s`` rounded, plus ``z``, within 0..15. A group of zeros has the
+    factor 1.
+    """
+    depth = matrix.shape[-1]
+    groups = matrix.float().unflatten(-1, (scheme.groups(depth), -1))
+    zeros = None
+    if scheme.zeros:
+        low = groups.amin(-1, keepdim=True).clamp(max=0)
+        factors = _factors((groups.amax(-1, keepdim=True).clamp(min=0) - low) / 15)
+        zeros = torch.round(-low / factors)
+        codes = (torch.round(groups / factors) + zeros).clamp(0, 15)
+    else:
+        low, high, steps = (-127, 127, 127.0) if scheme.bits == 8 else (-8, 7, 7.5)
+        factors = _factors(groups.abs().amax(-1, keepdim=True) / steps)
+        codes = torch.round(groups / factors).clamp(low, high)
+    return pack(codes.flatten(-2), factors.squeeze(-1), None if zeros is None else zeros.squeeze(-1), scheme)
+
+
+def _factors(found: Tensor) -> Tensor:
+    return torch.where(found > 0, found, 1.0)
+
+
+def pack(codes: Tensor, factors: Tensor, zeros: Tensor | None, scheme: Scheme) -> Tensor:
+    """The bytes of whole-numbered codes ``[..., N, K]``, factors and zero points ``[..., N, groups]``."""
+    depth = codes.shape[-1]
+    rows = torch.zeros((*codes.shape[:-1], scheme.row_bytes(depth)), dtype=torch.uint8, device=codes.device)
+    if scheme.bits == 8:
+        rows[..., :depth] = codes.to(torch.int8).view(torch.uint8)
+    else:
+        nibbles = codes.to(torch.int16).bitwise_and(15).unflatten(-1, (-1, 4, _BLOCK // 4))
+        low, high = (nibbles[..., place, :] | nibbles[..., place + 1, :] << 4 for place in (0, 2))
+        rows[..., : depth // 2] = torch.stack((low, high), -1).flatten(-3).to(torch.uint8)
+    begin, end = scheme.factors_at(depth), scheme.zeros_at(depth)
+    rows[..., begin:end] = factors.float().contiguous().view(torch.uint8)
+    if zeros is not None:
+        rows[..., end : end + zeros.shape[-1]] = zeros.to(torch.uint8)
+    return rows
+
+
+def unpack(rows: Tensor, scheme: Scheme, depth: int) -> tuple[Tensor, Tensor, Tensor | None]:
+    """The codes ``[..., N, depth]`` (``i8``), factors ``f32 [..., N, groups]`` and zero points ``u8`` of packed rows."""
+    begin, end = scheme.factors_at(depth), scheme.zeros_at(depth)
+    factors = rows[..., begin:end].contiguous().view(torch.float32)
+    zeros = rows[..., end : end + scheme.groups(depth)] if scheme.zeros else None
+    if scheme.bits == 8:
+        return rows[..., :depth].contiguous().view(torch.int8), factors, zeros
+    halves = rows[..., : depth // 2].unflatten(-1, (-1, _BLOCK // 4, 2)).transpose(-1, -2)
+    codes = torch.stack((halves & 15, halves >> 4), -2).flatten(-4).to(torch.int8)
+    return codes if scheme.zeros else codes - (codes > 7).to(torch.int8) * 16, factors, zeros
+
+
+def dequantize(rows: Tensor, kind: TensorType, dtype: torch.dtype) -> Tensor:
+    """The numbers that packed rows of that type stand for: ``(code - zero point) * factor``, in ``dtype``."""
+    scheme = scheme_of(kind.dtype)
+    assert scheme is not None
+    depth = kind.shape[-1]
+    assert isinstance(depth, int)
+    codes, factors, zeros = unpack(rows, scheme, depth)
+    wide = codes.unflatten(-1, (scheme.groups(depth), -1)).float()
+    if zeros is not None:
+        wide = wide - zeros.unsqueeze(-1)
+    return (wide * factors.unsqueeze(-1)).flatten(-2).to(dtype)
+
+
+def _rounded(matrix: Tensor, scheme: str) -> Tensor:
+    """A matrix in the bytes of a scheme, rounded to nearest. What reads it reads the numbers that they stand for."""
+    found = scheme_of(scheme)
+    if found is None:
+        raise ValueError(f"{scheme} is no scheme of quantised weights")
+    return quantize(matrix, found)
+
+
+def _type_of_rounded(matrix: Node, scheme: str) -> TensorType:
+    found, kind = scheme_of(scheme), type_of(matrix)
+    depth = kind.shape[-1] if kind.rank > 1 else None
+    if found is None or not isinstance(depth, int) or not kind.torch_dtype.is_floating_point:
+        raise TypeInferenceError(f"{kind} cannot be quantised as {scheme}")
+    why = found.reason_against(depth)
+    if why:
+        raise TypeInferenceError(why)
+    return TensorType(scheme, kind.shape)
+
+
+quantize_op: Op = register("nn.quantize", infer_type=_type_of_rounded)(_rounded)
+
+
+def quantised_inputs(node: Node) -> Iterator[Node]:
+    """The operands of a node that it reads through ``dequantize``."""
+    return (item for item in node.all_input_nodes if is_quantised(item))
+
+
+def is_quantised(node: Node) -> bool:
+    """Whether a value is held in the bytes of a scheme."""
+    kind: Any = node.meta["type"]
+    return isinstance(kind, TensorType) and scheme_of(kind.dtype) is not None
+
+
+def without_rounding(graph: Graph) -> Graph:
+    """A copy of a graph that computes with the matrices themselves where it would with rounded ones."""
+    plain = graph.copy()
+    for node in list(plain.calls()):
+        if op_name(node.target) == "nn.quantize":
+            source = node.args[0]
+            assert isinstance(source, Node)
+            node.replace_all_uses_with(source)
+            plain.erase_node(node)
+    return plain

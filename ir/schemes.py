@@ -1,0 +1,60 @@
+"""Schemes of quantised weights: how a row of a matrix is held in few bits.
+
+A row is one run of bytes: its codes, then its factors in fp32, then (asymmetric schemes) its zero points of a byte, and
+nothing up to a multiple of 16 bytes. Each row has its own factors, so that rows are cut and joined like those of any
+matrix. Codes of 8 bits stand in order. Codes of 4 bits stand in blocks of 32: the 16-bit word ``i`` of a block's eight
+holds the codes ``i``, ``i + 8``, ``i + 16`` and ``i + 24`` of the block, the first in its lowest bits.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from functools import cache
+
+_NAME = re.compile(r"int8|u?int4g(32|64|128)")
+_ALIGNMENT = 16
+NAMES = ("int8", "int4", "int4g128", "int4g64", "int4g32", "uint4g128", "uint4g64", "uint4g32")
+"""What a caller may ask for; ``int4`` is ``int4g128``."""
+
+
+@dataclass(frozen=True)
+class Scheme:
+    """``bits`` a code; ``group`` codes of a row share a factor (0: all of it); ``zeros``: they share a zero point, too."""
+
+    name: str
+    bits: int
+    group: int
+    zeros: bool
+
+    def groups(self, depth: int) -> int:
+        """Factors of a row of ``depth`` codes."""
+        return depth // self.group if self.group else 1
+
+    def factors_at(self, depth: int) -> int:
+        """Where the factors of a row begin, in bytes."""
+        return -(-depth * self.bits // 32) * 4
+
+    def zeros_at(self, depth: int) -> int:
+        """Where the zero points of a row begin, in bytes."""
+        return self.factors_at(depth) + 4 * self.groups(depth)
+
+    def row_bytes(self, depth: int) -> int:
+        """The length of a row of ``depth`` codes in bytes."""
+        size = self.zeros_at(depth) + (self.groups(depth) if self.zeros else 0)
+        return -(-size // _ALIGNMENT) * _ALIGNMENT
+
+    def reason_against(self, depth: int) -> str:
+        """Why rows of that length cannot be held; empty if they can."""
+        if self.group and depth % self.group:
+            return f"rows of {depth} are no multiple of the group of {self.group}"
+        return ""
+
+
+@cache
+def scheme_of(name: str) -> Scheme | None:
+    """The scheme of an element type; ``None`` for types that are not quantised."""
+    match = _NAME.fullmatch(name)
+    if match is None:
+        return None
+    return Scheme(name, 4 if match[1] else 8, int(match[1] or 0), name.startswith("u"))

@@ -1,0 +1,138 @@
+"""Quantize: the weights of projections are held in few bits, as the caller asked by patterns over their names."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from fnmatch import fnmatchcase
+
+from torch.fx import Node
+
+from ..ir.build import insert_before
+from ..ir.errors import UnsupportedModelError
+from ..ir.graph import Graph, is_constant, type_of
+from ..ir.infer import Inference
+from ..ir.ops import POINTWISE, op_name, resolve
+from ..ir.schemes import scheme_of
+from ..ir.types import TensorType
+from .ledger import PassReport
+
+OPTION = "quantization"
+Wanted = Mapping[str, str | None]
+"""Schemes by pattern (``None``: as it is); the first pattern that fits the name of a weight decides."""
+
+
+def spelled(wanted: Wanted) -> str:
+    """What is wanted, as a graph's option states it."""
+    return ", ".join(f"{pattern}: {scheme or 'none'}" for pattern, scheme in wanted.items())
+
+
+def wanted_of(graph: Graph) -> dict[str, str | None]:
+    """What a graph's option states."""
+    entries = [entry.rpartition(": ") for entry in str(graph.options.get(OPTION, "")).split(", ") if entry]
+    return {pattern: None if scheme == "none" else scheme for pattern, _, scheme in entries}
+
+
+def pattern_of(weight: str, wanted: Wanted) -> str | None:
+    """The first pattern that fits the name of a weight, with or without its last part: ``*.q_proj``, ``lm_head``."""
+    module = weight.rpartition(".")[0]
+    names = (weight, module, f".{module}")
+    return next((pattern for pattern in wanted if any(fnmatchcase(name, pattern) for name in names)), None)
+
+
+def quantize(graph: Graph, report: PassReport) -> Graph:
+    """Round the weights of projections to nearest where a pattern asks for it.
+
+    The output projection and embeddings stay as they are, unless a pattern other than ``*`` names the projection.
+
+    Raises:
+        UnsupportedModelError: a weight cannot be held in the scheme asked for, or a pattern fits no weight.
+    """
+    wanted = wanted_of(graph)
+    used: set[str] = set()
+    last = _output_projection(graph)
+    infer = Inference()
+    for node in list(graph.calls()):
+        if op_name(node.target) not in ("aten.linear", "nn.grouped_linear"):
+            continue
+        place = 1 if op_name(node.target) == "aten.linear" else 2
+        weight = node.args[place]
+        assert isinstance(weight, Node)
+        patterns = {name: pattern_of(name, wanted) for name in sorted(matrices_of(weight))}
+        used.update(pattern for pattern in patterns.values() if pattern)
+        schemes = {wanted[pattern] if pattern else None for pattern in patterns.values()}
+        scheme = next(iter(schemes)) if len(schemes) == 1 else None
+        if len(schemes) > 1:
+            raise _refusal(patterns, "parts of one weight are asked for in several schemes", wanted)
+        if scheme is None:
+            continue
+        if node is last and "*" in patterns.values():
+            report.refuse(node.name, "the output projection stays as it is unless a pattern names it", node)
+            continue
+        if place == 2:
+            raise _refusal(patterns, "the weights of experts cannot be quantised yet", wanted)
+        why = "it is computed from the tokens" if not is_constant(weight) else _reason_against(weight, scheme)
+        if why:
+            raise _refusal(patterns, why, wanted)
+        if not report.allows(node.name):
+            continue
+        if weight.op == "call_function" and op_name(weight.target) == "nn.quantize":
+            continue
+        known = [item for item in weight.users if op_name(item.target) == "nn.quantize" and item.args[1] == scheme]
+        made = known[0] if known and known[0] < node else None
+        if made is None:
+            name = f"{weight.name}_{scheme}"
+            made = insert_before(
+                graph, node, infer, resolve("nn.quantize"), (weight, scheme), name=name, source=report.name
+            )
+        node.args = (*node.args[:place], made, *node.args[place + 1 :])
+        report.fused.append(node.name)
+    unused = [pattern for pattern in wanted if pattern not in used and pattern != "*"]
+    if unused:
+        raise UnsupportedModelError(f"quantization: {unused[0]!r} fits the name of no projection's weight")
+    return graph
+
+
+def same_scheme(linears: list[Node], graph: Graph) -> bool:
+    """Whether the weights of projections are asked for in one scheme."""
+    wanted = wanted_of(graph)
+    names = {name for node in linears for item in node.args[1:2] if isinstance(item, Node) for name in matrices_of(item)}
+    return len({wanted[pattern] if pattern else None for pattern in (pattern_of(name, wanted) for name in names)}) < 2
+
+
+def matrices_of(value: Node) -> set[str]:
+    """The names of the matrices that a constant is made from."""
+    if str(value.target) == "weight":
+        kind = value.meta["type"]
+        return {str(value.args[0])} if isinstance(kind, TensorType) and kind.rank > 1 else set()
+    return set().union(*(matrices_of(source) for source in value.all_input_nodes))
+
+
+def _reason_against(weight: Node, name: str) -> str:
+    scheme, kind = scheme_of(name), type_of(weight)
+    assert scheme is not None
+    depth = kind.shape[-1]
+    if kind.rank != 2 or not isinstance(depth, int) or not kind.torch_dtype.is_floating_point:
+        return f"{kind} is no matrix of floats"
+    return scheme.reason_against(depth)
+
+
+def _refusal(patterns: Mapping[str, str | None], why: str, wanted: Wanted) -> UnsupportedModelError:
+    name = next(iter(patterns))
+    pattern = next(pattern for pattern in patterns.values() if pattern)
+    module = name.rpartition(".")[0]
+    return UnsupportedModelError(
+        f"quantization: {name} cannot be {wanted[pattern]}, which {pattern!r} asks for: {why}; ask for another scheme, "
+        f"or none, for it: {{{'*.' + module.rpartition('.')[2]!r}: None, ...}}"
+    )
+
+
+def _output_projection(graph: Graph) -> Node | None:
+    """The projection that makes the graph's result, through work on single elements."""
+    value = graph.output_node().args[0]
+    while isinstance(value, Node) and value.op == "call_function":
+        if op_name(value.target) == "aten.linear":
+            return value
+        if op_name(value.target) not in POINTWISE | {"aten.reshape", "aten.slice.Tensor"}:
+            return None
+        value = next((item for item in value.all_input_nodes if not is_constant(item)), None)
+    return None
