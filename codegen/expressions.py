@@ -43,13 +43,6 @@ def tanh(x):
     near = x * (1.0 + x2 * (-1.0 / 3.0 + x2 * (2.0 / 15.0 + x2 * (-17.0 / 315.0 + x2 * (62.0 / 2835.0)))))
     return tl.where(tl.abs(x) < 0.25, near, tl.where(x < 0, -far, far))
 """,
-    "int8_weights": """@triton.jit
-def int8_weights(row, row_ok, k, k_ok, FACTORS: tl.constexpr):
-    # Codes in order, and one factor for all of them.
-    codes = tl.load(row + k, mask=row_ok & k_ok, other=0).to(tl.int8, bitcast=True)
-    factors = tl.load((row + FACTORS).to(tl.pointer_type(tl.float32)), mask=row_ok, other=0)
-    return codes.to(tl.float32) * factors
-""",
     "int4_weights": """@triton.jit
 def int4_weights(row, row_ok, k, k_ok, FACTORS: tl.constexpr, GROUP: tl.constexpr, ZEROS: tl.constexpr):
     # In a block of 32 codes, a 16-bit word holds those that are 8 apart.

@@ -12,7 +12,10 @@ from .parts import finish_parts, product_part, rows_part, without_rows
 from .placement import place_columns
 from .rows import rows_kernel
 from .signature import file_text, kernel_text, parameters
-from .weights import element, is_rounded
+from .weights import element, group_values, is_rounded, nibble, packs_nibbles, print_words
+
+# A weight is read once.
+_STREAMED = ', eviction_policy="evict_first"'
 
 
 def matmul_source(graph: Graph) -> str:
@@ -66,36 +69,77 @@ def _one_row(graph: Graph, layout: Plan) -> str:
     writer.line("tile = tl.program_id(0) // num_rows")
     tiles = place_columns(writer, layout)
     accumulators = accumulators_of(layout)
-    loads = weight_loads(layout, more=', eviction_policy="evict_first"')
+    loads = weight_loads(layout, more=_STREAMED)
     writer.line("if PDL:")
     writer.line("    tl.extra.cuda.gdc_launch_dependents()")
-    writer.line("k = tl.arange(0, BLOCK_K)")
     writer.line(
         "# The weight depends on no other kernel: its first part is on its way while those before this one end."
     )
-    for name, load in zip(accumulators, loads):
-        writer.line(f"{name}_w = {load}")
+    if packs_nibbles(layout):
+        writer.line("word = tl.arange(0, BLOCK_K // 4)")
+        for name, column in zip(accumulators, _columns(layout)):
+            print_words(writer, layout, f"{name}_w", column, "ok", _STREAMED)
+    else:
+        writer.line("k = tl.arange(0, BLOCK_K)")
+        for name, load in zip(accumulators, loads):
+            writer.line(f"{name}_w = {load}")
     wait(writer)
     print_lookups(tile)
     tile.prepare_norms()
     for name in accumulators:
-        writer.line(f"{name}_sums = tl.zeros((BLOCK_N, BLOCK_K), tl.float32)")
-    tile.begin_squares()
+        writer.line(
+            f"{name}_sums = tl.zeros((BLOCK_N, BLOCK_K{' // 32' if packs_nibbles(layout) else ''}), tl.float32)"
+        )
+    tile.begin_squares("BLOCK_K // 4" if packs_nibbles(layout) else "BLOCK_K")
     with writer.block(loop):
         tile.enter()
-        writer.line("k = k0 + tl.arange(0, BLOCK_K)")
-        with writer.block("if k0 > 0:"):
-            for name, load in zip(accumulators, loads):
-                writer.line(f"{name}_w = {load}")
-        value = print_rows(tile, layout)
-        tile.add_squares()
-        for name in accumulators:
-            writer.line(f"{name}_sums += {name}_w.to(tl.float32) * {value}")
+        if packs_nibbles(layout):
+            _row_by_nibbles(tile, layout, accumulators)
+        else:
+            writer.line("k = k0 + tl.arange(0, BLOCK_K)")
+            with writer.block("if k0 > 0:"):
+                for name, load in zip(accumulators, loads):
+                    writer.line(f"{name}_w = {load}")
+            value = print_rows(tile, layout)
+            tile.add_squares()
+            for name in accumulators:
+                writer.line(f"{name}_sums += {name}_w.to(tl.float32) * {value}")
         tile.leave()
     for name in accumulators:
         writer.line(f"{name} = tl.sum({name}_sums, 1)[None, :]")
     tile.finish(accumulators, tiles)
     return writer.text()
+
+
+def _columns(layout: Plan) -> list[str]:
+    """The columns of each lane."""
+    return [f"(n + {offset})" if offset else "n" for offset in layout.offsets]
+
+
+def _row_by_nibbles(tile: MatmulTile, layout: Plan, accumulators: list[str]) -> None:
+    """Print a turn of the loop over words of four codes, whose products are summed by blocks of 32 before the factors."""
+    writer = tile.writer
+    writer.line("word = k0 // 4 + tl.arange(0, BLOCK_K // 4)")
+    writer.line("block = k0 // 32 + tl.arange(0, BLOCK_K // 32)")
+    with writer.block("if k0 > 0:"):
+        for name, column in zip(accumulators, _columns(layout)):
+            print_words(writer, layout, f"{name}_w", column, "ok", _STREAMED)
+    for place in range(4):
+        tile.enter()
+        writer.line(f"k = word // 8 * 32 + word % 8 + {8 * place}")
+        value = print_rows(tile, layout)
+        tile.add_squares()
+        for name in accumulators:
+            first = f"{name}_turn =" if place == 0 else f"{name}_turn +="
+            writer.line(f"{first} {nibble(layout, f'{name}_w', place)} * {value}")
+        writer.line(f"row_turn = {value}" if place == 0 else f"row_turn += {value}")
+        tile.leave()
+    for name, column in zip(accumulators, _columns(layout)):
+        factors, zeros = group_values(layout, column, "ok", "block")
+        blocks = f"tl.sum(tl.reshape({name}_turn, (BLOCK_N, BLOCK_K // 32, 8)), 2)"
+        if zeros:
+            blocks = f"({blocks} - tl.sum(tl.reshape(row_turn, (1, BLOCK_K // 32, 8)), 2) * {zeros})"
+        writer.line(f"{name}_sums += {blocks} * {factors}")
 
 
 def _many_rows(graph: Graph, layout: Plan) -> str:

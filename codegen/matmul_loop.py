@@ -18,7 +18,7 @@ _TAKEN = frozenset(
     (
         "num_rows row row_ok n_ok ok k k0 n w x tile head lane lanes cols part parts parts_ptr partial_ptr arrived_ptr "
         "place before split span first until pair upper squares inverse start acc which across across_ok token "
-        "here used"
+        "here used word words block factors zeros row_turn"
     ).split()
 )
 
@@ -42,7 +42,8 @@ def accumulators_of(layout: Plan) -> list[str]:
 def weight_loads(layout: Plan, across: str = "[:, None]", along: str = "[None, :]", more: str = "") -> list[str]:
     """A tile of the weight for each lane; ``across`` and ``along`` are the shapes of its columns and of ``k``."""
     return [
-        weight_tile(layout, f"(n + {offset})" if offset else "n", "ok", across, along, more) for offset in layout.offsets
+        weight_tile(layout, f"(n + {offset})" if offset else "n", "ok", across, along, more)
+        for offset in layout.offsets
     ]
 
 

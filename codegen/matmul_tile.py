@@ -12,6 +12,7 @@ from .columns import Plan, Section
 from .placement import local_tile, section_condition
 from .rows import norm_epsilon, store, value_written
 from .tile import Position, Tile
+from .weights import column_factors
 from .writer import Writer
 
 NORMS = ("nn.rms_norm", "nn.layer_norm")
@@ -87,10 +88,10 @@ class MatmulTile(Tile):
             self.leave()
         return total
 
-    def begin_squares(self) -> None:
-        """Print the sums of the folded norm before the loop of the product."""
+    def begin_squares(self, width: str = "BLOCK_K") -> None:
+        """Print the sums of the folded norm before the loop of the product, which reads ``width`` columns at a time."""
         if self.folded is not None:
-            self.writer.line("squares = tl.zeros((1, BLOCK_K), tl.float32)")
+            self.writer.line(f"squares = tl.zeros((1, {width}), tl.float32)")
 
     def add_squares(self) -> None:
         """Print what the folded norm adds up in the loop of the product."""
@@ -118,6 +119,10 @@ class MatmulTile(Tile):
         """Print the work on the product. ``tiles`` are the first tiles of the sections."""
         layout = self._layout
         self.scale_by_norm(accumulators)
+        for offset, name in zip(layout.offsets, accumulators):
+            factors = column_factors(layout, f"(n[None, :] + {offset})" if offset else "n[None, :]")
+            if factors:
+                self.writer.line(f"{name} *= {factors}")
         bias = layout.anchor.args[2] if len(layout.anchor.args) > 2 else None
         if isinstance(bias, Node):
             for offset, name in zip(layout.offsets, accumulators):

@@ -5,7 +5,7 @@ from __future__ import annotations
 from ..ir.graph import type_of
 from .columns import Plan
 from .rows import padded_width
-from .weights import is_rounded, rows_type
+from .weights import is_rounded, packs_nibbles, rows_type
 
 Tiling = tuple[int, ...]
 
@@ -38,6 +38,8 @@ def row_tilings(layout: Plan) -> list[Tiling]:
         # Unrolled loops: a few turns keep the kernel small.
         if tiling not in found and -(-layout.depth // block_k) <= 16:
             found.append(tiling)
+    if packs_nibbles(layout):  # a few bytes of each row would leave most of memory's width unused
+        found = [(n, max(32, k), warps) for n, k, warps in found]
     return found or [(2, min(deepest, 4096), 4)]
 
 
@@ -51,7 +53,7 @@ def few_tilings(layout: Plan) -> list[Tiling]:
         n = max(16, min(columns // layout.lanes, most))
         # Each part of a sum has a few turns.
         if splits == 1 or layout.depth >= 2 * splits * k:
-            found.append((m, n, max(16, min(k, deepest)), warps, stages, splits))
+            found.append((m, n, max(64 if packs_nibbles(layout) else 16, min(k, deepest)), warps, stages, splits))
     return list(dict.fromkeys(found))
 
 
@@ -83,9 +85,15 @@ def tilings_of(layout: Plan) -> list[tuple[int | None, str, list[Tiling]]]:
         (1, "row", row_tilings(layout)),
         (16, "few", few),
         (16, "tile", narrow),
+        *([(64, "few", _broad(few))] if is_rounded(layout) else []),
         (64, "tile", some),
         (None, "tile", many),
     ]
+
+
+def _broad(few: list[Tiling]) -> list[Tiling]:
+    """The same for up to 64 rows."""
+    return list(dict.fromkeys((64, *rest) for _, *rest in few))
 
 
 def weight_bytes(layout: Plan) -> int:

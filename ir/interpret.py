@@ -81,7 +81,7 @@ def bind_dims(graph: Graph, inputs: Values) -> dict[str, int]:
     """
     dims: dict[str, int] = {}
     for node in graph.inputs():
-        kind, found = type_of(node), inputs[node.name]
+        kind, found = type_of(node).stored, inputs[node.name]
         if len(kind.shape) != found.dim() or kind.torch_dtype != found.dtype:
             raise ValueError(f"input {node.name} is {tuple(found.shape)} {found.dtype}, not {kind}")
         for stated, size in zip(kind.shape, found.shape):

@@ -27,7 +27,7 @@ def quantize(matrix: Tensor, scheme: Scheme) -> Tensor:
     factor 1.
     """
     depth = matrix.shape[-1]
-    groups = matrix.float().unflatten(-1, (scheme.groups(depth), -1))
+    groups = _parted(matrix.float(), scheme.groups(depth))
     zeros = None
     if scheme.zeros:
         low = groups.amin(-1, keepdim=True).clamp(max=0)
@@ -41,6 +41,11 @@ def quantize(matrix: Tensor, scheme: Scheme) -> Tensor:
     return pack(codes.flatten(-2), factors.squeeze(-1), None if zeros is None else zeros.squeeze(-1), scheme)
 
 
+def _parted(value: Tensor, *parts: int) -> Tensor:
+    """``value`` with its last dim cut into so many parts, and those again."""
+    return value.reshape(*value.shape[:-1], *parts, -1)
+
+
 def _factors(found: Tensor) -> Tensor:
     return torch.where(found > 0, found, 1.0)
 
@@ -52,7 +57,7 @@ def pack(codes: Tensor, factors: Tensor, zeros: Tensor | None, scheme: Scheme) -
     if scheme.bits == 8:
         rows[..., :depth] = codes.to(torch.int8).view(torch.uint8)
     else:
-        nibbles = codes.to(torch.int16).bitwise_and(15).unflatten(-1, (-1, 4, _BLOCK // 4))
+        nibbles = _parted(codes.to(torch.int16).bitwise_and(15), depth // _BLOCK, 4)
         low, high = (nibbles[..., place, :] | nibbles[..., place + 1, :] << 4 for place in (0, 2))
         rows[..., : depth // 2] = torch.stack((low, high), -1).flatten(-3).to(torch.uint8)
     begin, end = scheme.factors_at(depth), scheme.zeros_at(depth)
@@ -69,7 +74,7 @@ def unpack(rows: Tensor, scheme: Scheme, depth: int) -> tuple[Tensor, Tensor, Te
     zeros = rows[..., end : end + scheme.groups(depth)] if scheme.zeros else None
     if scheme.bits == 8:
         return rows[..., :depth].contiguous().view(torch.int8), factors, zeros
-    halves = rows[..., : depth // 2].unflatten(-1, (-1, _BLOCK // 4, 2)).transpose(-1, -2)
+    halves = _parted(rows[..., : depth // 2], depth // _BLOCK, _BLOCK // 4).transpose(-1, -2)
     codes = torch.stack((halves & 15, halves >> 4), -2).flatten(-4).to(torch.int8)
     return codes if scheme.zeros else codes - (codes > 7).to(torch.int8) * 16, factors, zeros
 
@@ -81,7 +86,7 @@ def dequantize(rows: Tensor, kind: TensorType, dtype: torch.dtype) -> Tensor:
     depth = kind.shape[-1]
     assert isinstance(depth, int)
     codes, factors, zeros = unpack(rows, scheme, depth)
-    wide = codes.unflatten(-1, (scheme.groups(depth), -1)).float()
+    wide = _parted(codes, scheme.groups(depth)).float()
     if zeros is not None:
         wide = wide - zeros.unsqueeze(-1)
     return (wide * factors.unsqueeze(-1)).flatten(-2).to(dtype)

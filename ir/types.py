@@ -89,14 +89,17 @@ class TensorType:
         """The shape as integers, with the named dims replaced by their values."""
         return tuple(size if isinstance(size, int) else size.substitute(dims) for size in self.shape)
 
-    def stored(self, dims: Mapping[str, int]) -> tuple[int, ...]:
-        """The shape of the tensor that holds the value."""
-        shape, scheme = self.concrete(dims), scheme_of(self.dtype)
-        return (*shape[:-1], scheme.row_bytes(shape[-1])) if scheme else shape
+    @property
+    def stored(self) -> TensorType:
+        """The type of the tensor that holds the value: itself, or rows of bytes."""
+        scheme, depth = scheme_of(self.dtype), self.shape[-1] if self.shape else 0
+        if scheme is None or not isinstance(depth, int):
+            return self
+        return TensorType("u8", (*self.shape[:-1], scheme.row_bytes(depth)), self.placement)
 
     def nbytes(self, dims: Mapping[str, int]) -> int:
         """The bytes of the tensor that holds the value."""
-        return prod(self.stored(dims)) * self.torch_dtype.itemsize
+        return prod(self.stored.concrete(dims)) * self.torch_dtype.itemsize
 
     def with_shape(self, shape: Iterable[Size]) -> TensorType:
         return TensorType(self.dtype, tuple(shape), self.placement)

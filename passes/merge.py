@@ -90,7 +90,9 @@ def _merge(graph: Graph, linears: Sequence[Node], what: str, report: PassReport,
     """Replace the linears by one on the concatenated weights and a slice for each."""
     ordered = list(linears)
     site = "+".join(node.name for node in ordered)
-    why = _reason_against(ordered) or ("" if same_scheme(ordered, graph) else "their weights are to be quantised differently")
+    why = _reason_against(ordered) or (
+        "" if same_scheme(ordered, graph) else "their weights are to be quantised differently"
+    )
     if why:
         report.refuse(site, why, ordered[-1])
         return

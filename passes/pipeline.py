@@ -140,7 +140,7 @@ def apply(name: str, graph: Graph, report: PassReport, check: bool = False) -> G
         if check:
             raise
         why = f"{type(error).__name__}: {error}"
-        if name in NEEDED or graph.options.get(QUANTIZATION) and name == "Quantize":
+        if name in NEEDED or (graph.options.get(QUANTIZATION) and name == "Quantize"):
             raise UnsupportedModelError(f"{name} cannot handle this model: {why}") from error
         report.refuse("graph", why)
         after = graph

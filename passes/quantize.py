@@ -57,13 +57,14 @@ def quantize(graph: Graph, report: PassReport) -> Graph:
         place = 1 if op_name(node.target) == "aten.linear" else 2
         weight = node.args[place]
         assert isinstance(weight, Node)
+        again = op_name(weight.target) == "nn.quantize"  # the pass has been here
         patterns = {name: pattern_of(name, wanted) for name in sorted(matrices_of(weight))}
         used.update(pattern for pattern in patterns.values() if pattern)
         schemes = {wanted[pattern] if pattern else None for pattern in patterns.values()}
         scheme = next(iter(schemes)) if len(schemes) == 1 else None
         if len(schemes) > 1:
             raise _refusal(patterns, "parts of one weight are asked for in several schemes", wanted)
-        if scheme is None:
+        if scheme is None or again:
             continue
         if node is last and "*" in patterns.values():
             report.refuse(node.name, "the output projection stays as it is unless a pattern names it", node)
@@ -74,8 +75,6 @@ def quantize(graph: Graph, report: PassReport) -> Graph:
         if why:
             raise _refusal(patterns, why, wanted)
         if not report.allows(node.name):
-            continue
-        if weight.op == "call_function" and op_name(weight.target) == "nn.quantize":
             continue
         known = [item for item in weight.users if op_name(item.target) == "nn.quantize" and item.args[1] == scheme]
         made = known[0] if known and known[0] < node else None
@@ -95,7 +94,9 @@ def quantize(graph: Graph, report: PassReport) -> Graph:
 def same_scheme(linears: list[Node], graph: Graph) -> bool:
     """Whether the weights of projections are asked for in one scheme."""
     wanted = wanted_of(graph)
-    names = {name for node in linears for item in node.args[1:2] if isinstance(item, Node) for name in matrices_of(item)}
+    names = {
+        name for node in linears for item in node.args[1:2] if isinstance(item, Node) for name in matrices_of(item)
+    }
     return len({wanted[pattern] if pattern else None for pattern in (pattern_of(name, wanted) for name in names)}) < 2
 
 

@@ -25,7 +25,15 @@ from .executor import Executor
 from .garbage import rarely_searched_for_garbage
 from .lower import Wishes, lower
 from .memory import plan_memory
-from .options import KVCacheConfig, OptionError, refuse_later, resolve, resolve_device, resolve_dtype, resolve_quantization
+from .options import (
+    KVCacheConfig,
+    OptionError,
+    refuse_later,
+    resolve,
+    resolve_device,
+    resolve_dtype,
+    resolve_quantization,
+)
 from .packed import pack_linears
 from .progress import Progress
 from .rehearsal import Meter
@@ -101,6 +109,7 @@ def compile(
         OptionError: an option makes no sense or is not available yet. UnknownPassError: ``skip`` names no pass.
     """
     kv_cache = kv_cache or KVCacheConfig()
+    wanted = resolve_quantization(quantization)
     refuse_later(tensor_parallel, schedule, kv_cache)
     place = resolve_device(device)
     kind = resolve_dtype(dtype, place)
@@ -111,7 +120,7 @@ def compile(
     source = model if weights is None else weights
     if isinstance(source, Graph):
         raise OptionError("a graph has no weights: pass weights=<the model it was made from>")
-    if isinstance(model, Graph) and quantization is not None:
+    if isinstance(model, Graph) and wanted:
         raise OptionError("a graph from a dump states its quantization itself; leave quantization at None")
     with report.timed("read the model"):
         bones = skeleton(source, kind, trust_remote_code)
@@ -120,7 +129,7 @@ def compile(
     gpu = place.type == "cuda"
     options = replace(
         resolve(config, place, kind, max_batch_size, max_seq_len, max_step_tokens, kv_cache),
-        quantization=resolve_quantization(quantization),
+        quantization=wanted,
         graphs=gpu if graphs is None else graphs,
         lookahead=gpu if lookahead is None else lookahead,
     )

@@ -32,20 +32,24 @@ _LIBRARIES = 32 << 20
 class MemoryPlan:
     """Bytes on the device.
 
-    weights    what steps read, ``shared`` of them being the given model's own
+    by_type    what steps read, by element type; ``shared`` bytes of it are the given model's own
     placing    most that is taken while weights are merged
     cache      ``blocks`` blocks of the KV cache for sequences, and one more that padding uses
     workspace  most that a step takes for what it computes on the way, and sampling
     graphs     what CUDA graphs keep to themselves, and the logits they leave
     """
 
-    weights: int
+    by_type: Mapping[str, int]
     shared: int
     placing: int
     blocks: int
     block_bytes: int
     workspace: int
     graphs: int
+
+    @property
+    def weights(self) -> int:
+        return sum(self.by_type.values())
 
     @property
     def cache(self) -> int:
@@ -91,7 +95,8 @@ def plan_memory(
         OptionError: the budget does not leave a single block.
     """
     graph = loop.graph
-    kept, shared, placing = constant_bytes(loop, weights, place)
+    by_type, shared, placing = constant_bytes(loop, weights, place)
+    kept = by_type.total()
     result = graph.output_node().args[0]
     assert isinstance(result, Node)
     vocab = prod(type_of(result).concrete(load.decode)) // load.batch
@@ -111,18 +116,19 @@ def plan_memory(
                 "KVCacheConfig.memory_share"
             )
         most_blocks = min(most_blocks, room)
-    return MemoryPlan(kept, shared, placing, most_blocks, block_bytes, workspace, graphs)
+    return MemoryPlan(by_type, shared, placing, most_blocks, block_bytes, workspace, graphs)
 
 
-def constant_bytes(loop: Loop, weights: Mapping[str, Tensor], place: device) -> tuple[int, int, int]:
-    """Bytes of the values that ``fold_constants`` keeps, how many of them are the given weights' own memory, and the
-    most that it takes on the way."""
+def constant_bytes(loop: Loop, weights: Mapping[str, Tensor], place: device) -> tuple[Counter[str], int, int]:
+    """Bytes of the values that ``fold_constants`` keeps by element type, how many of them are the given weights' own
+    memory, and the most that it takes on the way."""
     constants = [node for node in loop.graph.calls() if is_constant(node)]
     last_use = {source: node for node in constants for source in node.all_input_nodes}
     kept = {node for node in constants if any(not is_constant(user) for user in node.users)}
     names: set[str] = set()
     passing: dict[Node, int] = {}
-    held = shared = most = 0
+    held: Counter[str] = Counter()
+    shared = most = 0
     for node, time, first, last in _constants_in_order(loop):
         # What a turn has from the one before is counted there.
         size = _size(node, {}) if first or node not in loop.carries else 0
@@ -136,10 +142,10 @@ def constant_bytes(loop: Loop, weights: Mapping[str, Tensor], place: device) -> 
                 names.add(name)
                 shared += size if own else 0
         if node in kept:
-            held += size
+            held[type_of(node).dtype] += size
         else:
             passing[node] = size
-        most = max(most, held - shared + sum(passing.values()))
+        most = max(most, held.total() - shared + sum(passing.values()))
         for source in node.all_input_nodes:
             if last_use[source] is node and last:
                 passing.pop(source, None)

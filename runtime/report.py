@@ -68,6 +68,7 @@ class Report:
     layer_kernels: dict[int, list[str]] = field(default_factory=dict)
     seconds: dict[str, float] = field(default_factory=dict)
     weight_bytes: int = 0
+    bytes_by_type: dict[str, int] = field(default_factory=dict)
     cache_tokens: int = 0
     cache_bytes: int = 0
     workspace_bytes: int = 0
@@ -121,6 +122,7 @@ class Report:
 
     def memory(self, plan: MemoryPlan, block_size: int) -> None:
         """Note what is planned to be held in memory."""
+        self.bytes_by_type = dict(plan.by_type)
         self.weight_bytes, self.cache_bytes = plan.weights, plan.cache
         self.cache_tokens = plan.blocks * block_size
         self.workspace_bytes, self.planned_bytes = plan.workspace + plan.graphs, plan.total
@@ -145,6 +147,7 @@ class Report:
             "kernels_by_layer": {str(layer): names for layer, names in self.layer_kernels.items()},
             "other_operators": self.other_operators,
             "weight_bytes": self.weight_bytes,
+            "weight_bytes_by_type": self.bytes_by_type,
             "kv_cache": {"tokens": self.cache_tokens, "bytes": self.cache_bytes},
             "workspace_bytes": self.workspace_bytes,
             "planned_bytes": self.planned_bytes,
@@ -170,7 +173,7 @@ class Report:
             ("fused", ", ".join(fused) or "nothing"),
             ("kernels", f"{self.distinct_kernels} distinct, {self.kernel_calls} in a step"),
             ("other operators", other),
-            ("weights", f"{self.weight_bytes / 1e6:.0f} MB"),
+            ("weights", self._weights_text()),
             ("KV cache", f"{self.cache_tokens} tokens, {self.cache_bytes / 1e6:.0f} MB"),
             ("workspace", f"{self.workspace_bytes / 1e6:.0f} MB"),
             ("memory", self._memory_text()),
@@ -180,6 +183,10 @@ class Report:
             ("verified", self.verification or "no"),
             ("seconds", ", ".join(f"{name} {value:.1f}" for name, value in self.seconds.items())),
         ]
+
+    def _weights_text(self) -> str:
+        parts = [f"{name} {size / 1e6:.0f} MB" for name, size in self.bytes_by_type.items() if size]
+        return f"{self.weight_bytes / 1e6:.0f} MB" + (f" ({', '.join(parts)})" if len(parts) > 1 else "")
 
     def _memory_text(self) -> str:
         planned = f"{self.planned_bytes / 1e6:.0f} MB planned"

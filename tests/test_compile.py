@@ -163,7 +163,7 @@ def test_a_pool_too_small_for_a_request(model: torch.nn.Module) -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"quantization": "int8"}, "not available yet"),
+        ({"quantization": "int3"}, "no scheme"),
         ({"tensor_parallel": 2}, "not available yet"),
         ({"schedule": "persistent"}, "not available yet"),
         ({"dtype": "int8"}, "not supported"),

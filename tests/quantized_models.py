@@ -1,0 +1,71 @@
+"""Models whose rows fit the groups of quantisation, and the same with weights rounded by numpy alone.
+
+The rounding here is written from the definition of the schemes, and shares nothing with the code under test.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from dataclasses import replace
+
+import numpy as np
+import torch
+from families import FAMILIES, SIZES, config, randomize
+from transformers import AutoModelForCausalLM, PreTrainedModel
+
+_WIDER = {48: 96, 64: 160, 24: 64}
+
+
+def wide(name: str, seed: int = 0) -> PreTrainedModel:
+    """A tiny model of a family with a hidden size of 96 instead of 48."""
+    family = FAMILIES[name]
+    torch.manual_seed(seed)
+    plain = config(family)
+    sizes = {key: _WIDER[size] for key, size in SIZES.items() if size in _WIDER and getattr(plain, key, None) == size}
+    made = AutoModelForCausalLM.from_config(
+        config(replace(family, changes={**family.changes, **sizes})), attn_implementation="eager"
+    )
+    randomize(made, seed)
+    return made.eval()
+
+
+def rounded(matrix: np.ndarray, scheme: str) -> tuple[np.ndarray, np.ndarray, np.ndarray | None]:
+    """Codes ``[N, K]``, factors and zero points ``[N, groups]`` of a matrix ``f32 [N, K]``."""
+    group = int(scheme.partition("g")[2] or matrix.shape[1])
+    parts = matrix.reshape(matrix.shape[0], -1, group)
+    if scheme.startswith("u"):
+        low, high = np.minimum(parts.min(2), 0), np.maximum(parts.max(2), 0)
+        factors = ((high - low) / np.float32(15)).astype(np.float32)
+        zeros = np.rint(-low / factors)
+        codes = np.clip(np.rint(parts / factors[:, :, None]) + zeros[:, :, None], 0, 15)
+        return codes.reshape(matrix.shape), factors, zeros
+    steps, least, most = (127, -127, 127) if scheme == "int8" else (7.5, -8, 7)
+    factors = (np.abs(parts).max(2) / np.float32(steps)).astype(np.float32)
+    return np.clip(np.rint(parts / factors[:, :, None]), least, most).reshape(matrix.shape), factors, None
+
+
+def restored(codes: np.ndarray, factors: np.ndarray, zeros: np.ndarray | None) -> np.ndarray:
+    """The matrix that codes stand for."""
+    parts = codes.reshape(*factors.shape, -1).astype(np.float32)
+    if zeros is not None:
+        parts = parts - zeros[:, :, None].astype(np.float32)
+    return (parts * factors[:, :, None]).reshape(codes.shape)
+
+
+def fake_quantised(
+    model: PreTrainedModel, scheme: str, chosen: Callable[[str], bool] = lambda name: True
+) -> PreTrainedModel:
+    """A copy of a model whose projections (those in layers that ``chosen`` accepts) have the numbers of rounded weights."""
+    twin = copy.deepcopy(model)
+    head = twin.get_output_embeddings()
+    for name, module in twin.named_modules():
+        weight = getattr(module, "weight", None)
+        kind = type(module).__name__
+        if kind not in ("Linear", "Conv1D") or module is head or not chosen(name):
+            continue
+        rows = weight.detach().numpy().T if kind == "Conv1D" else weight.detach().numpy()
+        found = restored(*rounded(np.ascontiguousarray(rows), scheme))
+        with torch.no_grad():
+            weight.copy_(torch.from_numpy(np.ascontiguousarray(found.T if kind == "Conv1D" else found)))
+    return twin
