@@ -12,6 +12,9 @@ Tiling = tuple[int, ...]
 # What was fastest on an H100 for one kernel or another of models of 1 and 7 billion parameters, in bf16.
 # Columns, depth and warps, for one row.
 _ROW = ((2, 2048, 8), (2, 4096, 4), (4, 1024, 2), (2, 1024, 4), (8, 512, 2), (2, 2048, 2))
+# The same where a row of the weight has half or a quarter of the bytes.
+_ROW_8 = ((4, 4096, 4), (4, 2048, 4), (8, 2048, 4), (8, 1024, 2), (4, 4096, 8), (2, 4096, 4), (8, 4096, 8))
+_ROW_4 = ((4, 4096, 4), (8, 2048, 4), (8, 4096, 8), (16, 2048, 4), (16, 1024, 2), (8, 4096, 4), (4, 2048, 2))
 # Rows, columns, depth, warps, stages and parts of the depth.
 _FEW = (
     (16, 64, 128, 4, 4, 4),
@@ -32,13 +35,14 @@ def row_tilings(layout: Plan) -> list[Tiling]:
     wide = weight_bytes(layout) > 2
     deepest = padded_width(layout.depth)
     found: list[Tiling] = []
-    for block_n, block_k, warps in _ROW:
+    likely = _ROW_4 if packs_nibbles(layout) else _ROW_8 if is_rounded(layout) else _ROW
+    for block_n, block_k, warps in likely:
         block_k = min(deepest, block_k // (2 if wide else 1))
         tiling = (max(2, block_n // layout.lanes), block_k, warps)
         # Unrolled loops: a few turns keep the kernel small.
         if tiling not in found and -(-layout.depth // block_k) <= 16:
             found.append(tiling)
-    if packs_nibbles(layout):  # a few bytes of each row would leave most of memory's width unused
+    if packs_nibbles(layout):  # a block of codes is whole
         found = [(n, max(32, k), warps) for n, k, warps in found]
     return found or [(2, min(deepest, 4096), 4)]
 

@@ -35,9 +35,9 @@ def quantize(matrix: Tensor, scheme: Scheme) -> Tensor:
         zeros = torch.round(-low / factors)
         codes = (torch.round(groups / factors) + zeros).clamp(0, 15)
     else:
-        low, high, steps = (-127, 127, 127.0) if scheme.bits == 8 else (-8, 7, 7.5)
+        least, most, steps = (-127, 127, 127.0) if scheme.bits == 8 else (-8, 7, 7.5)
         factors = _factors(groups.abs().amax(-1, keepdim=True) / steps)
-        codes = torch.round(groups / factors).clamp(low, high)
+        codes = torch.round(groups / factors).clamp(least, most)
     return pack(codes.flatten(-2), factors.squeeze(-1), None if zeros is None else zeros.squeeze(-1), scheme)
 
 
