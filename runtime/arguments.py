@@ -15,3 +15,9 @@ Model = Annotated[
 Device = Annotated[str | None, typer.Option(help="cpu or cuda; by default the GPU if there is one.")]
 Dtype = Annotated[str | None, typer.Option(help="float32, bfloat16 or float16; by default bfloat16 on a GPU.")]
 MaxSeqLen = Annotated[int | None, typer.Option(help="Most tokens of prompt and answer; by default the model's own.")]
+Quantization = Annotated[
+    str | None,
+    typer.Option(
+        metavar="SCHEME", help="Hold weights in fewer bits: int8, int4, ..., or PATTERN=SCHEME,PATTERN=none,..."
+    ),
+]

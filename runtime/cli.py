@@ -16,7 +16,7 @@ from rich.console import Console
 from .. import ir, passes
 from ..ir.errors import FuselineError, InvalidRequestError, UnsupportedModelError
 from ..ir.skeleton import skeleton
-from .arguments import Device, Dtype, MaxSeqLen, Model
+from .arguments import Device, Dtype, MaxSeqLen, Model, Quantization
 from .bench.command import bench
 from .compile import compile
 from .compiled import CompiledModel
@@ -25,7 +25,7 @@ from .events import TokenEvent
 from .explain import explain as explanation
 from .lower import Lowered, Wishes, lower
 from .models import resolve
-from .options import KVCacheConfig, OptionError, resolve_device, resolve_dtype
+from .options import KVCacheConfig, OptionError, quantization_of, resolve_device, resolve_dtype, resolve_quantization
 from .options import resolve as resolve_sizes
 from .progress import Progress, quiet_transformers
 from .ranks import path_of_rank
@@ -56,6 +56,7 @@ def run(
     dtype: Dtype = None,
     no_chat: Annotated[bool, typer.Option("--no-chat", help="Continue the text, with no chat template.")] = False,
     max_seq_len: MaxSeqLen = None,
+    quantization: Quantization = None,
 ) -> None:
     """Generate text. The text goes to stdout as it is made, progress and a short table to stderr."""
     params = SamplingParams(max_new_tokens, temperature, top_k, top_p, seed)
@@ -64,7 +65,15 @@ def run(
     path = resolve(model)
     tokenizer = _tokenizer(path)
     tokens = _encode(tokenizer, prompt, chat=not no_chat)
-    compiled = compile(path, device=device, dtype=dtype, max_batch_size=1, max_seq_len=max_seq_len, progress=True)
+    compiled = compile(
+        path,
+        device=device,
+        dtype=dtype,
+        max_batch_size=1,
+        max_seq_len=max_seq_len,
+        quantization=_wanted(quantization),
+        progress=True,
+    )
     speed = _stream(compiled, tokenizer, tokens, params)
     Console(stderr=True).print(two_columns([*compiled.report.rows(), *speed]))
 
@@ -81,12 +90,13 @@ def dump(
     device: Device = None,
     dtype: Dtype = None,
     max_seq_len: MaxSeqLen = None,
+    quantization: Quantization = None,
 ) -> None:
     """Show what a model is compiled to: its lowered graph on stdout, numbered files, or a page. No weights are read."""
     quiet_transformers()
     if html and html.suffix != ".html":
         raise OptionError(f"--html {html}: the name of the page must end with .html")
-    lowered, _ = _lower(model, device, dtype, max_seq_len, out or html)
+    lowered, _ = _lower(model, device, dtype, max_seq_len, quantization, out or html)
     out, html = (path and path_of_rank(path) for path in (out, html))
     if out is not None:
         last, page = max(out.glob("[0-9][0-9][0-9]_*.txt")), out / "index.html"
@@ -105,10 +115,11 @@ def explain(
     device: Device = None,
     dtype: Dtype = None,
     max_seq_len: MaxSeqLen = None,
+    quantization: Quantization = None,
 ) -> None:
     """Say what was fused, what was not and why, and what almost was. No weights are read."""
     quiet_transformers()
-    lowered, report = _lower(model, device, dtype, max_seq_len)
+    lowered, report = _lower(model, device, dtype, max_seq_len, quantization)
     try:
         print(explanation(lowered.graph, report, layer), end="")
     except ValueError as error:
@@ -131,8 +142,17 @@ def opt(
     print(graph, end="")
 
 
+def _wanted(quantization: str | None) -> str | dict[str, str | None] | None:
+    return quantization_of(quantization) if quantization else None
+
+
 def _lower(
-    model: str, device: str | None, dtype: str | None, max_seq_len: int | None, out: Path | None = None
+    model: str,
+    device: str | None,
+    dtype: str | None,
+    max_seq_len: int | None,
+    quantization: str | None,
+    out: Path | None = None,
 ) -> tuple[Lowered, Report]:
     """A model lowered to kernels, without its weights."""
     place = resolve_device(device)
@@ -143,6 +163,7 @@ def _lower(
     report.model = type(bones.model).__name__
     config = bones.model.config.get_text_config()
     options = resolve_sizes(config, place, kind, 1, max_seq_len, None, KVCacheConfig())
+    options = replace(options, quantization=resolve_quantization(_wanted(quantization)))
     wishes = Wishes(dump=Dump(out) if out else None, progress=Progress(True))
     return lower(bones, options, wishes, report), report
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -192,6 +193,7 @@ def compile(
         check_source(whole.poisoned, yardstick.whole, block, place, tolerance)
         del whole, sample, few_constants
     if gpu:
+        gc.collect()  # what tuning leaves behind refers to itself
         torch.cuda.empty_cache()  # what merging left behind lies in pieces too small for the KV cache
     with report.timed("graphs"), show.line("graphs"):
         logits = (vocab, type_of(_result(loop.graph)).torch_dtype)

@@ -96,6 +96,14 @@ def resolve_quantization(quantization: object) -> dict[str, str | None]:
     return {pattern: "int4g128" if scheme == "int4" else scheme for pattern, scheme in wanted.items()}
 
 
+def quantization_of(text: str) -> str | dict[str, str | None]:
+    """A scheme, or schemes by pattern as a command line states them: ``*.down_proj=int8,*.o_proj=none,*=int4``."""
+    if "=" not in text:
+        return text
+    pairs = [item.partition("=") for item in text.split(",")]
+    return {pattern: None if scheme == "none" else scheme for pattern, _, scheme in pairs}
+
+
 def refuse_later(tensor_parallel: int, schedule: str, kv_cache: KVCacheConfig) -> None:
     """Options whose place in the signature is fixed but which are not built yet."""
     if tensor_parallel != 1:

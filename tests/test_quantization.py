@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from quantized_models import fake_quantised, restored, rounded, wide
+from typer.testing import CliRunner
 
 import fuseline
 from fuseline.codegen.kernels import Kernel
@@ -19,7 +20,8 @@ from fuseline.ir.quantized import dequantize, quantize, unpack
 from fuseline.ir.schemes import scheme_of
 from fuseline.ir.types import TensorType
 from fuseline.passes import PASSES, PassReport, run
-from fuseline.runtime.options import OptionError
+from fuseline.runtime.cli import app
+from fuseline.runtime.options import OptionError, quantization_of, resolve_quantization
 
 SCHEMES = ["int8", "int4g128", "int4g64", "int4g32", "uint4g128", "uint4g64", "uint4g32"]
 HEAD = 'def block(x: f32[T, 64], *, T: dim(1, 64), quantization: option("{wanted}")):\n'
@@ -225,3 +227,19 @@ def test_kernels_compile_without_spills(scheme: str, tmp_path: Path) -> None:
         path = tmp_path / f"{kernel.name}.py"
         path.write_text(kernel.source)
         assert all(not found.spill_bytes for found in check_file(path, [90]))
+
+
+def test_a_command_line_states_schemes_by_pattern() -> None:
+    assert quantization_of("int4") == "int4"
+    wanted = quantization_of("*.down_proj=int8,*.o_proj=none,*=int4")
+    assert wanted == {"*.down_proj": "int8", "*.o_proj": None, "*": "int4"}
+    assert resolve_quantization(wanted) == {"*.down_proj": "int8", "*.o_proj": None, "*": "int4g128"}
+
+
+def test_the_commands_take_schemes(tmp_path: Path) -> None:
+    wide("llama").save_pretrained(tmp_path / "model")
+    for command, shown in (("dump", 'nn.quantize(l0_qkv_weight, "int4g32")'), ("explain", "Quantize")):
+        done = CliRunner().invoke(
+            app, [command, str(tmp_path / "model"), "--device", "cpu", "--quantization", "*=int4g32"]
+        )
+        assert done.exit_code == 0 and shown in done.stdout, done.output
