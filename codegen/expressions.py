@@ -43,17 +43,6 @@ def tanh(x):
     near = x * (1.0 + x2 * (-1.0 / 3.0 + x2 * (2.0 / 15.0 + x2 * (-17.0 / 315.0 + x2 * (62.0 / 2835.0)))))
     return tl.where(tl.abs(x) < 0.25, near, tl.where(x < 0, -far, far))
 """,
-    "int4_weights": """@triton.jit
-def int4_weights(row, row_ok, k, k_ok, FACTORS: tl.constexpr, GROUP: tl.constexpr, ZEROS: tl.constexpr):
-    # In a block of 32 codes, a 16-bit word holds those that are 8 apart.
-    place = k // 32 * 16 + k % 8 * 2 + k % 32 // 16
-    ok = row_ok & k_ok
-    codes = (tl.load(row + place, mask=ok, other=0).to(tl.int32) >> (k % 16 // 8 * 4)) & 15
-    factors = tl.load((row + FACTORS).to(tl.pointer_type(tl.float32)) + k // GROUP, mask=ok, other=0)
-    if ZEROS > 0:
-        return (codes - tl.load(row + ZEROS + k // GROUP, mask=ok, other=0).to(tl.int32)).to(tl.float32) * factors
-    return ((codes ^ 8) - 8).to(tl.float32) * factors
-""",
     "quarter_turns": """@triton.jit
 def quarter_turns(x):
     # Positions make large angles: whole quarter turns are taken off in fp64, the rest is within 45 degrees.

@@ -12,7 +12,8 @@ from .matmul_loop import accumulators_of, body_writer, print_lookups, print_rows
 from .matmul_tile import MatmulTile
 from .placement import place_columns
 from .rows import padded_width
-from .weights import element, group_values, is_rounded, nibble, packs_nibbles, print_words, weight_tile
+from .weights import element, is_rounded, plain_tile
+from .words import few_turn
 from .writer import Writer
 
 
@@ -37,40 +38,18 @@ def few_rows(graph: Graph, layout: Plan) -> str:
     writer.line(f"acc = tl.zeros(({_stacked(layout)}, BLOCK_M), tl.float32)")
     with writer.block(loop):
         tile.enter()
-        if packs_nibbles(layout):
-            _print_nibbles(tile, layout, column, ok)
+        if is_rounded(layout):
+            few_turn(tile, layout, column, ok)
         else:
             writer.line("k = k0 + tl.arange(0, BLOCK_K)")
             rows = print_rows(tile, layout)
-            load = weight_tile(layout, column, ok, "[:, None]", "[None, :]")
-            writer.line(f"w = {load}.to({element(layout)})" if is_rounded(layout) else f"w = {load}")
+            writer.line(f"w = {plain_tile(layout, column, ok, '[:, None]', '[None, :]')}")
             writer.line(f"x = tl.trans({rows}.to({element(layout)}))")
             writer.line('acc = tl.dot(w, x, acc, input_precision="ieee")')
         tile.leave()
     _join_splits(writer, _stacked(layout))
     tile.finish(_part_lanes(writer, layout), tiles)
     return writer.text()
-
-
-def _print_nibbles(tile: MatmulTile, layout: Plan, column: str, ok: str) -> None:
-    """Print the products of a turn with words of four codes: those of a place in all words are one operand."""
-    writer = tile.writer
-    writer.line("word = k0 // 4 + tl.arange(0, BLOCK_K // 4)")
-    print_words(writer, layout, "words", column, ok)
-    factors, zeros = group_values(layout, column, ok, "(word // 8)")
-    writer.line(f"factors = {factors}")
-    if zeros:
-        writer.line(f"zeros = {zeros}")
-    for place in range(4):
-        tile.enter()
-        writer.line(f"k = word // 8 * 32 + word % 8 + {8 * place}")
-        rows = print_rows(tile, layout)
-        numbers = nibble(layout, "words", place)
-        numbers = f"({numbers} - zeros)" if zeros else numbers
-        writer.line(f"w = ({numbers} * factors).to({element(layout)})")
-        writer.line(f"x = tl.trans({rows}.to({element(layout)}))")
-        writer.line('acc = tl.dot(w, x, acc, input_precision="ieee")')
-        tile.leave()
 
 
 def _stacked(layout: Plan) -> str:

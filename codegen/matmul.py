@@ -12,7 +12,8 @@ from .parts import finish_parts, product_part, rows_part, without_rows
 from .placement import place_columns
 from .rows import rows_kernel
 from .signature import file_text, kernel_text, parameters
-from .weights import element, group_values, is_rounded, nibble, packs_nibbles, print_words
+from .weights import element, is_rounded, words_of
+from .words import first_words, many_turn, row_sums, row_turn
 
 # A weight is read once.
 _STREAMED = ', eviction_policy="evict_first"'
@@ -75,10 +76,9 @@ def _one_row(graph: Graph, layout: Plan) -> str:
     writer.line(
         "# The weight depends on no other kernel: its first part is on its way while those before this one end."
     )
-    if packs_nibbles(layout):
-        writer.line("word = tl.arange(0, BLOCK_K // 4)")
-        for name, column in zip(accumulators, _columns(layout)):
-            print_words(writer, layout, f"{name}_w", column, "ok", _STREAMED)
+    rounded = is_rounded(layout)
+    if rounded:
+        first_words(tile, layout, accumulators, _STREAMED)
     else:
         writer.line("k = tl.arange(0, BLOCK_K)")
         for name, load in zip(accumulators, loads):
@@ -87,14 +87,12 @@ def _one_row(graph: Graph, layout: Plan) -> str:
     print_lookups(tile)
     tile.prepare_norms()
     for name in accumulators:
-        writer.line(
-            f"{name}_sums = tl.zeros((BLOCK_N, BLOCK_K{' // 32' if packs_nibbles(layout) else ''}), tl.float32)"
-        )
-    tile.begin_squares("BLOCK_K // 4" if packs_nibbles(layout) else "BLOCK_K")
+        writer.line(f"{name}_sums = tl.zeros((BLOCK_N, {row_sums(layout) if rounded else 'BLOCK_K'}), tl.float32)")
+    tile.begin_squares(words_of(layout) if rounded else "BLOCK_K")
     with writer.block(loop):
         tile.enter()
-        if packs_nibbles(layout):
-            _row_by_nibbles(tile, layout, accumulators)
+        if rounded:
+            row_turn(tile, layout, accumulators, _STREAMED)
         else:
             writer.line("k = k0 + tl.arange(0, BLOCK_K)")
             with writer.block("if k0 > 0:"):
@@ -111,37 +109,6 @@ def _one_row(graph: Graph, layout: Plan) -> str:
     return writer.text()
 
 
-def _columns(layout: Plan) -> list[str]:
-    """The columns of each lane."""
-    return [f"(n + {offset})" if offset else "n" for offset in layout.offsets]
-
-
-def _row_by_nibbles(tile: MatmulTile, layout: Plan, accumulators: list[str]) -> None:
-    """Print a turn of the loop over words of four codes, whose products are summed by blocks of 32 before the factors."""
-    writer = tile.writer
-    writer.line("word = k0 // 4 + tl.arange(0, BLOCK_K // 4)")
-    writer.line("block = k0 // 32 + tl.arange(0, BLOCK_K // 32)")
-    with writer.block("if k0 > 0:"):
-        for name, column in zip(accumulators, _columns(layout)):
-            print_words(writer, layout, f"{name}_w", column, "ok", _STREAMED)
-    for place in range(4):
-        tile.enter()
-        writer.line(f"k = word // 8 * 32 + word % 8 + {8 * place}")
-        value = print_rows(tile, layout)
-        tile.add_squares()
-        for name in accumulators:
-            first = f"{name}_turn =" if place == 0 else f"{name}_turn +="
-            writer.line(f"{first} {nibble(layout, f'{name}_w', place)} * {value}")
-        writer.line(f"row_turn = {value}" if place == 0 else f"row_turn += {value}")
-        tile.leave()
-    for name, column in zip(accumulators, _columns(layout)):
-        factors, zeros = group_values(layout, column, "ok", "block")
-        blocks = f"tl.sum(tl.reshape({name}_turn, (BLOCK_N, BLOCK_K // 32, 8)), 2)"
-        if zeros:
-            blocks = f"({blocks} - tl.sum(tl.reshape(row_turn, (1, BLOCK_K // 32, 8)), 2) * {zeros})"
-        writer.line(f"{name}_sums += {blocks} * {factors}")
-
-
 def _many_rows(graph: Graph, layout: Plan) -> str:
     """The body for many rows: a loop of small matrix products."""
     writer = body_writer(graph)
@@ -154,33 +121,37 @@ def _many_rows(graph: Graph, layout: Plan) -> str:
     tiles = place_columns(writer, layout)
     accumulators = accumulators_of(layout)
     loads = weight_loads(layout, "[None, :]", "[:, None]")
-    x = element(layout)
-    cast = f".to({x})" if is_rounded(layout) else ""
+    x, rounded = element(layout), is_rounded(layout)
     writer.line("if PDL:")
     writer.line("    tl.extra.cuda.gdc_launch_dependents()")
     writer.line("first = 0")
-    with writer.block("if EARLY:"):
-        writer.line("k = tl.arange(0, BLOCK_K)")
-        for name, load in zip(accumulators, loads):
-            writer.line(f"{name}_w = {load}{cast}")
+    if not rounded:
+        with writer.block("if EARLY:"):
+            writer.line("k = tl.arange(0, BLOCK_K)")
+            for name, load in zip(accumulators, loads):
+                writer.line(f"{name}_w = {load}")
     wait(writer)
     print_lookups(tile)
     for name in accumulators:
         writer.line(f"{name} = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)")
-    with writer.block("if EARLY:"):
-        tile.enter()
-        writer.line(f"x = {print_rows(tile, layout)}.to({x})")
-        for name in accumulators:
-            writer.line(f'{name} = tl.dot(x, {name}_w, {name}, input_precision="ieee")')
-        writer.line("first += BLOCK_K")
-        tile.leave()
+    if not rounded:
+        with writer.block("if EARLY:"):
+            tile.enter()
+            writer.line(f"x = {print_rows(tile, layout)}.to({x})")
+            for name in accumulators:
+                writer.line(f'{name} = tl.dot(x, {name}_w, {name}, input_precision="ieee")')
+            writer.line("first += BLOCK_K")
+            tile.leave()
     with writer.block(loop):
         tile.enter()
-        writer.line("k = k0 + tl.arange(0, BLOCK_K)")
-        writer.line(f"x = {print_rows(tile, layout)}.to({x})")
-        for name, load in zip(accumulators, loads):
-            writer.line(f"w = {load}{cast}")
-            writer.line(f'{name} = tl.dot(x, w, {name}, input_precision="ieee")')
+        if rounded:
+            many_turn(tile, layout, accumulators)
+        else:
+            writer.line("k = k0 + tl.arange(0, BLOCK_K)")
+            writer.line(f"x = {print_rows(tile, layout)}.to({x})")
+            for name, load in zip(accumulators, loads):
+                writer.line(f"w = {load}")
+                writer.line(f'{name} = tl.dot(x, w, {name}, input_precision="ieee")')
         tile.leave()
     tile.finish(accumulators, tiles)
     return writer.text()

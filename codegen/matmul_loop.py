@@ -10,7 +10,7 @@ from .columns import Plan
 from .matmul_tile import MatmulTile
 from .signature import parameters
 from .tile import Position
-from .weights import weight_tile
+from .weights import plain_tile
 from .writer import Writer
 
 # Names that a kernel uses beside those of its values.
@@ -40,10 +40,9 @@ def accumulators_of(layout: Plan) -> list[str]:
 
 
 def weight_loads(layout: Plan, across: str = "[:, None]", along: str = "[None, :]", more: str = "") -> list[str]:
-    """A tile of the weight for each lane; ``across`` and ``along`` are the shapes of its columns and of ``k``."""
+    """A tile of the weight, not quantised, for each lane; ``across`` and ``along`` are the shapes of its columns and of ``k``."""
     return [
-        weight_tile(layout, f"(n + {offset})" if offset else "n", "ok", across, along, more)
-        for offset in layout.offsets
+        plain_tile(layout, f"(n + {offset})" if offset else "n", "ok", across, along, more) for offset in layout.offsets
     ]
 
 

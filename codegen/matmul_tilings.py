@@ -5,7 +5,7 @@ from __future__ import annotations
 from ..ir.graph import type_of
 from .columns import Plan
 from .rows import padded_width
-from .weights import is_rounded, packs_nibbles, rows_type
+from .weights import is_rounded, rows_type, scheme
 
 Tiling = tuple[int, ...]
 
@@ -35,14 +35,14 @@ def row_tilings(layout: Plan) -> list[Tiling]:
     wide = weight_bytes(layout) > 2
     deepest = padded_width(layout.depth)
     found: list[Tiling] = []
-    likely = _ROW_4 if packs_nibbles(layout) else _ROW_8 if is_rounded(layout) else _ROW
+    likely = _ROW_4 if _nibbles(layout) else _ROW_8 if is_rounded(layout) else _ROW
     for block_n, block_k, warps in likely:
         block_k = min(deepest, block_k // (2 if wide else 1))
         tiling = (max(2, block_n // layout.lanes), block_k, warps)
         # Unrolled loops: a few turns keep the kernel small.
         if tiling not in found and -(-layout.depth // block_k) <= 16:
             found.append(tiling)
-    if packs_nibbles(layout):  # a block of codes is whole
+    if is_rounded(layout):  # a block of codes is whole
         found = [(n, max(32, k), warps) for n, k, warps in found]
     return found or [(2, min(deepest, 4096), 4)]
 
@@ -57,7 +57,7 @@ def few_tilings(layout: Plan) -> list[Tiling]:
         n = max(16, min(columns // layout.lanes, most))
         # Each part of a sum has a few turns.
         if splits == 1 or layout.depth >= 2 * splits * k:
-            found.append((m, n, max(64 if packs_nibbles(layout) else 16, min(k, deepest)), warps, stages, splits))
+            found.append((m, n, max(64 if is_rounded(layout) else 16, min(k, deepest)), warps, stages, splits))
     return list(dict.fromkeys(found))
 
 
@@ -65,7 +65,8 @@ def tile_tilings(layout: Plan) -> list[list[Tiling]]:
     """``(BLOCK_M, BLOCK_N, BLOCK_K, num_warps, num_stages)`` for few, some and many rows, the likeliest first."""
     if weight_bytes(layout) > 2:
         broad = max(16, min(64, padded_width(layout.head_dim))) if layout.head_dim else 64
-        return [[], [(32, broad, 32, 8, 2)], [(32, broad, 32, 8, 2)]]
+        deep = 64 if is_rounded(layout) else 32
+        return [[], [(32, broad, deep, 8, 2)], [(32, broad, deep, 8, 2)]]
     found: list[list[Tiling]] = []
     for tilings in (_NARROW, _SOME, _MANY):
         fitting = [
@@ -93,6 +94,11 @@ def tilings_of(layout: Plan) -> list[tuple[int | None, str, list[Tiling]]]:
         (64, "tile", some),
         (None, "tile", many),
     ]
+
+
+def _nibbles(layout: Plan) -> bool:
+    """Whether codes have 4 bits."""
+    return is_rounded(layout) and scheme(layout).bits == 4
 
 
 def _broad(few: list[Tiling]) -> list[Tiling]:

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.fx import Node
 
@@ -14,8 +15,6 @@ from .infer import TypeInferenceError
 from .ops import Op, op_name, register
 from .schemes import Scheme, scheme_of
 from .types import TensorType
-
-_BLOCK = 32
 
 
 def quantize(matrix: Tensor, scheme: Scheme) -> Tensor:
@@ -54,13 +53,13 @@ def pack(codes: Tensor, factors: Tensor, zeros: Tensor | None, scheme: Scheme) -
     """The bytes of whole-numbered codes ``[..., N, K]``, factors and zero points ``[..., N, groups]``."""
     depth = codes.shape[-1]
     rows = torch.zeros((*codes.shape[:-1], scheme.row_bytes(depth)), dtype=torch.uint8, device=codes.device)
-    if scheme.bits == 8:
-        rows[..., :depth] = codes.to(torch.int8).view(torch.uint8)
-    else:
-        nibbles = _parted(codes.to(torch.int16).bitwise_and(15), depth // _BLOCK, 4)
-        low, high = (nibbles[..., place, :] | nibbles[..., place + 1, :] << 4 for place in (0, 2))
-        rows[..., : depth // 2] = torch.stack((low, high), -1).flatten(-3).to(torch.uint8)
     begin, end = scheme.factors_at(depth), scheme.zeros_at(depth)
+    blocks = begin // 16
+    whole = F.pad(codes.to(torch.int16), (0, blocks * scheme.block - depth)).bitwise_and((1 << scheme.bits) - 1)
+    places = _parted(whole, blocks, scheme.places)
+    shifts = scheme.bits * torch.arange(scheme.places, dtype=torch.int32, device=codes.device)
+    words = (places.int() << shifts[:, None]).sum(-2)
+    rows[..., :begin] = torch.stack((words & 255, words >> 8), -1).flatten(-3).to(torch.uint8)
     rows[..., begin:end] = factors.float().contiguous().view(torch.uint8)
     if zeros is not None:
         rows[..., end : end + zeros.shape[-1]] = zeros.to(torch.uint8)
@@ -72,9 +71,9 @@ def unpack(rows: Tensor, scheme: Scheme, depth: int) -> tuple[Tensor, Tensor, Te
     begin, end = scheme.factors_at(depth), scheme.zeros_at(depth)
     factors = rows[..., begin:end].contiguous().view(torch.float32)
     zeros = rows[..., end : end + scheme.groups(depth)] if scheme.zeros else None
+    halves = _parted(rows[..., :begin], begin // 16, 8).transpose(-1, -2)
     if scheme.bits == 8:
-        return rows[..., :depth].contiguous().view(torch.int8), factors, zeros
-    halves = _parted(rows[..., : depth // 2], depth // _BLOCK, _BLOCK // 4).transpose(-1, -2)
+        return halves.flatten(-3)[..., :depth].contiguous().view(torch.int8), factors, zeros
     codes = torch.stack((halves & 15, halves >> 4), -2).flatten(-4).to(torch.int8)
     return codes if scheme.zeros else codes - (codes > 7).to(torch.int8) * 16, factors, zeros
 

@@ -2,8 +2,10 @@
 
 A row is one run of bytes: its codes, then its factors in fp32, then (asymmetric schemes) its zero points of a byte, and
 nothing up to a multiple of 16 bytes. Each row has its own factors, so that rows are cut and joined like those of any
-matrix. Codes of 8 bits stand in order. Codes of 4 bits stand in blocks of 32: the 16-bit word ``i`` of a block's eight
-holds the codes ``i``, ``i + 8``, ``i + 16`` and ``i + 24`` of the block, the first in its lowest bits.
+matrix. Codes stand in blocks of eight 16-bit words: word ``i`` of a block holds its codes ``i`` and ``i + 8`` if they
+have 8 bits, ``i``, ``i + 8``, ``i + 16`` and ``i + 24`` if they have 4, the first in the lowest bits. The codes of one
+place in words that follow each other so belong to inputs that follow each other: eight at a time, which is how many of
+16 bits are read together.
 """
 
 from __future__ import annotations
@@ -27,13 +29,23 @@ class Scheme:
     group: int
     zeros: bool
 
+    @property
+    def places(self) -> int:
+        """Codes in a word."""
+        return 16 // self.bits
+
+    @property
+    def block(self) -> int:
+        """Codes in a block."""
+        return 8 * self.places
+
     def groups(self, depth: int) -> int:
         """Factors of a row of ``depth`` codes."""
         return depth // self.group if self.group else 1
 
     def factors_at(self, depth: int) -> int:
         """Where the factors of a row begin, in bytes."""
-        return -(-depth * self.bits // 32) * 4
+        return -(-depth // self.block) * _ALIGNMENT
 
     def zeros_at(self, depth: int) -> int:
         """Where the zero points of a row begin, in bytes."""
