@@ -30,12 +30,12 @@ def quantize(matrix: Tensor, scheme: Scheme) -> Tensor:
     zeros = None
     if scheme.zeros:
         low = groups.amin(-1, keepdim=True).clamp(max=0)
-        factors = _factors((groups.amax(-1, keepdim=True).clamp(min=0) - low) / 15)
+        factors = _factors(groups.amax(-1, keepdim=True).clamp(min=0) - low, 15)
         zeros = torch.round(-low / factors)
         codes = (torch.round(groups / factors) + zeros).clamp(0, 15)
     else:
         least, most, steps = (-127, 127, 127.0) if scheme.bits == 8 else (-8, 7, 7.5)
-        factors = _factors(groups.abs().amax(-1, keepdim=True) / steps)
+        factors = _factors(groups.abs().amax(-1, keepdim=True), steps)
         codes = torch.round(groups / factors).clamp(least, most)
     return pack(codes.flatten(-2), factors.squeeze(-1), None if zeros is None else zeros.squeeze(-1), scheme)
 
@@ -45,8 +45,13 @@ def _parted(value: Tensor, *parts: int) -> Tensor:
     return value.reshape(*value.shape[:-1], *parts, -1)
 
 
-def _factors(found: Tensor) -> Tensor:
-    return torch.where(found > 0, found, 1.0)
+def _factors(spread: Tensor, steps: float) -> Tensor:
+    """``spread / steps``; 1 where there is no spread.
+
+    A number of Python's would become a multiplication with its inverse on a GPU, and the last digit decides how the
+    largest weight of a group is rounded, which lies half-way between two codes.
+    """
+    return torch.where(spread > 0, spread / spread.new_tensor(steps), 1.0)
 
 
 def pack(codes: Tensor, factors: Tensor, zeros: Tensor | None, scheme: Scheme) -> Tensor:
