@@ -90,7 +90,9 @@ def _part_lanes(writer: Writer, layout: Plan) -> list[str]:
 def _print_prefetch(writer: Writer, layout: Plan, column: str, ok: str) -> None:
     """Print how the beginning of the weight is sent for while the kernels in front end: it depends on none of them."""
     size = type_of(layout.weight).torch_dtype.itemsize
-    if layout.depth * size % 16 or is_rounded(layout):
+    if is_rounded(layout):
+        return  # it is counted in codes here, and tried with none of them yet
+    if layout.depth * size % 16:
         return  # rows begin at addresses that the copy engine does not take
     writer.line("# The weight depends on no other kernel: its beginning is on its way while those before this one end.")
     with writer.block("if PDL and AHEAD > 0:"), writer.block(f"if first + AHEAD <= {layout.depth}:"):

@@ -13,7 +13,7 @@ from .placement import place_columns
 from .rows import rows_kernel
 from .signature import file_text, kernel_text, parameters
 from .weights import element, is_rounded, words_of
-from .words import first_words, many_turn, row_sums, row_turn
+from .words import many_turn, row_sums, row_turn, row_words
 
 # A weight is read once.
 _STREAMED = ', eviction_policy="evict_first"'
@@ -71,16 +71,16 @@ def _one_row(graph: Graph, layout: Plan) -> str:
     tiles = place_columns(writer, layout)
     accumulators = accumulators_of(layout)
     loads = weight_loads(layout, more=_STREAMED)
+    rounded = is_rounded(layout)
     writer.line("if PDL:")
     writer.line("    tl.extra.cuda.gdc_launch_dependents()")
+    writer.line(f"word = tl.arange(0, {words_of(layout)})" if rounded else "k = tl.arange(0, BLOCK_K)")
     writer.line(
         "# The weight depends on no other kernel: its first part is on its way while those before this one end."
     )
-    rounded = is_rounded(layout)
     if rounded:
-        first_words(tile, layout, accumulators, _STREAMED)
+        row_words(tile, layout, accumulators, _STREAMED)
     else:
-        writer.line("k = tl.arange(0, BLOCK_K)")
         for name, load in zip(accumulators, loads):
             writer.line(f"{name}_w = {load}")
     wait(writer)

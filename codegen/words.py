@@ -20,12 +20,6 @@ from .weights import (
 )
 
 
-def first_words(tile: MatmulTile, layout: Plan, accumulators: Sequence[str], more: str) -> None:
-    """Print the words of one row's first turn."""
-    tile.writer.line(f"word = tl.arange(0, {words_of(layout)})")
-    _row_words(tile, layout, accumulators, more)
-
-
 def row_sums(layout: Plan) -> str:
     """How many sums one row has for each column, as Triton text: of blocks if groups have factors."""
     return f"BLOCK_K // {scheme(layout).block}" if scheme(layout).group else words_of(layout)
@@ -36,7 +30,7 @@ def row_turn(tile: MatmulTile, layout: Plan, accumulators: Sequence[str], more: 
     writer, how = tile.writer, scheme(layout)
     writer.line(f"word = k0 // {how.places} + tl.arange(0, {words_of(layout)})")
     with writer.block("if k0 > 0:"):
-        _row_words(tile, layout, accumulators, more)
+        row_words(tile, layout, accumulators, more)
     sums = [f"{name}_{'turn' if how.group else 'sums'}" for name in accumulators]
     for place in range(how.places):
         tile.enter()
@@ -61,7 +55,8 @@ def row_turn(tile: MatmulTile, layout: Plan, accumulators: Sequence[str], more: 
         writer.line(f"{name}_sums += {blocks} * {factors}")
 
 
-def _row_words(tile: MatmulTile, layout: Plan, accumulators: Sequence[str], more: str) -> None:
+def row_words(tile: MatmulTile, layout: Plan, accumulators: Sequence[str], more: str) -> None:
+    """Print the words of one row's turn, for each lane."""
     for name, column in zip(accumulators, columns_of(layout)):
         print_words(tile.writer, layout, f"{name}_w", column, "ok", "[:, None]", "[None, :]", more)
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from fnmatch import fnmatchcase
 
 from torch.fx import Node
@@ -57,6 +57,8 @@ def quantize(graph: Graph, report: PassReport) -> Graph:
         place = 1 if op_name(node.target) == "aten.linear" else 2
         weight = node.args[place]
         assert isinstance(weight, Node)
+        if not is_constant(weight):
+            continue
         again = op_name(weight.target) == "nn.quantize"  # the pass has been here
         patterns = {name: pattern_of(name, wanted) for name in sorted(matrices_of(weight))}
         used.update(pattern for pattern in patterns.values() if pattern)
@@ -71,7 +73,7 @@ def quantize(graph: Graph, report: PassReport) -> Graph:
             continue
         if place == 2:
             raise _refusal(patterns, "the weights of experts cannot be quantised yet", wanted)
-        why = "it is computed from the tokens" if not is_constant(weight) else _reason_against(weight, scheme)
+        why = _reason_against(weight, scheme)
         if why:
             raise _refusal(patterns, why, wanted)
         if not report.allows(node.name):
@@ -91,13 +93,13 @@ def quantize(graph: Graph, report: PassReport) -> Graph:
     return graph
 
 
-def same_scheme(linears: list[Node], graph: Graph) -> bool:
+def same_scheme(linears: Sequence[Node], graph: Graph) -> bool:
     """Whether the weights of projections are asked for in one scheme."""
     wanted = wanted_of(graph)
-    names = {
-        name for node in linears for item in node.args[1:2] if isinstance(item, Node) for name in matrices_of(item)
-    }
-    return len({wanted[pattern] if pattern else None for pattern in (pattern_of(name, wanted) for name in names)}) < 2
+    weights = [node.args[1] for node in linears]
+    names = {name for item in weights if isinstance(item, Node) and is_constant(item) for name in matrices_of(item)}
+    patterns = {pattern_of(name, wanted) for name in names}
+    return len({wanted[pattern] if pattern else None for pattern in patterns}) < 2
 
 
 def matrices_of(value: Node) -> set[str]:
@@ -120,10 +122,10 @@ def _reason_against(weight: Node, name: str) -> str:
 def _refusal(patterns: Mapping[str, str | None], why: str, wanted: Wanted) -> UnsupportedModelError:
     name = next(iter(patterns))
     pattern = next(pattern for pattern in patterns.values() if pattern)
-    module = name.rpartition(".")[0]
+    module = name.rpartition(".")[0].rpartition(".")[2]
     return UnsupportedModelError(
         f"quantization: {name} cannot be {wanted[pattern]}, which {pattern!r} asks for: {why}; ask for another scheme, "
-        f"or none, for it: {{{'*.' + module.rpartition('.')[2]!r}: None, ...}}"
+        f"or none, for it: {{{(f'*.{module}' if module else name)!r}: None, ...}}"
     )
 
 

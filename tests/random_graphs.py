@@ -18,6 +18,7 @@ from torch import Tensor
 from fuseline.ir import Graph
 from fuseline.ir.graph import type_of
 from fuseline.ir.ops import op_name
+from fuseline.passes import QUANTIZATION, spelled
 
 
 @dataclass(frozen=True)
@@ -32,6 +33,7 @@ class Recipe:
     width: int = 8
     block: int = 4
     tokens: int = 5
+    rounded: bool = False
 
 
 def recipe(seed: int) -> Recipe:
@@ -46,6 +48,7 @@ def recipe(seed: int) -> Recipe:
         width=c.of(1, 3, 5, 7, 8, 12, 12, 16, 97),
         block=c.of(1, 2, 4, 16),
         tokens=c.of(*range(1, 10)),
+        rounded=c.of(True, False),
     )
 
 
@@ -61,6 +64,9 @@ def build(recipe: Recipe) -> Graph:
         b.stream.append(h)
         h = FRAGMENTS[kind](b, choices(number), h)
     b.graph.output(head(b, choices(-2), h))
+    experts = any(op_name(node.target) == "nn.grouped_linear" for node in b.graph.calls())
+    if recipe.rounded and not experts:
+        b.graph.options[QUANTIZATION] = spelled({"*": "int8"})
     return b.graph
 
 
@@ -81,7 +87,7 @@ def shrink(recipe: Recipe, fails: Callable[[Recipe], bool]) -> Recipe:
     return recipe
 
 
-_SIMPLE: tuple[tuple[str, Any], ...] = (("dtype", "f32"), ("batched", False))
+_SIMPLE: tuple[tuple[str, Any], ...] = (("dtype", "f32"), ("batched", False), ("rounded", False))
 
 
 def draw_weights(graph: Graph, seed: int) -> dict[str, Tensor]:

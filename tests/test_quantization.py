@@ -243,3 +243,12 @@ def test_the_commands_take_schemes(tmp_path: Path) -> None:
             app, [command, str(tmp_path / "model"), "--device", "cpu", "--quantization", "*=int4g32"]
         )
         assert done.exit_code == 0 and shown in done.stdout, done.output
+
+
+def test_a_product_of_activations_is_no_projection() -> None:
+    text = 'def f(x: f32[T, 8], *, T: dim(1, 8), quantization: option("*: int8")):\n    w: f32[8, 8] = weight("w")\n'
+    text += "    h: f32[T, 8] = aten.linear(x, w)\n    y: f32[T, T] = aten.linear(x, h)\n"
+    text += "    z: f32[T, T] = aten.tanh(y)\n    return [h, z]\n"
+    report = PassReport("Quantize")
+    fuseline.ir.verify(PASSES["Quantize"](parse(text), report))
+    assert report.fused == ["h"]
