@@ -12,7 +12,7 @@ from .matmul_loop import accumulators_of, body_writer, print_lookups, print_rows
 from .matmul_tile import MatmulTile
 from .placement import place_columns
 from .rows import padded_width
-from .weights import element, is_rounded, plain_tile
+from .weights import element, is_rounded, plain_tile, print_column_factors
 from .words import few_turn
 from .writer import Writer
 
@@ -33,6 +33,7 @@ def few_rows(graph: Graph, layout: Plan) -> str:
     writer.line("    tl.extra.cuda.gdc_launch_dependents()")
     column, ok = _stack_lanes(writer, layout)
     _print_prefetch(writer, layout, column, ok)
+    print_column_factors(writer, layout, accumulators_of(layout))
     wait(writer)
     print_lookups(tile)
     writer.line(f"acc = tl.zeros(({_stacked(layout)}, BLOCK_M), tl.float32)")

@@ -12,11 +12,8 @@ from .parts import finish_parts, product_part, rows_part, without_rows
 from .placement import place_columns
 from .rows import rows_kernel
 from .signature import file_text, kernel_text, parameters
-from .weights import element, is_rounded, words_of
-from .words import many_turn, row_sums, row_turn, row_words
-
-# A weight is read once.
-_STREAMED = ', eviction_policy="evict_first"'
+from .weights import element, is_rounded, print_column_factors
+from .words import STREAMED, begin_row, end_row, many_turn, row_loads, row_turn
 
 
 def matmul_source(graph: Graph) -> str:
@@ -70,29 +67,34 @@ def _one_row(graph: Graph, layout: Plan) -> str:
     writer.line("tile = tl.program_id(0) // num_rows")
     tiles = place_columns(writer, layout)
     accumulators = accumulators_of(layout)
-    loads = weight_loads(layout, more=_STREAMED)
+    loads = weight_loads(layout, more=STREAMED)
     rounded = is_rounded(layout)
     writer.line("if PDL:")
     writer.line("    tl.extra.cuda.gdc_launch_dependents()")
-    writer.line(f"word = tl.arange(0, {words_of(layout)})" if rounded else "k = tl.arange(0, BLOCK_K)")
+    if not rounded:
+        writer.line("k = tl.arange(0, BLOCK_K)")
     writer.line(
         "# The weight depends on no other kernel: its first part is on its way while those before this one end."
     )
     if rounded:
-        row_words(tile, layout, accumulators, _STREAMED)
+        row_loads(tile, layout, accumulators, "0")
+        print_column_factors(writer, layout, accumulators)
     else:
         for name, load in zip(accumulators, loads):
             writer.line(f"{name}_w = {load}")
     wait(writer)
     print_lookups(tile)
     tile.prepare_norms()
-    for name in accumulators:
-        writer.line(f"{name}_sums = tl.zeros((BLOCK_N, {row_sums(layout) if rounded else 'BLOCK_K'}), tl.float32)")
-    tile.begin_squares(words_of(layout) if rounded else "BLOCK_K")
+    if rounded:
+        begin_row(tile, layout, accumulators)
+    else:
+        for name in accumulators:
+            writer.line(f"{name}_sums = tl.zeros((BLOCK_N, BLOCK_K), tl.float32)")
+        tile.begin_squares("BLOCK_K")
     with writer.block(loop):
         tile.enter()
         if rounded:
-            row_turn(tile, layout, accumulators, _STREAMED)
+            row_turn(tile, layout, accumulators)
         else:
             writer.line("k = k0 + tl.arange(0, BLOCK_K)")
             with writer.block("if k0 > 0:"):
@@ -103,8 +105,11 @@ def _one_row(graph: Graph, layout: Plan) -> str:
             for name in accumulators:
                 writer.line(f"{name}_sums += {name}_w.to(tl.float32) * {value}")
         tile.leave()
-    for name in accumulators:
-        writer.line(f"{name} = tl.sum({name}_sums, 1)[None, :]")
+    if rounded:
+        end_row(tile, layout, accumulators)
+    else:
+        for name in accumulators:
+            writer.line(f"{name} = tl.sum({name}_sums, 1)[None, :]")
     tile.finish(accumulators, tiles)
     return writer.text()
 
@@ -125,6 +130,7 @@ def _many_rows(graph: Graph, layout: Plan) -> str:
     writer.line("if PDL:")
     writer.line("    tl.extra.cuda.gdc_launch_dependents()")
     writer.line("first = 0")
+    print_column_factors(writer, layout, accumulators)
     if not rounded:
         with writer.block("if EARLY:"):
             writer.line("k = tl.arange(0, BLOCK_K)")

@@ -12,7 +12,7 @@ from .columns import Plan, Section
 from .placement import local_tile, section_condition
 from .rows import norm_epsilon, store, value_written
 from .tile import Position, Tile
-from .weights import column_factors
+from .weights import has_column_factors
 from .writer import Writer
 
 NORMS = ("nn.rms_norm", "nn.layer_norm")
@@ -119,10 +119,9 @@ class MatmulTile(Tile):
         """Print the work on the product. ``tiles`` are the first tiles of the sections."""
         layout = self._layout
         self.scale_by_norm(accumulators)
-        for offset, name in zip(layout.offsets, accumulators):
-            factors = column_factors(layout, f"(n[None, :] + {offset})" if offset else "n[None, :]")
-            if factors:
-                self.writer.line(f"{name} *= {factors}")
+        if has_column_factors(layout):
+            for name in accumulators:
+                self.writer.line(f"{name} *= {name}_factors")
         bias = layout.anchor.args[2] if len(layout.anchor.args) > 2 else None
         if isinstance(bias, Node):
             for offset, name in zip(layout.offsets, accumulators):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from ..ir.graph import type_of
 from .columns import Plan
 from .rows import padded_width
@@ -13,8 +15,26 @@ Tiling = tuple[int, ...]
 # Columns, depth and warps, for one row.
 _ROW = ((2, 2048, 8), (2, 4096, 4), (4, 1024, 2), (2, 1024, 4), (8, 512, 2), (2, 2048, 2))
 # The same where a row of the weight has half or a quarter of the bytes.
-_ROW_8 = ((4, 4096, 4), (4, 2048, 4), (8, 2048, 4), (8, 1024, 2), (4, 4096, 8), (2, 4096, 4), (8, 4096, 8))
-_ROW_4 = ((4, 4096, 4), (8, 2048, 4), (8, 4096, 8), (16, 2048, 4), (16, 1024, 2), (8, 4096, 4), (4, 2048, 2))
+_ROW_8 = (
+    (4, 4096, 4),
+    (8, 1024, 2),
+    (2, 2048, 4),
+    (8, 4096, 8),
+    (8, 2048, 2),
+    (4, 2048, 4),
+    (4, 2048, 2),
+    (8, 1024, 1),
+)
+_ROW_4 = (
+    (8, 2048, 2),
+    (4, 4096, 4),
+    (8, 4096, 4),
+    (4, 2048, 2),
+    (8, 1024, 1),
+    (4, 4096, 2),
+    (16, 1024, 1),
+    (8, 2048, 1),
+)
 # Rows, columns, depth, warps, stages and parts of the depth.
 _FEW = (
     (16, 64, 128, 4, 4, 4),
@@ -24,6 +44,23 @@ _FEW = (
     (16, 64, 128, 4, 4, 6),
     (64, 128, 64, 4, 4, 2),
 )
+# The same for weights of half and a quarter of the bytes.
+_FEW_8 = (
+    (16, 64, 128, 4, 3, 4),
+    (16, 128, 128, 4, 3, 4),
+    (16, 64, 128, 4, 3, 2),
+    (16, 64, 256, 4, 3, 2),
+    (16, 64, 128, 4, 3, 1),
+)
+_FEW_4 = (
+    (16, 64, 256, 4, 3, 4),
+    (16, 64, 512, 4, 3, 4),
+    (16, 64, 512, 4, 3, 2),
+    (16, 64, 256, 4, 5, 1),
+    (16, 128, 256, 4, 3, 2),
+)
+_BROAD_8 = ((64, 64, 128, 4, 3, 2), (64, 64, 128, 4, 3, 1), (64, 128, 128, 4, 3, 4), (64, 64, 128, 4, 3, 4))
+_BROAD_4 = ((64, 64, 256, 4, 3, 2), (64, 64, 256, 4, 3, 4), (64, 64, 256, 4, 3, 1), (64, 128, 256, 4, 3, 2))
 # Rows, columns, depth, warps and stages.
 _NARROW = ((16, 16, 512, 2, 5), (16, 32, 256, 4, 4), (16, 64, 128, 2, 5))
 _SOME = ((64, 32, 256, 4, 4), (64, 128, 128, 8, 4), (64, 16, 256, 4, 4), (64, 32, 128, 4, 3))
@@ -42,22 +79,28 @@ def row_tilings(layout: Plan) -> list[Tiling]:
         # Unrolled loops: a few turns keep the kernel small.
         if tiling not in found and -(-layout.depth // block_k) <= 16:
             found.append(tiling)
-    if is_rounded(layout):  # a block of codes is whole
-        found = [(n, max(32, k), warps) for n, k, warps in found]
-    return found or [(2, min(deepest, 4096), 4)]
+    if is_rounded(layout):
+        found = [_whole_blocks(layout, *tiling) for tiling in found]
+    return list(dict.fromkeys(found)) or [(2, min(deepest, 4096), 4)]
 
 
-def few_tilings(layout: Plan) -> list[Tiling]:
+def _whole_blocks(layout: Plan, columns: int, depth: int, warps: int) -> Tiling:
+    """A tiling in which each thread has whole blocks of codes, and so the row as it has the weight."""
+    block = scheme(layout).block
+    return columns, max(block, depth), max(1, min(warps, depth // (32 * block)))
+
+
+def few_tilings(layout: Plan, likely: Sequence[Tiling]) -> list[Tiling]:
     """``(BLOCK_M, BLOCK_N, BLOCK_K, num_warps, num_stages, SPLITS)`` for a few rows, the likeliest first."""
     if weight_bytes(layout) > 2:
-        return [(16, 32, 64, 4, 3, 1)]
+        return [(16, 32, max(64, _shallowest(layout)), 4, 3, 1)]
     most, deepest = _widest(layout), padded_width(layout.depth)
     found: list[Tiling] = []
-    for m, columns, k, warps, stages, splits in _FEW:
+    for m, columns, k, warps, stages, splits in likely:
         n = max(16, min(columns // layout.lanes, most))
         # Each part of a sum has a few turns.
         if splits == 1 or layout.depth >= 2 * splits * k:
-            found.append((m, n, max(64 if is_rounded(layout) else 16, min(k, deepest)), warps, stages, splits))
+            found.append((m, n, max(_shallowest(layout), min(k, deepest)), warps, stages, splits))
     return list(dict.fromkeys(found))
 
 
@@ -65,16 +108,21 @@ def tile_tilings(layout: Plan) -> list[list[Tiling]]:
     """``(BLOCK_M, BLOCK_N, BLOCK_K, num_warps, num_stages)`` for few, some and many rows, the likeliest first."""
     if weight_bytes(layout) > 2:
         broad = max(16, min(64, padded_width(layout.head_dim))) if layout.head_dim else 64
-        deep = 64 if is_rounded(layout) else 32
+        deep = max(32, _shallowest(layout))
         return [[], [(32, broad, deep, 8, 2)], [(32, broad, deep, 8, 2)]]
     found: list[list[Tiling]] = []
     for tilings in (_NARROW, _SOME, _MANY):
         fitting = [
-            (m, max(16, min(columns // layout.lanes, _widest(layout))), k, warps, stages)
+            (m, max(16, min(columns // layout.lanes, _widest(layout))), max(k, _shallowest(layout)), warps, stages)
             for m, columns, k, warps, stages in tilings
         ]
         found.append(list(dict.fromkeys(fitting)))
     return found
+
+
+def _shallowest(layout: Plan) -> int:
+    """The least depth of a turn of small matrix products: whole groups, and 16 codes of each place."""
+    return max(16 * scheme(layout).places, scheme(layout).group) if is_rounded(layout) else 16
 
 
 def _widest(layout: Plan) -> int:
@@ -85,12 +133,12 @@ def _widest(layout: Plan) -> int:
 def tilings_of(layout: Plan) -> list[tuple[int | None, str, list[Tiling]]]:
     """The tilings for up to so many rows, and the function of the file that makes each of them."""
     narrow, some, many = tile_tilings(layout)
-    few = few_tilings(layout)
+    few, broad = (_FEW_4, _BROAD_4) if _nibbles(layout) else (_FEW_8, _BROAD_8) if is_rounded(layout) else (_FEW, ())
     return [
         (1, "row", row_tilings(layout)),
-        (16, "few", few),
+        (16, "few", few_tilings(layout, few)),
         (16, "tile", narrow),
-        *([(64, "few", _broad(few))] if is_rounded(layout) else []),
+        *([(64, "few", few_tilings(layout, broad))] if broad else []),
         (64, "tile", some),
         (None, "tile", many),
     ]
@@ -99,11 +147,6 @@ def tilings_of(layout: Plan) -> list[tuple[int | None, str, list[Tiling]]]:
 def _nibbles(layout: Plan) -> bool:
     """Whether codes have 4 bits."""
     return is_rounded(layout) and scheme(layout).bits == 4
-
-
-def _broad(few: list[Tiling]) -> list[Tiling]:
-    """The same for up to 64 rows."""
-    return list(dict.fromkeys((64, *rest) for _, *rest in few))
 
 
 def weight_bytes(layout: Plan) -> int:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from torch.fx import Node
 
 from ..ir.graph import type_of
@@ -16,6 +18,11 @@ _TRITON = {"f32": "tl.float32", "f16": "tl.float16", "bf16": "tl.bfloat16"}
 def is_rounded(layout: Plan) -> bool:
     """Whether the weight is quantised."""
     return scheme_of(type_of(layout.weight).dtype) is not None
+
+
+def has_column_factors(layout: Plan) -> bool:
+    """Whether each column's sums have a factor."""
+    return is_rounded(layout) and not scheme(layout).group
 
 
 def rows_type(layout: Plan) -> TensorType:
@@ -65,50 +72,56 @@ def print_inputs(writer: Writer, layout: Plan, place: int) -> None:
 
 
 def codes_at(layout: Plan, words: str, place: int) -> str:
-    """The codes of one place of the words, fp32, without zero point and factor."""
+    """The codes of one place of the words, fp32, without zero point and factor.
+
+    A code becomes bits of the fraction of a number whose exponent lets the lowest of them count 1; what that number
+    counts without them is taken off. That is exact, and faster than converting integers.
+    """
     how = scheme(layout)
-    if how.bits == 8:
-        return f"{words}.to(tl.int8).to(tl.float32)" if place == 0 else f"({words} >> 8).to(tl.float32)"
-    codes = f"(({words} >> {4 * place}) & 15)"
-    return f"{codes}.to(tl.float32)" if how.zeros else f"(({codes} ^ 8) - 8).to(tl.float32)"
+    shift = how.bits * place
+    rest = 23 - shift
+    number = f"({_masked(how, words, place)} | {127 + rest << 23}).to(tl.float32, bitcast=True)"
+    return f"({number} - {float((1 << rest) + how.middle)})"
 
 
-def column_factors(layout: Plan, column: str) -> str:
-    """The factor of each column's sums, ``[1, columns]``; empty if there is none."""
-    if not is_rounded(layout) or scheme(layout).group:
-        return ""
+def raw_codes_at(layout: Plan, words: str, place: int) -> str:
+    """The codes of one place as they stand, as numbers without exponent, in fp32: the lowest bit of a word counts 2^-149.
+
+    Multiplying with such numbers is as fast as with any, and takes a single operation to get them.
+    """
+    return f"{_masked(scheme(layout), words, place)}.to(tl.float32, bitcast=True)"
+
+
+def _masked(how: Scheme, words: str, place: int) -> str:
+    return f"({words}.to(tl.int32) & {(1 << how.bits) - 1 << how.bits * place})"
+
+
+def print_column_factors(writer: Writer, layout: Plan, accumulators: Sequence[str]) -> None:
+    """Print the factor of each column's sums, ``[1, columns]``, where the scheme has one for a whole row of the weight."""
+    if not has_column_factors(layout):
+        return
     row, first = scheme(layout).row_bytes(layout.depth), scheme(layout).factors_at(layout.depth)
-    where = f"{_as_numbers(layout, 'float32')} + {column} * {row // 4} + {first // 4}"
-    return f"tl.load({where}, mask=n_ok, other=0)"
+    for offset, name in zip(layout.offsets, accumulators):
+        column = f"(n[None, :] + {offset})" if offset else "n[None, :]"
+        where = f"{_as_numbers(layout, 'float32')} + {column} * {row // 4} + {first // 4}"
+        writer.line(f"{name}_factors = tl.load({where}, mask=n_ok, other=0)")
 
 
-def group_values(layout: Plan, column: str, ok: str, block: str, across: str, along: str) -> tuple[str, str]:
-    """The factors and zero points (empty if there are none) of groups, fp32, for the blocks of codes in ``block``."""
+def print_group_values(
+    writer: Writer, layout: Plan, name: str, column: str, ok: str, group: str, across: str, along: str
+) -> None:
+    """Print the factors and (where the scheme has them) zero points of the groups numbered ``group``, fp32.
+
+    They get the names ``{name}_factors`` and ``{name}_zeros``.
+    """
     how, depth = scheme(layout), layout.depth
-    length, place = how.row_bytes(depth), f"({block} // {how.group // how.block}){along}"
-    mask = f"mask={ok}{across} & ({block} < {depth // how.block}){along}, other=0"
-    numbers = (
-        f"{_as_numbers(layout, 'float32')} + {column}{across} * {length // 4} + {how.factors_at(depth) // 4} + {place}"
-    )
-    points = f"{layout.weight.name}_ptr + {column}{across} * {length} + {how.zeros_at(depth)} + {place}"
-    return f"tl.load({numbers}, {mask})", f"tl.load({points}, {mask}).to(tl.float32)" if how.zeros else ""
-
-
-def print_group_values(writer: Writer, layout: Plan, column: str, ok: str, across: str, along: str) -> None:
-    """Print the factors and zero points of each word's group, for ``numbers_at``."""
-    if scheme(layout).group:
-        factors, zeros = group_values(layout, column, ok, "(word // 8)", across, along)
-        writer.line(f"factors = {factors}")
-        if zeros:
-            writer.line(f"zeros = {zeros}")
-
-
-def numbers_at(layout: Plan, words: str, place: int) -> str:
-    """What the codes of one place stand for, in the type that is multiplied; factors of columns are left to the sums."""
-    codes = codes_at(layout, words, place)
-    if scheme(layout).group:
-        codes = f"({codes} - zeros) * factors" if scheme(layout).zeros else f"{codes} * factors"
-    return f"({codes}).to({element(layout)})"
+    length, place = how.row_bytes(depth), f"({group}){along}"
+    mask = f"mask={ok}{across} & ({group} < {how.groups(depth)}){along}, other=0"
+    row = f"{_as_numbers(layout, 'float32')} + {column}{across} * {length // 4} + {how.factors_at(depth) // 4}"
+    writer.line(f"{name}_factors = tl.load({row} + {place}, {mask})")
+    if how.zeros:
+        points = f"{layout.weight.name}_ptr + {column}{across} * {length} + {how.zeros_at(depth)} + {place}"
+        writer.line(f"{name}_zeros = tl.load({points}, {mask}).to(tl.float32)")
 
 
 def _as_numbers(layout: Plan, kind: str) -> str:

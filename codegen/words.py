@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 
 from .columns import Plan
 from .matmul_loop import print_rows
@@ -10,89 +11,168 @@ from .matmul_tile import MatmulTile
 from .weights import (
     codes_at,
     element,
-    group_values,
-    numbers_at,
     print_group_values,
     print_inputs,
     print_words,
+    raw_codes_at,
     scheme,
     words_of,
 )
 
+STREAMED = ', eviction_policy="evict_first"'
+"""How a weight is read that is read once, as Triton text."""
 
-def row_sums(layout: Plan) -> str:
-    """How many sums one row has for each column, as Triton text: of blocks if groups have factors."""
-    return f"BLOCK_K // {scheme(layout).block}" if scheme(layout).group else words_of(layout)
+# One row is multiplied with codes that count 2^-149 in the lowest bits of a word: it is raised so that the products lie
+# well within fp32 for any row below 2^44.
+_RAISED = 84
+_LOWERED = 2.0 ** (149 - _RAISED)
+# The depth of the smallest product of two operands that the tensor cores take.
+_DEPTH = 16
 
 
-def row_turn(tile: MatmulTile, layout: Plan, accumulators: Sequence[str], more: str) -> None:
-    """Print a turn for one row. Groups have their products summed by blocks of codes before the factors."""
+def row_loads(tile: MatmulTile, layout: Plan, accumulators: Sequence[str], begin: str, suffix: str = "") -> None:
+    """Print what the turn that begins at ``begin`` reads of the weight, for each lane: words, and their groups' factors."""
     writer, how = tile.writer, scheme(layout)
+    across, along = "[:, None]", "[None, :]"
+    writer.line(f"word = ({begin}) // {how.places} + tl.arange(0, {words_of(layout)})")
+    if how.group:
+        writer.line(f"block = ({begin}) // {how.block} + tl.arange(0, {_blocks(layout)})")
+    for name, column in zip(accumulators, _columns(layout)):
+        print_words(writer, layout, f"{name}_w{suffix}", column, "ok", across, along, STREAMED)
+        if how.group:
+            group = f"block // {how.group // how.block}"
+            print_group_values(writer, layout, f"{name}{suffix}", column, "ok", group, across, along)
+
+
+def begin_row(tile: MatmulTile, layout: Plan, accumulators: Sequence[str]) -> None:
+    """Print the sums of one row before its loop: of blocks, of each column and of the row itself."""
+    for name in accumulators:
+        tile.writer.line(f"{name}_sums = tl.zeros((BLOCK_N, {_blocks(layout)}), tl.float32)")
+    if not scheme(layout).group:
+        tile.writer.line(f"row_sums = tl.zeros((1, {_blocks(layout)}), tl.float32)")
+    tile.begin_squares(words_of(layout))
+
+
+def row_turn(tile: MatmulTile, layout: Plan, accumulators: Sequence[str]) -> None:
+    """Print a turn for one row, while what the next reads is on its way."""
+    writer, how = tile.writer, scheme(layout)
+    ahead = f"k0 + BLOCK_K < {layout.depth}"
+    with writer.block(f"if {ahead}:"):
+        row_loads(tile, layout, accumulators, "k0 + BLOCK_K", "_ahead")
     writer.line(f"word = k0 // {how.places} + tl.arange(0, {words_of(layout)})")
-    with writer.block("if k0 > 0:"):
-        row_words(tile, layout, accumulators, more)
-    sums = [f"{name}_{'turn' if how.group else 'sums'}" for name in accumulators]
+    kind = "turn" if how.group else "sums"
     for place in range(how.places):
         tile.enter()
         print_inputs(writer, layout, place)
         value = print_rows(tile, layout)
         tile.add_squares()
         sign = "=" if how.group and place == 0 else "+="
-        for name, total in zip(accumulators, sums):
-            writer.line(f"{total} {sign} {codes_at(layout, f'{name}_w', place)} * {value}")
-        if how.zeros:
-            writer.line(f"row_turn {sign} {value}")
+        writer.line(f"row_{kind} {sign} {_eights(layout, '1', value)}")
+        writer.line(f"scaled = {value} * {2.0 ** (_RAISED - how.bits * place)}")
+        for name in accumulators:
+            products = _eights(layout, "BLOCK_N", f"{raw_codes_at(layout, f'{name}_w', place)} * scaled")
+            writer.line(f"{name}_{kind} {sign} {products}")
         tile.leave()
-    if not how.group:
-        return
-    count = row_sums(layout)
-    writer.line(f"block = k0 // {how.block} + tl.arange(0, {count})")
-    for name, column in zip(accumulators, columns_of(layout)):
-        factors, zeros = group_values(layout, column, "ok", "block", "[:, None]", "[None, :]")
-        blocks = f"tl.sum(tl.reshape({name}_turn, (BLOCK_N, {count}, 8)), 2)"
-        if zeros:
-            blocks = f"({blocks} - tl.sum(tl.reshape(row_turn, (1, {count}, 8)), 2) * {zeros})"
-        writer.line(f"{name}_sums += {blocks} * {factors}")
+    if how.group:
+        for name in accumulators:
+            zeros = f"{name}_zeros" if how.zeros else str(how.middle)
+            writer.line(f"{name}_sums += ({name}_turn * {_LOWERED} - row_turn * {zeros}) * {name}_factors")
+    with writer.block(f"if {ahead}:"):
+        for name in accumulators:
+            for item in ("_w", *(["_factors"] if how.group else []), *(["_zeros"] if how.zeros else [])):
+                own = f"{name}_w_ahead" if item == "_w" else f"{name}_ahead{item}"
+                writer.line(f"{name}{item} = {own}")
 
 
-def row_words(tile: MatmulTile, layout: Plan, accumulators: Sequence[str], more: str) -> None:
-    """Print the words of one row's turn, for each lane."""
-    for name, column in zip(accumulators, columns_of(layout)):
-        print_words(tile.writer, layout, f"{name}_w", column, "ok", "[:, None]", "[None, :]", more)
+def _blocks(layout: Plan) -> str:
+    """Blocks of codes in ``BLOCK_K``, as Triton text."""
+    return f"BLOCK_K // {scheme(layout).block}"
 
 
-def columns_of(layout: Plan) -> list[str]:
+def _eights(layout: Plan, rows: str, value: str) -> str:
+    """Sums of the eight words of each block, which one thread has."""
+    return f"tl.sum(tl.reshape({value}, ({rows}, {_blocks(layout)}, 8)), 2)"
+
+
+def end_row(tile: MatmulTile, layout: Plan, accumulators: Sequence[str]) -> None:
+    """Print the sums of each column."""
+    middle = "" if scheme(layout).group else f" * {_LOWERED} - tl.sum(row_sums, 1) * {scheme(layout).middle}"
+    for name in accumulators:
+        tile.writer.line(f"{name} = (tl.sum({name}_sums, 1){middle})[None, :]")
+
+
+def _columns(layout: Plan) -> list[str]:
     """The columns of each lane."""
     return [f"(n + {offset})" if offset else "n" for offset in layout.offsets]
 
 
 def few_turn(tile: MatmulTile, layout: Plan, column: str, ok: str) -> None:
     """Print a turn for a few rows, with the weight as the left operand: the codes of a place are one operand."""
-    writer, across, along = tile.writer, "[:, None]", "[None, :]"
-    writer.line(f"word = k0 // {scheme(layout).places} + tl.arange(0, {words_of(layout)})")
-    print_words(writer, layout, "words", column, ok, across, along)
-    print_group_values(writer, layout, column, ok, across, along)
-    for place in range(scheme(layout).places):
-        tile.enter()
-        print_inputs(writer, layout, place)
-        rows = print_rows(tile, layout)
-        writer.line(f"w = {numbers_at(layout, 'words', place)}")
+    writer = tile.writer
+
+    def product(weight: str, rows: str, total: str) -> str:
+        writer.line(f"w = {weight}.to({element(layout)})")
         writer.line(f"x = tl.trans({rows}.to({element(layout)}))")
-        writer.line('acc = tl.dot(w, x, acc, input_precision="ieee")')
-        tile.leave()
+        return f'tl.dot(w, x, {total}input_precision="ieee")'
+
+    _turn(tile, layout, [("acc", column)], ok, ("[:, None]", "[None, :]"), product)
 
 
 def many_turn(tile: MatmulTile, layout: Plan, accumulators: Sequence[str]) -> None:
     """Print a turn for many rows."""
-    writer, across, along = tile.writer, "[None, :]", "[:, None]"
-    writer.line(f"word = k0 // {scheme(layout).places} + tl.arange(0, {words_of(layout)})")
-    for name, column in zip(accumulators, columns_of(layout)):
-        print_words(writer, layout, "words", column, "ok", across, along)
-        print_group_values(writer, layout, column, "ok", across, along)
-        for place in range(scheme(layout).places):
+    writer = tile.writer
+
+    def product(weight: str, rows: str, total: str) -> str:
+        writer.line(f"x = {rows}.to({element(layout)})")
+        writer.line(f"w = {weight}.to({element(layout)})")
+        return f'tl.dot(x, w, {total}input_precision="ieee")'
+
+    sums = list(zip(accumulators, _columns(layout)))
+    _turn(tile, layout, sums, "ok", ("[None, :]", "[:, None]"), product)
+
+
+def _turn(
+    tile: MatmulTile,
+    layout: Plan,
+    sums: Sequence[tuple[str, str]],
+    ok: str,
+    shapes: tuple[str, str],
+    product: Callable[[str, str, str], str],
+) -> None:
+    """Print a turn of small matrix products; ``sums`` are added to, each with the columns it is of.
+
+    Where a group is deep enough, its products are summed before the factors. Else each number gets its own.
+    """
+    writer, how = tile.writer, scheme(layout)
+    across, along = shapes
+    apart = how.group >= _DEPTH * how.places
+    loop = f"for ahead in tl.static_range(0, BLOCK_K, {how.group}):"
+    with writer.block(loop) if apart else nullcontext():
+        begin, depth = ("(k0 + ahead)", str(how.group)) if apart else ("k0", "BLOCK_K")
+        writer.line(f"word = {begin} // {how.places} + tl.arange(0, {depth} // {how.places})")
+        for name, column in sums:
+            print_words(writer, layout, f"{name}_w", column, ok, across, along)
+            if apart:
+                print_group_values(writer, layout, name, column, ok, f"{begin} // {how.group}", "", "")
+            elif how.group:
+                group = f"word // {how.group // how.places}"
+                print_group_values(writer, layout, name, column, ok, group, across, along)
+        for place in range(how.places):
             tile.enter()
             print_inputs(writer, layout, place)
-            writer.line(f"x = {print_rows(tile, layout)}.to({element(layout)})")
-            writer.line(f"w = {numbers_at(layout, 'words', place)}")
-            writer.line(f'{name} = tl.dot(x, w, {name}, input_precision="ieee")')
+            rows = print_rows(tile, layout)
+            for name, _ in sums:
+                weight = codes_at(layout, f"{name}_w", place)
+                if how.zeros:
+                    weight = f"({weight} - {name}_zeros{across if apart else ''})"
+                if not apart:
+                    weight = f"({weight} * {name}_factors)" if how.group else weight
+                    writer.line(f"{name} = {product(weight, rows, f'{name}, ')}")
+                elif place == 0:
+                    writer.line(f"{name}_part = {product(weight, rows, '')}")
+                else:
+                    writer.line(f"{name}_part = {product(weight, rows, f'{name}_part, ')}")
             tile.leave()
+        if apart:
+            for name, _ in sums:
+                writer.line(f"{name} += {name}_part * {name}_factors{across}")

@@ -60,7 +60,7 @@ def pack(codes: Tensor, factors: Tensor, zeros: Tensor | None, scheme: Scheme) -
     rows = torch.zeros((*codes.shape[:-1], scheme.row_bytes(depth)), dtype=torch.uint8, device=codes.device)
     begin, end = scheme.factors_at(depth), scheme.zeros_at(depth)
     blocks = begin // 16
-    whole = F.pad(codes.to(torch.int16), (0, blocks * scheme.block - depth)).bitwise_and((1 << scheme.bits) - 1)
+    whole = F.pad(codes.to(torch.int16) + scheme.middle, (0, blocks * scheme.block - depth))
     places = _parted(whole, blocks, scheme.places)
     shifts = scheme.bits * torch.arange(scheme.places, dtype=torch.int32, device=codes.device)
     words = (places.int() << shifts[:, None]).sum(-2)
@@ -77,10 +77,8 @@ def unpack(rows: Tensor, scheme: Scheme, depth: int) -> tuple[Tensor, Tensor, Te
     factors = rows[..., begin:end].contiguous().view(torch.float32)
     zeros = rows[..., end : end + scheme.groups(depth)] if scheme.zeros else None
     halves = _parted(rows[..., :begin], begin // 16, 8).transpose(-1, -2)
-    if scheme.bits == 8:
-        return halves.flatten(-3)[..., :depth].contiguous().view(torch.int8), factors, zeros
-    codes = torch.stack((halves & 15, halves >> 4), -2).flatten(-4).to(torch.int8)
-    return codes if scheme.zeros else codes - (codes > 7).to(torch.int8) * 16, factors, zeros
+    codes = halves.flatten(-3) if scheme.bits == 8 else torch.stack((halves & 15, halves >> 4), -2).flatten(-4)
+    return (codes[..., :depth] - scheme.middle).view(torch.int8), factors, zeros
 
 
 def dequantize(rows: Tensor, kind: TensorType, dtype: torch.dtype) -> Tensor:

@@ -35,6 +35,11 @@ class Scheme:
         return 16 // self.bits
 
     @property
+    def middle(self) -> int:
+        """What is added to a code where it stands: none is negative there."""
+        return 0 if self.zeros else 1 << self.bits - 1
+
+    @property
     def block(self) -> int:
         """Codes in a block."""
         return 8 * self.places

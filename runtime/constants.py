@@ -12,6 +12,8 @@ from torch.fx import Node
 from ..ir.graph import is_constant, type_of
 from ..ir.interpret import call, read
 from ..ir.loop import Loop
+from ..ir.ops import op_name
+from ..ir.types import TensorType
 
 
 def fold_constants(
@@ -23,8 +25,8 @@ def fold_constants(
 ) -> dict[Node, list[Tensor]]:
     """The values that depend on weights alone, for each time that a node is run; only those that a step reads are kept.
 
-    They are on the device and contiguous. ``placed`` are weights there by name, read as well as added to, so that no
-    weight is placed twice.
+    They are on the device and contiguous. ``placed`` are values there by what they are computed from, read as well as
+    added to, so that nothing is placed twice.
 
     Raises:
         KeyError: a weight is missing. ValueError: a weight has another shape than the graph says.
@@ -39,6 +41,7 @@ def fold_constants(
         handed_on.setdefault(later, []).append(carry)
     values: dict[Node, Any] = {}
     handed: dict[Node, Any] = {}
+    origins: dict[Node, str] = {}
     work = [
         (node, time, len(stage.times) == 1, time == stage.times[-1])
         for stage in loop.stages
@@ -47,29 +50,53 @@ def fold_constants(
         for node in nodes
     ]
     for node, time, once, last in progress(work):
-        if str(node.target) == "weight":
-            name, kind = loop.weight(node, time), type_of(node)
-            made = placed.get(name)
-            if made is None:
-                made = weights[name]
-                if made.device != device or made.dtype != kind.torch_dtype:
-                    made = made.to(device=device, dtype=kind.torch_dtype)
-                if node in kept:
-                    placed[name] = made
-            if made.shape != kind.shape:
-                raise ValueError(f"weight {name} has shape {tuple(made.shape)}, the graph says {kind}")
-        elif node in handed:
-            made = handed.pop(node)
+        weight = str(node.target) == "weight"
+        if node in handed:
+            made, origins[node] = handed.pop(node)
         else:
-            made = call(node, lambda item: read(item, values, {}), device)
-            made = made.contiguous() if isinstance(made, Tensor) else made
+            origins[node] = origin = _weight_of(loop, node, time) if weight else _origin(node, origins)
+            made = placed.get(origin)
+            if made is None and weight:
+                made = _placed(weights, loop.weight(node, time), type_of(node), device)
+            elif made is None:
+                made = call(node, lambda item: read(item, values, {}), device)
+            made = made.contiguous() if isinstance(made, Tensor) and (node in kept or not weight) else made
+            if node in kept:
+                placed[origin] = made
         values[node] = made
         if node in kept:
-            kept[node].append(made.contiguous())
+            kept[node].append(made)
         if not last:
-            handed.update(dict.fromkeys(handed_on.get(node, ()), made))
+            handed.update(dict.fromkeys(handed_on.get(node, ()), (made, origins[node])))
         for source in node.all_input_nodes:
             # A turn of a loop reads again what was made before it.
             if last_use[source] is node and (once or last):
                 values.pop(source, None)
     return kept
+
+
+def _placed(weights: Mapping[str, Tensor], name: str, kind: TensorType, device: torch.device) -> Tensor:
+    """A weight on the device."""
+    found = weights[name]
+    if found.shape != kind.shape:
+        raise ValueError(f"weight {name} has shape {tuple(found.shape)}, the graph says {kind}")
+    return found.to(device=device, dtype=kind.torch_dtype)
+
+
+def _weight_of(loop: Loop, node: Node, time: int) -> str:
+    """A weight's name and type: one name may be read in several types."""
+    return f"{loop.weight(node, time)}: {type_of(node).dtype}"
+
+
+def _origin(node: Node, origins: Mapping[Node, str]) -> str:
+    """What a value is computed from, as text: equal texts are equal values."""
+
+    def text(item: Any) -> str:
+        if isinstance(item, Node):
+            return origins[item]
+        if isinstance(item, (list, tuple)):
+            return f"[{', '.join(map(text, item))}]"
+        return repr(item)
+
+    named = "".join(f", {name}={text(item)}" for name, item in node.kwargs.items())
+    return f"{op_name(node.target)}({', '.join(map(text, node.args))}{named}): {node.meta['type']}"

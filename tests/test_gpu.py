@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 
 import pytest
 import torch
 from families import REQUIRED, make
 from mutations import MUTATIONS
+from quantized_models import fake_quantised, wide
+from transformers import LlamaConfig, LlamaForCausalLM
 
 import fuseline
 from fuseline.ir.ops import op_name
@@ -46,6 +49,31 @@ def test_fp32_tokens_are_those_of_the_model(name: str) -> None:
     with torch.no_grad():
         expected = model(ids).logits
     assert relative(compiled(ids).logits, expected) <= 1e-5
+
+
+@pytest.mark.parametrize("scheme", ["int8", "int4g32", "uint4g32"])
+@pytest.mark.parametrize("name", ["llama", "gpt2", "gemma2"])
+def test_tokens_of_rounded_weights(name: str, scheme: str) -> None:
+    """In fp32 those of the model whose weights were rounded by the definition of the scheme."""
+    model = wide(name)
+    compiled = fuseline.compile(
+        copy.deepcopy(model).cuda(), device="cuda", dtype=torch.float32, max_seq_len=64, quantization=scheme
+    )
+    twin = fake_quantised(model, scheme).cuda()
+    given = prompts(model.config.get_text_config().vocab_size)
+    answers = compiled.generate(given, max_new_tokens=NEW, stop_token_ids=[])
+    assert answers == [greedy(twin, prompt, NEW) for prompt in given]
+
+
+@pytest.mark.parametrize("scheme", ["int8", "int4g128", "int4g64", "uint4g64", "uint4g32"])
+def test_kernels_of_rounded_weights_agree_with_their_references(scheme: str) -> None:
+    sizes = {"hidden_size": 256, "intermediate_size": 384, "num_attention_heads": 4, "num_key_value_heads": 2}
+    config = LlamaConfig(vocab_size=199, num_hidden_layers=2, **sizes)
+    model = LlamaForCausalLM(config).bfloat16().cuda()
+    compiled = fuseline.compile(
+        model, device="cuda", dtype=torch.bfloat16, max_seq_len=64, quantization=scheme, verify=True
+    )
+    assert f"{len(compiled.kernels)} kernels agree with their references" in compiled.report.verification
 
 
 def row_errors(found: torch.Tensor, wanted: torch.Tensor) -> torch.Tensor:
