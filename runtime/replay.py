@@ -22,12 +22,18 @@ class NotCapturable(Exception):
 class GraphReplay:
     """Replays CUDA graphs of ``compute``, one for each of ``sizes``; all share one pool of memory.
 
+    Args:
+        stream: what they are recorded on, by default one of their own. Libraries keep a workspace for every stream that
+            they ever worked on: who records often should give the same.
+
     Raises:
         NotCapturable: some operator makes the host wait for the device, or cannot be recorded. Nothing is left behind.
     """
 
-    def __init__(self, compute: Compute, sizes: Sequence[int], device: torch.device) -> None:
-        stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+    def __init__(
+        self, compute: Compute, sizes: Sequence[int], device: torch.device, stream: torch.cuda.Stream | None = None
+    ) -> None:
+        stream = stream or torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
         # The largest first: the others then find their memory in the pool.
         order = sorted(sizes, reverse=True)
         _warm_up(compute, order, stream)

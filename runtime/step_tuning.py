@@ -124,6 +124,7 @@ class _Steps:
     ) -> None:
         self._loop, self._constants, self._kernels, self._device = loop, constants, kernels, device
         self._block_size, self._context = block_size, context
+        self._stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
         self._blocks = -(-context // block_size)
         self._caches = new_caches(loop, (_SEQUENCES + 1) * self._blocks * block_size, device)
         for store in self._caches.values():
@@ -138,7 +139,7 @@ class _Steps:
         def compute(_: int) -> None:
             executor(step)
 
-        replay = GraphReplay(compute, [rows], self._device)
+        replay = GraphReplay(compute, [rows], self._device, self._stream)
         return median_milliseconds(lambda: replay(rows), _REPEATS, self._device)
 
     def _step(self, rows: int) -> StepInput:
