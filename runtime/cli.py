@@ -1,4 +1,4 @@
-"""The command line: ``fuseline run``, ``dump``, ``explain``, ``opt`` and ``bench``."""
+"""The command line: ``fuseline run``, ``dump``, ``explain``, ``opt``, ``bench`` and ``eval``."""
 
 from __future__ import annotations
 
@@ -21,6 +21,7 @@ from .bench.command import bench
 from .compile import compile
 from .compiled import CompiledModel
 from .dumps import Dump
+from .evaluation.command import evaluate
 from .events import TokenEvent
 from .explain import explain as explanation
 from .lower import Lowered, Wishes, lower
@@ -41,6 +42,7 @@ app = typer.Typer(
 )
 
 app.command()(bench)
+app.command("eval")(evaluate)
 
 
 @app.command()

@@ -11,7 +11,7 @@ ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
 
 
-@pytest.mark.parametrize("folder", ["ir", "passes", "codegen", "runtime", "runtime/bench"])
+@pytest.mark.parametrize("folder", ["ir", "passes", "codegen", "runtime", "runtime/bench", "runtime/evaluation"])
 def test_the_map_names_every_file_once(folder: str) -> None:
     section = README.split(f"**`{folder}/`")[1].split("\n**`")[0]
     named = sorted(re.findall(r"`(\w+\.py)`", section))

@@ -1,0 +1,1 @@
+"""What a quantised model answers beside the same model unquantised."""
