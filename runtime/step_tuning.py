@@ -124,7 +124,7 @@ class _Steps:
     ) -> None:
         self._loop, self._constants, self._kernels, self._device = loop, constants, kernels, device
         self._block_size, self._context = block_size, context
-        self._stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+        self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None  # type: ignore[no-untyped-call]
         self._blocks = -(-context // block_size)
         self._caches = new_caches(loop, (_SEQUENCES + 1) * self._blocks * block_size, device)
         for store in self._caches.values():

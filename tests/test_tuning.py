@@ -136,7 +136,7 @@ def test_steps_are_measured_once_where_they_can_be_recorded(
     """Plain calls stand in for CUDA graphs, and references for kernels."""
     trials: list[int] = []
 
-    def replay(compute: Any, sizes: list[int], device: torch.device) -> Any:
+    def replay(compute: Any, sizes: list[int], device: torch.device, stream: Any) -> Any:
         if not recordable:
             raise NotCapturable("in aten.item: waits")
         trials.extend(sizes)
