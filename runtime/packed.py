@@ -1,4 +1,4 @@
-"""Projections on the CPU with weights packed for its vector units (oneDNN), which small batches read much faster."""
+"""Projections on the CPU with weights laid out for it: packed for its vector units (oneDNN), or in codes (``rounded``)."""
 
 from __future__ import annotations
 
@@ -9,8 +9,12 @@ import torch
 from torch import Tensor
 from torch.fx import Node
 
+from ..ir.graph import type_of
 from ..ir.loop import Loop
 from ..ir.ops import op_name
+from ..ir.schemes import scheme_of
+from ..ir.types import TensorType
+from .rounded import Product, rounded_product
 
 Linear = Callable[[Tensor], Tensor]
 T = TypeVar("T")
@@ -20,14 +24,13 @@ _SMALLEST = 1 << 16
 
 
 def pack_linears(loop: Loop, constants: dict[Node, list[Tensor]]) -> tuple[dict[Node, list[Linear]], int]:
-    """Projections of fp32 rows on the CPU by node, for each of its times (see ``at``), and the bytes of the packed weights.
+    """Projections on the CPU by node, for each of its times (see ``at``), and the bytes of the weights laid out anew.
 
     Weights that nothing else reads are taken out of ``constants``, which are by node and time, too.
     """
     linears: dict[Node, list[Linear]] = {}
-    packed: dict[Node, list[Tensor]] = {}
-    if not torch.backends.mkldnn.is_available():  # type: ignore[no-untyped-call]
-        return {}, 0
+    products: dict[Node, list[Product]] = {}
+    size = 0
     for node in loop.graph.calls():
         if op_name(node.target) != "aten.linear":
             continue
@@ -35,18 +38,19 @@ def pack_linears(loop: Loop, constants: dict[Node, list[Tensor]]) -> tuple[dict[
         assert isinstance(weight, Node)
         if isinstance(bias, Node) and bias not in constants:
             continue  # it is computed in the step
-        if weight not in packed:
-            values = constants.get(weight)
-            if values is None or not _is_packed(values[0]):
+        if weight not in products:
+            values, kind = constants.get(weight), type_of(weight)
+            if values is None or not _is_packed(values[0], kind):
                 continue
-            packed[weight] = [torch.ops.mkldnn._reorder_linear_weight(value) for value in values]
+            products[weight] = [_product(value, kind) for value in values]
+            size += sum(value.nbytes for value in values)
         biases: Sequence[Tensor | None] = constants[bias] if isinstance(bias, Node) else [None]
-        count = max(len(packed[weight]), len(biases))
-        linears[node] = [_linear(at(packed[weight], time), at(biases, time)) for time in range(count)]
-    for weight in packed:
+        count = max(len(products[weight]), len(biases))
+        linears[node] = [_linear(at(products[weight], time), at(biases, time)) for time in range(count)]
+    for weight in products:
         if all(user in linears and user.all_input_nodes.count(weight) == 1 for user in weight.users):
             del constants[weight]
-    return linears, sum(4 * weight.numel() for weights in packed.values() for weight in weights)
+    return linears, size
 
 
 def at(values: Sequence[T], time: int) -> T:
@@ -54,13 +58,28 @@ def at(values: Sequence[T], time: int) -> T:
     return values[time] if len(values) > 1 else values[0]
 
 
-def _is_packed(weight: Tensor) -> bool:
-    return weight.device.type == "cpu" and weight.dtype == torch.float32 and weight.numel() >= _SMALLEST
+def _is_packed(weight: Tensor, kind: TensorType) -> bool:
+    if weight.device.type != "cpu":
+        return False
+    if scheme_of(kind.dtype) is not None:
+        return True
+    available = torch.backends.mkldnn.is_available()  # type: ignore[no-untyped-call]
+    return bool(available) and weight.dtype == torch.float32 and weight.numel() >= _SMALLEST
 
 
-def _linear(weight: Tensor, bias: Tensor | None) -> Linear:
-    def linear(x: Tensor) -> Tensor:
-        out: Tensor = torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
+def _product(weight: Tensor, kind: TensorType) -> Product:
+    scheme, depth = scheme_of(kind.dtype), kind.shape[-1]
+    if scheme is not None:
+        assert isinstance(depth, int)
+        return rounded_product(weight, scheme, depth)
+    packed = torch.ops.mkldnn._reorder_linear_weight(weight)
+
+    def product(x: Tensor, bias: Tensor | None) -> Tensor:
+        out: Tensor = torch.ops.mkldnn._linear_pointwise(x, packed, bias, "none", [], "")
         return out
 
-    return linear
+    return product
+
+
+def _linear(product: Product, bias: Tensor | None) -> Linear:
+    return lambda x: product(x, bias)

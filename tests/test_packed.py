@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 
 from fuseline.ir import parse
 from fuseline.ir.loop import Loop
+from fuseline.ir.quantized import dequantize, quantize
+from fuseline.ir.schemes import scheme_of
+from fuseline.ir.types import TensorType
 from fuseline.runtime.constants import fold_constants
 from fuseline.runtime.packed import pack_linears
+from fuseline.runtime.rounded import rounded_product
 
 GRAPH = """\
 def f(tokens: i64[T], x: f32[T, 300], *, T: dim(1, 64)):
@@ -51,6 +56,38 @@ def test_packed_projections_are_projections() -> None:
             )
             error = (linears[node][0](x).double() - expected).norm() / expected.norm()
             assert float(error) < 1e-6
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("name", ["int8", "int4g64", "int4g32", "uint4g128", "uint4g32"])
+def test_projections_of_rounded_weights(name: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    """They are products with what the codes stand for, whatever number of rows is made at a time, in as many bytes."""
+    monkeypatch.setattr("fuseline.runtime.rounded._AT_ONCE", 384 * 100)
+    scheme = scheme_of(name)
+    assert scheme is not None
+    generator = torch.Generator().manual_seed(3)
+    rows = quantize(torch.randn(257, 384, generator=generator), scheme)
+    x, bias = torch.randn(7, 384, generator=generator).to(dtype), torch.randn(257, generator=generator).to(dtype)
+    product = rounded_product(rows, scheme, 384)
+    exact = x.double() @ dequantize(rows, TensorType(name, (257, 384)), torch.float32).double().t()
+    for found, wanted in ((product(x, None), exact), (product(x[None], bias)[0], exact + bias.double())):
+        assert found.dtype == dtype and found.shape == (7, 257)
+        assert float((found.double() - wanted).norm() / wanted.norm()) < (1e-6 if dtype == torch.float32 else 5e-3)
+
+
+def test_rounded_weights_are_held_once() -> None:
+    text = """\
+def f(x: f32[T, 64], *, T: dim(1, 64)):
+    w: f32[48, 64] = weight("w")
+    q: int4g32[48, 64] = nn.quantize(w, "int4g32")
+    y: f32[T, 48] = aten.linear(x, q)
+    return (y,)
+"""
+    loop = Loop.plain(parse(text))
+    constants = fold_constants(loop, {"w": torch.randn(48, 64)}, torch.device("cpu"), {})
+    held = sum(value.nbytes for values in constants.values() for value in values)
+    linears, size = pack_linears(loop, constants)
+    assert [node.name for node in linears] == ["y"] and not constants and size == held == 48 * (32 + 8 + 8)
 
 
 def graph_node(linears: dict, name: str):

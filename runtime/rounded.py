@@ -1,0 +1,65 @@
+"""Projections on the CPU of weights held in codes: a few rows at a time become numbers, which stay in the cache."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from ..ir.quantized import unpack
+from ..ir.schemes import Scheme
+
+Product = Callable[[Tensor, Tensor | None], Tensor]
+"""``x [..., K]`` and a bias ``[N]`` or ``None`` give ``[..., N]``."""
+
+# As many numbers of a weight are made at a time: 1 MB in fp32.
+_AT_ONCE = 1 << 18
+
+
+def rounded_product(rows: Tensor, scheme: Scheme, depth: int) -> Product:
+    """The product with a weight ``[N, depth]``, of which these are the packed rows; it keeps it in as many bytes."""
+    codes, factors, zeros = unpack(rows, scheme, depth)
+    numbers = _groups(codes, factors, zeros, scheme) if scheme.group else _whole_rows(codes)
+    by_column = None if scheme.group else factors.reshape(-1)
+    count, step = len(codes), max(1, _AT_ONCE // depth)
+
+    def product(x: Tensor, bias: Tensor | None) -> Tensor:
+        flat = x.reshape(-1, depth)
+        out = flat.new_empty(len(flat), count)
+        for begin in range(0, count, step):
+            some = slice(begin, begin + step)
+            torch.mm(flat, numbers(some, x.dtype).t(), out=out[:, some])
+        if by_column is not None:
+            out = (out * by_column).to(x.dtype)
+        if bias is not None:
+            out = out + bias
+        return out.reshape(*x.shape[:-1], count)
+
+    return product
+
+
+def _whole_rows(codes: Tensor) -> Callable[[slice, torch.dtype], Tensor]:
+    """Codes as numbers; their factors are those of the sums."""
+    kept = codes.contiguous()
+    return lambda some, dtype: kept[some].to(dtype)
+
+
+def _groups(
+    codes: Tensor, factors: Tensor, zeros: Tensor | None, scheme: Scheme
+) -> Callable[[slice, torch.dtype], Tensor]:
+    """What the codes of groups stand for. A byte has one code of each half of a group."""
+    parts = (codes + scheme.middle).view(torch.uint8).reshape(*factors.shape, 2, scheme.group // 2)
+    halves = parts[:, :, 0] | parts[:, :, 1] << 4
+    sizes = factors.unsqueeze(-1).contiguous()
+    points = None if zeros is None else zeros.unsqueeze(-1).contiguous()
+
+    def numbers(some: slice, dtype: torch.dtype) -> Tensor:
+        held = halves[some]
+        wide = torch.empty(*held.shape[:-1], scheme.group)
+        wide[..., : scheme.group // 2] = held & 15
+        wide[..., scheme.group // 2 :] = held >> 4
+        wide.sub_(scheme.middle if points is None else points[some]).mul_(sizes[some])
+        return wide.flatten(1).to(dtype)
+
+    return numbers
