@@ -8,7 +8,7 @@ from typing import Literal
 from torch.fx import Node
 
 from ..ir.graph import Graph, type_of
-from ..ir.ops import op_name
+from ..ir.ops import PROJECTIONS, op_name
 
 
 @dataclass(frozen=True)
@@ -77,7 +77,7 @@ class Plan:
 
 def plan(graph: Graph) -> Plan:
     """Find the anchor and the sections of a region."""
-    anchor = next(node for node in graph.calls() if op_name(node.target) == "aten.linear")
+    anchor = next(node for node in graph.calls() if op_name(node.target) in PROJECTIONS)
     results: list[Node] = list(graph.output_node().args[0])  # type: ignore[arg-type]
     slices = [
         node for node in anchor.users if op_name(node.target) == "aten.slice.Tensor" and node.op == "call_function"

@@ -84,6 +84,17 @@ def gelu_tanh(x):
 def silu(x):
     return x / (1.0 + tl.exp(-x))
 """,
+    "code": """@triton.jit
+def code(x, factor, LARGEST: tl.constexpr, WHOLE: tl.constexpr):
+    scaled = tl.minimum(tl.maximum(tl.div_rn(x, factor + tl.zeros_like(x)), -LARGEST), LARGEST)
+    if WHOLE:
+        # So large a number leaves no place for fractions: adding it rounds to the nearest, ties to even.
+        return (scaled + 12582912.0) - 12582912.0
+    # To three binary places, or (small ones) to whole 512ths. A cast does the same, but not in the interpreter.
+    bits = scaled.to(tl.int32, bitcast=True)
+    near = ((bits + 524287 + ((bits >> 20) & 1)) & -1048576).to(tl.float32, bitcast=True)
+    return tl.where(tl.abs(scaled) < 0.015625, (scaled + 24576.0) - 24576.0, near)
+""",
     "softplus": """@triton.jit
 def softplus(x):
     return tl.where(x > 20.0, x, tl.log(1.0 + tl.exp(tl.minimum(x, 20.0))))

@@ -7,12 +7,13 @@ many. A tile's sums over the depth may be shared by several programs, so that al
 from __future__ import annotations
 
 from ..ir.graph import Graph, type_of
+from .codes import print_row_factors, sums_type
 from .columns import Plan
 from .matmul_loop import accumulators_of, body_writer, print_lookups, print_rows, wait
 from .matmul_tile import MatmulTile
 from .placement import place_columns
 from .rows import padded_width
-from .weights import element, is_rounded, plain_tile, print_column_factors
+from .weights import element, is_rounded, plain_tile, print_column_factors, row_length
 from .words import few_turn
 from .writer import Writer
 
@@ -36,7 +37,8 @@ def few_rows(graph: Graph, layout: Plan) -> str:
     print_column_factors(writer, layout, accumulators_of(layout))
     wait(writer)
     print_lookups(tile)
-    writer.line(f"acc = tl.zeros(({_stacked(layout)}, BLOCK_M), tl.float32)")
+    print_row_factors(tile, layout)
+    writer.line(f"acc = tl.zeros(({_stacked(layout)}, BLOCK_M), {sums_type(layout)})")
     with writer.block(loop):
         tile.enter()
         if is_rounded(layout):
@@ -48,6 +50,8 @@ def few_rows(graph: Graph, layout: Plan) -> str:
             writer.line(f"x = tl.trans({rows}.to({element(layout)}))")
             writer.line('acc = tl.dot(w, x, acc, input_precision="ieee")')
         tile.leave()
+    if sums_type(layout) != "tl.float32":
+        writer.line("acc = acc.to(tl.float32)")
     _join_splits(writer, _stacked(layout))
     tile.finish(_part_lanes(writer, layout), tiles)
     return writer.text()
@@ -93,11 +97,11 @@ def _print_prefetch(writer: Writer, layout: Plan, column: str, ok: str) -> None:
     size = type_of(layout.weight).torch_dtype.itemsize
     if is_rounded(layout):
         return  # it is counted in codes here, and tried with none of them yet
-    if layout.depth * size % 16:
+    if row_length(layout) * size % 16:
         return  # rows begin at addresses that the copy engine does not take
     writer.line("# The weight depends on no other kernel: its beginning is on its way while those before this one end.")
     with writer.block("if PDL and AHEAD > 0:"), writer.block(f"if first + AHEAD <= {layout.depth}:"):
-        where = f"tl.where({ok}, {column}, 0) * {layout.depth} + first"
+        where = f"tl.where({ok}, {column}, 0) * {row_length(layout)} + first"
         writer.line(f"prefetch({layout.weight.name}_ptr + {where}, AHEAD * {size})")
 
 

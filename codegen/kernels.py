@@ -83,7 +83,7 @@ def kernel_body(graph: Graph) -> str:
     """Imports, kernel, launcher and variants, by the region's anchor."""
     for node in graph.calls():
         match op_name(node.target):
-            case "aten.linear":
+            case "aten.linear" | "nn.scaled_linear":
                 return matmul_source(graph)
             case "nn.paged_attention":
                 return paged_attention_source(attention_spec(node))

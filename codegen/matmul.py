@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from ..ir.graph import Graph
+from .codes import print_row_factors, sums_type
 from .columns import Plan, plan
 from .few_rows import few_rows
 from .matmul_launch import launch_text
@@ -12,26 +13,29 @@ from .parts import finish_parts, product_part, rows_part, without_rows
 from .placement import place_columns
 from .rows import rows_kernel
 from .signature import file_text, kernel_text, parameters
-from .weights import element, is_rounded, print_column_factors
+from .weights import element, in_codes, is_rounded, print_column_factors
 from .words import STREAMED, begin_row, end_row, many_turn, row_loads, row_turn
 
 
 def matmul_source(graph: Graph) -> str:
     """The file of a kernel around one matmul, without its header.
 
-    One row is computed whole by one kernel. For several rows, the work before the product is a kernel of its own: each
-    tile would do it anew. For many rows the library's product may be faster, with the rest as kernels of rows.
+    One row is computed whole by one kernel. For several rows, or one that is rounded, the work before the product is a
+    kernel of its own: each tile would do it anew. For many rows the library's product may be faster, with the rest as kernels of rows.
     """
     layout = plan(graph)
     core = product_part(graph, layout.anchor) if layout.apart else graph
     whole = plan(core)
     first, inner = rows_part(core, whole.anchor), without_rows(core, whole.anchor)
+    single = inner if in_codes(layout) else core
     finish = finish_parts(graph, layout.anchor)
     blocks = "BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, PDL: tl.constexpr"
     rows = f"BLOCK_M: tl.constexpr, {blocks}"
     parts = f"partial_ptr, arrived_ptr, SPLITS: tl.constexpr, AHEAD: tl.constexpr, {rows}"
     kernels = [
-        kernel_text(f"{graph.name}_row_kernel", f"{_pointers(core)}, num_rows, {blocks}", _one_row(core, whole)),
+        kernel_text(
+            f"{graph.name}_row_kernel", f"{_pointers(single)}, num_rows, {blocks}", _one_row(single, plan(single))
+        ),
         kernel_text(
             f"{graph.name}_few_kernel",
             f"{_pointers(inner)}, num_rows, {parts}",
@@ -84,6 +88,7 @@ def _one_row(graph: Graph, layout: Plan) -> str:
             writer.line(f"{name}_w = {load}")
     wait(writer)
     print_lookups(tile)
+    print_row_factors(tile, layout)
     tile.prepare_norms()
     if rounded:
         begin_row(tile, layout, accumulators)
@@ -101,6 +106,7 @@ def _one_row(graph: Graph, layout: Plan) -> str:
                 for name, load in zip(accumulators, loads):
                     writer.line(f"{name}_w = {load}")
             value = print_rows(tile, layout)
+            value = f"{value}.to(tl.float32)" if in_codes(layout) else value
             tile.add_squares()
             for name in accumulators:
                 writer.line(f"{name}_sums += {name}_w.to(tl.float32) * {value}")
@@ -138,8 +144,9 @@ def _many_rows(graph: Graph, layout: Plan) -> str:
                 writer.line(f"{name}_w = {load}")
     wait(writer)
     print_lookups(tile)
+    print_row_factors(tile, layout)
     for name in accumulators:
-        writer.line(f"{name} = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)")
+        writer.line(f"{name} = tl.zeros((BLOCK_M, BLOCK_N), {sums_type(layout)})")
     if not rounded:
         with writer.block("if EARLY:"):
             tile.enter()
@@ -159,5 +166,8 @@ def _many_rows(graph: Graph, layout: Plan) -> str:
                 writer.line(f"w = {load}")
                 writer.line(f'{name} = tl.dot(x, w, {name}, input_precision="ieee")')
         tile.leave()
+    if sums_type(layout) != "tl.float32":
+        for name in accumulators:
+            writer.line(f"{name} = {name}.to(tl.float32)")
     tile.finish(accumulators, tiles)
     return writer.text()

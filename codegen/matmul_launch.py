@@ -5,13 +5,14 @@ from __future__ import annotations
 from torch.fx import Node
 
 from ..ir.graph import Graph, type_of
-from ..ir.ops import op_name
-from .columns import plan
+from ..ir.ops import PROJECTIONS, op_name
+from .codes import scaled_product
+from .columns import Plan, plan
 from .matmul_tilings import tilings_of, weight_bytes
 from .placement import tile_count
 from .rows import padded_width
 from .signature import COUNTERS, fresh_outputs, parameters, pointer_types, types_text
-from .weights import is_rounded
+from .weights import in_codes, is_rounded
 
 _TILINGS = '''\
 def row(block_n, block_k, num_warps):
@@ -89,17 +90,18 @@ def launch_text(graph: Graph, core: Graph, first: Graph | None, inner: Graph, fi
             choices.append((most, len(configs)))
         configs += [f"    {kind}({', '.join(map(str, tiling))})," for tiling in tilings]
     library = "# What may be measured against each other."
-    if not is_rounded(layout):
+    scaled = scaled_product(layout)
+    if _has_library(layout):
         choices[-1] = (None, len(configs))
         configs.append("    LIBRARY,")
-        library = f"{library[:-1]}; the product of the library comes without a kernel.\nLIBRARY = {{}}"
+        library = f"{scaled}{library[:-1]}; the product of the library comes without a kernel.\nLIBRARY = {{}}"
     extra = [item.name.upper() for item in [*([first] if first else []), *finish]]
     count = {"num_rows": "i32"}
     words = {
         "COUNTERS": COUNTERS,
         "LIBRARY": library,
         "NAME": graph.name,
-        "ROW_TYPES": types_text({**pointer_types(core), **count}),
+        "ROW_TYPES": types_text({**pointer_types(inner if in_codes(layout) else core), **count}),
         "LANES": str(layout.lanes),
         "EARLY": str(8192 // weight_bytes(layout)),
         "STACK": str(padded_width(layout.lanes)),
@@ -128,19 +130,27 @@ def _body(graph: Graph, core: Graph, first: Graph | None, inner: Graph, finish: 
     given = any(node.name == anchor.name for node in fresh_outputs(graph))
     done = [f"launch_{item.name}({', '.join(parameters(item))})" for item in finish] if apart else []
     lines = [_empty(anchor, device)] if apart and not given else []
-    row = f"run(config, ({tiles} * num_rows,), {', '.join(parameters(core))}, num_rows)"
-    lines += ['if config and "BLOCK_M" not in blocks:', *_indented(_returned(row, done))]
+    single = inner if in_codes(layout) else core
+    row = f"run(config, ({tiles} * num_rows,), {', '.join(parameters(single))}, num_rows)"
+    before = (
+        [_empty(fresh_outputs(first)[0], device), f"launch_{first.name}({', '.join(parameters(first))})"] if first else []
+    )
+    alone = ['if config and "BLOCK_M" not in blocks:', *_indented(_returned(row, done))]
+    lines += [*before, *alone] if single is inner else [*alone, *before]
     columns, rows = tiles, 'triton.cdiv(num_rows, blocks["BLOCK_M"])'
-    if first:
-        lines += [_empty(fresh_outputs(first)[0], device), f"launch_{first.name}({', '.join(parameters(first))})"]
     arguments = f"{', '.join(parameters(inner))}, num_rows"
     few = f"run(config, grid, {arguments}, **workspace(blocks, grid[0] * grid[1], {device}))"
     grid = f'grid = ({columns}, {rows}, blocks["SPLITS"])'
     lines += ['if config and "SPLITS" in blocks:', *_indented([grid, *_returned(few, done)])]
     lines += ["if config:", *_indented(_returned(f"run(config, ({columns}, {rows}), {arguments})", done))]
-    if is_rounded(layout):
+    if not _has_library(layout):
         return lines
     return lines + _library(inner, finish, given, "" if apart or given else device)
+
+
+def _has_library(layout: Plan) -> bool:
+    """Whether the library multiplies such operands."""
+    return bool(scaled_product(layout)) if in_codes(layout) else not is_rounded(layout)
 
 
 def _returned(call: str, done: list[str]) -> list[str]:
@@ -154,18 +164,22 @@ def _indented(lines: list[str]) -> list[str]:
 
 def _library(inner: Graph, finish: list[Graph], given: bool, device: str) -> list[str]:
     """The lines for the library's product. Its place is there already if no device is named; ``given`` if it is wanted."""
-    anchor = next(node for node in inner.calls() if op_name(node.target) == "aten.linear")
-    x, weight, *bias = anchor.args
+    anchor = next(node for node in inner.calls() if op_name(node.target) in PROJECTIONS)
+    x, weight, *bias = anchor.args[:3]
     product = f"{x}, {weight}.t()"
     added = bias[0] if bias and bias[0] is not None else None
-    if added is None and len(finish) == 1 and not given:
+    codes = op_name(anchor.target) == "nn.scaled_linear"
+    if added is None and len(finish) == 1 and not given and not codes:
         added = _summand(finish[0], anchor)  # the library adds it where it would add a bias
         finish = [] if added is not None else finish
     into = anchor.name if finish or given else fresh_outputs(inner)[0].name
     lines = [_empty(anchor, device)] if finish and device else []
-    lines.append(
-        f"torch.mm({product}, out={into})" if added is None else f"torch.addmm({added}, {product}, out={into})"
-    )
+    if codes:
+        lines.append(f"scaled_product({x}, {weight}, {added}, {into})")
+    else:
+        lines.append(
+            f"torch.mm({product}, out={into})" if added is None else f"torch.addmm({added}, {product}, out={into})"
+        )
     return lines + [f"launch_{item.name}({', '.join(parameters(item))})" for item in finish]
 
 
@@ -182,7 +196,7 @@ def _summand(finish: Graph, anchor: Node) -> Node | None:
 
 def _empty(node: Node, device: str) -> str:
     kind = type_of(node)
-    return f"{node.name} = torch.empty(num_rows, {kind.shape[1]}, dtype={kind.torch_dtype}, device={device})"
+    return f"{node.name} = torch.empty(num_rows, {kind.stored.shape[1]}, dtype={kind.torch_dtype}, device={device})"
 
 
 def _row_input(graph: Graph, anchor: Node) -> str:

@@ -6,11 +6,12 @@ from torch.fx import Node
 
 from ..ir.graph import Graph
 from ..ir.ops import op_name
+from .codes import row_codes
 from .columns import Plan
 from .matmul_tile import MatmulTile
 from .signature import parameters
 from .tile import Position
-from .weights import plain_tile
+from .weights import in_codes, plain_tile
 from .writer import Writer
 
 # Names that a kernel uses beside those of its values.
@@ -18,7 +19,7 @@ _TAKEN = frozenset(
     (
         "num_rows row row_ok n_ok ok k k0 n w x tile head lane lanes cols part parts parts_ptr partial_ptr arrived_ptr "
         "place before split span first until pair upper squares inverse start acc which across across_ok token "
-        "here used word words block factors zeros row_turn row_sums scaled ahead"
+        "here used word words block factors zeros row_turn row_sums row_factors scaled ahead"
     ).split()
 )
 
@@ -55,6 +56,8 @@ def print_lookups(tile: MatmulTile) -> None:
 
 def print_rows(tile: MatmulTile, layout: Plan) -> str:
     """Print the rows of the product in its loop."""
+    if in_codes(layout):
+        return row_codes(tile, layout)
     x = layout.anchor.args[0]
     assert isinstance(x, Node)
     value = tile.value(x, tile.at_k)

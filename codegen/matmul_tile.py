@@ -12,7 +12,7 @@ from .columns import Plan, Section
 from .placement import local_tile, section_condition
 from .rows import norm_epsilon, store, value_written
 from .tile import Position, Tile
-from .weights import has_column_factors
+from .weights import has_column_factors, in_codes
 from .writer import Writer
 
 NORMS = ("nn.rms_norm", "nn.layer_norm")
@@ -122,6 +122,9 @@ class MatmulTile(Tile):
         if has_column_factors(layout):
             for name in accumulators:
                 self.writer.line(f"{name} *= {name}_factors")
+        if in_codes(layout):
+            for name in accumulators:
+                self.writer.line(f"{name} *= row_factors")
         bias = layout.anchor.args[2] if len(layout.anchor.args) > 2 else None
         if isinstance(bias, Node):
             for offset, name in zip(layout.offsets, accumulators):

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from ..ir.graph import type_of
 from .columns import Plan
 from .rows import padded_width
-from .weights import is_rounded, rows_type, scheme
+from .weights import in_codes, is_rounded, rows_type, scheme
 
 Tiling = tuple[int, ...]
 
@@ -59,12 +59,30 @@ _FEW_4 = (
     (16, 64, 256, 4, 5, 1),
     (16, 128, 256, 4, 3, 2),
 )
+# The same for rows and weights in codes of a byte.
+_FEW_CODES = (
+    (16, 64, 256, 4, 4, 4),
+    (16, 64, 256, 4, 4, 1),
+    (16, 64, 256, 4, 4, 2),
+    (16, 128, 256, 4, 3, 2),
+    (16, 64, 128, 4, 4, 4),
+    (16, 64, 512, 4, 3, 2),
+)
+_BROAD_CODES = (
+    (64, 64, 256, 4, 3, 2),
+    (64, 64, 256, 4, 3, 1),
+    (64, 128, 128, 4, 4, 2),
+    (64, 128, 128, 4, 4, 1),
+    (64, 64, 256, 4, 3, 4),
+)
 _BROAD_8 = ((64, 64, 128, 4, 3, 2), (64, 64, 128, 4, 3, 1), (64, 128, 128, 4, 3, 4), (64, 64, 128, 4, 3, 4))
 _BROAD_4 = ((64, 64, 256, 4, 3, 2), (64, 64, 256, 4, 3, 4), (64, 64, 256, 4, 3, 1), (64, 128, 256, 4, 3, 2))
 # Rows, columns, depth, warps and stages.
 _NARROW = ((16, 16, 512, 2, 5), (16, 32, 256, 4, 4), (16, 64, 128, 2, 5))
 _SOME = ((64, 32, 256, 4, 4), (64, 128, 128, 8, 4), (64, 16, 256, 4, 4), (64, 32, 128, 4, 3))
 _MANY = ((128, 128, 64, 8, 3), (128, 64, 64, 8, 4), (128, 256, 64, 8, 4))
+_SOME_CODES = ((64, 64, 256, 4, 3), (64, 128, 128, 4, 4), (64, 32, 256, 4, 4), (64, 64, 128, 4, 4))
+_MANY_CODES = ((128, 128, 128, 8, 3), (128, 64, 128, 8, 4), (128, 256, 128, 8, 3))
 
 
 def row_tilings(layout: Plan) -> list[Tiling]:
@@ -72,7 +90,7 @@ def row_tilings(layout: Plan) -> list[Tiling]:
     wide = weight_bytes(layout) > 2
     deepest = padded_width(layout.depth)
     found: list[Tiling] = []
-    likely = _ROW_4 if _nibbles(layout) else _ROW_8 if is_rounded(layout) else _ROW
+    likely = _ROW_4 if _nibbles(layout) else _ROW_8 if is_rounded(layout) or in_codes(layout) else _ROW
     for block_n, block_k, warps in likely:
         block_k = min(deepest, block_k // (2 if wide else 1))
         tiling = (max(2, block_n // layout.lanes), block_k, warps)
@@ -111,7 +129,7 @@ def tile_tilings(layout: Plan) -> list[list[Tiling]]:
         deep = max(32, _shallowest(layout))
         return [[], [(32, broad, deep, 8, 2)], [(32, broad, deep, 8, 2)]]
     found: list[list[Tiling]] = []
-    for tilings in (_NARROW, _SOME, _MANY):
+    for tilings in (_NARROW, _SOME_CODES, _MANY_CODES) if in_codes(layout) else (_NARROW, _SOME, _MANY):
         fitting = [
             (m, max(16, min(columns // layout.lanes, _widest(layout))), max(k, _shallowest(layout)), warps, stages)
             for m, columns, k, warps, stages in tilings
@@ -122,6 +140,8 @@ def tile_tilings(layout: Plan) -> list[list[Tiling]]:
 
 def _shallowest(layout: Plan) -> int:
     """The least depth of a turn of small matrix products: whole groups, and 16 codes of each place."""
+    if in_codes(layout):
+        return 32  # the tensor cores take as many bytes at a time
     return max(16 * scheme(layout).places, scheme(layout).group) if is_rounded(layout) else 16
 
 
@@ -134,6 +154,8 @@ def tilings_of(layout: Plan) -> list[tuple[int | None, str, list[Tiling]]]:
     """The tilings for up to so many rows, and the function of the file that makes each of them."""
     narrow, some, many = tile_tilings(layout)
     few, broad = (_FEW_4, _BROAD_4) if _nibbles(layout) else (_FEW_8, _BROAD_8) if is_rounded(layout) else (_FEW, ())
+    if in_codes(layout):
+        few, broad = _FEW_CODES, _BROAD_CODES
     return [
         (1, "row", row_tilings(layout)),
         (16, "few", few_tilings(layout, few)),

@@ -11,6 +11,7 @@ from ..ir.graph import Graph, flat_types, type_of
 from ..ir.ops import op_name
 from ..ir.types import Dim, Size
 from .coordinates import flat_index, strides_of
+from .round_rows import store_codes
 from .signature import file_text, kernel_text, parameters, pointer_types, types_text
 from .tile import Position, Tile
 from .writer import Writer
@@ -126,7 +127,7 @@ def rows_kernel(graph: Graph, function: str) -> tuple[str, str]:
     block = padded_width(max(1, min(32, _TILE // (tile.widest * len(outputs)))))
     warps = 4 if block * tile.widest <= _TILE else 8
     rows = (
-        f"{results[0].name}.numel() // {_width(type_of(results[0]).shape)}"
+        f"{results[0].name}.numel() // {_width(type_of(results[0]).stored.shape)}"
         if outputs[0] is results[0]
         else _rows_of(results[0], graph)
     )
@@ -190,6 +191,9 @@ def value_written(node: Node) -> Node:
 
 def store(tile: Tile, output: Node, result: Node, at: Position) -> None:
     """Write a result to memory: to its own tensor, or to the slots of a cache."""
+    if op_name(result.target) == "nn.quantize":
+        store_codes(tile, output, at)
+        return
     value = tile.value(result, at)
     if output is result:
         shape = type_of(output).shape

@@ -114,9 +114,11 @@ def _run(
 
 
 def reading_dtype(args: Any) -> torch.dtype:
-    """The type in which a call reads its quantised operands: that of its first operand that is not one."""
+    """The type in which a call reads its quantised operands: that of its rows, or fp32 if they are quantised themselves."""
     for item in args:
         kind = item.meta["type"] if isinstance(item, Node) else None
+        if isinstance(kind, TensorType) and scheme_of(kind.dtype):
+            return torch.float32
         if isinstance(kind, TensorType) and kind.torch_dtype.is_floating_point:
             return kind.torch_dtype
     return torch.float32

@@ -109,6 +109,9 @@ def is_pure(target: Any) -> bool:
     return target.pure if isinstance(target, Op) else True
 
 
+PROJECTIONS = frozenset({"aten.linear", "nn.scaled_linear"})
+"""Products of rows with a matrix ``[N, K]``, their first two operands; the third, if there is one, is a bias."""
+
 COMMUTATIVE = frozenset({"aten.add.Tensor", "aten.mul.Tensor"})
 
 # One output element for each element of the broadcast inputs. Codegen prints each as one expression on a tile.

@@ -1,4 +1,4 @@
-"""Quantised matrices: rounding to nearest, and back. See ``schemes`` for how their bytes lie."""
+"""Quantised matrices: rounding to nearest, and back, and products of two. See ``schemes`` for how their bytes lie."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch.fx import Node
 
 from .graph import Graph, type_of
 from .infer import TypeInferenceError
-from .ops import Op, op_name, register
+from .ops import Op, aten, op_name, register
 from .schemes import Scheme, scheme_of
 from .types import TensorType
 
@@ -21,7 +21,8 @@ def quantize(matrix: Tensor, scheme: Scheme) -> Tensor:
     """``matrix [..., N, K]``, rounded to nearest (ties to even), as ``u8 [..., N, scheme.row_bytes(K)]``.
 
     With ``m`` the largest magnitude of a group, its factor is ``s = m / 127`` (8 bits) or ``m / 7.5`` (4 bits), and a
-    code is ``w / s``, rounded and kept within -127..127 or -8..7. With zero points ``s = (max(w, 0) - min(w, 0)) / 15``,
+    code is ``w / s``, rounded and kept within -127..127 or -8..7. For E4M3 ``s = m / 448``, and a code is the number of
+    4 bits of exponent and 3 of fraction (OCP 8-bit floating point, 2023) that is nearest to ``w / s``. With zero points ``s = (max(w, 0) - min(w, 0)) / 15``,
     ``z = -min(w, 0) / s`` rounded, and a code is ``w / s`` rounded, plus ``z``, within 0..15. A group of zeros has the
     factor 1.
     """
@@ -34,9 +35,10 @@ def quantize(matrix: Tensor, scheme: Scheme) -> Tensor:
         zeros = torch.round(-low / factors)
         codes = (torch.round(groups / factors) + zeros).clamp(0, 15)
     else:
-        least, most, steps = (-127, 127, 127.0) if scheme.bits == 8 else (-8, 7, 7.5)
+        least, most, steps = (-scheme.largest, scheme.largest, scheme.largest) if scheme.bits == 8 else (-8, 7, 7.5)
         factors = _factors(groups.abs().amax(-1, keepdim=True), steps)
-        codes = torch.round(groups / factors).clamp(least, most)
+        scaled = groups / factors
+        codes = (scaled if scheme.floats else torch.round(scaled)).clamp(least, most)
     return pack(codes.flatten(-2), factors.squeeze(-1), None if zeros is None else zeros.squeeze(-1), scheme)
 
 
@@ -55,26 +57,34 @@ def _factors(spread: Tensor, steps: float) -> Tensor:
 
 
 def pack(codes: Tensor, factors: Tensor, zeros: Tensor | None, scheme: Scheme) -> Tensor:
-    """The bytes of whole-numbered codes ``[..., N, K]``, factors and zero points ``[..., N, groups]``."""
+    """The bytes of codes ``[..., N, K]``, factors and zero points ``[..., N, groups]``.
+
+    Codes are whole numbers, or numbers that E4M3 is the nearest to.
+    """
     depth = codes.shape[-1]
     rows = torch.zeros((*codes.shape[:-1], scheme.row_bytes(depth)), dtype=torch.uint8, device=codes.device)
     begin, end = scheme.factors_at(depth), scheme.zeros_at(depth)
+    rows[..., begin:end] = factors.float().contiguous().view(torch.uint8)
+    if scheme.dynamic:
+        rows[..., :depth] = codes.to(_element(scheme)).view(torch.uint8)
+        return rows
     blocks = begin // 16
     whole = F.pad(codes.to(torch.int16) + scheme.middle, (0, blocks * scheme.block - depth))
     places = _parted(whole, blocks, scheme.places)
     shifts = scheme.bits * torch.arange(scheme.places, dtype=torch.int32, device=codes.device)
     words = (places.int() << shifts[:, None]).sum(-2)
     rows[..., :begin] = torch.stack((words & 255, words >> 8), -1).flatten(-3).to(torch.uint8)
-    rows[..., begin:end] = factors.float().contiguous().view(torch.uint8)
     if zeros is not None:
         rows[..., end : end + zeros.shape[-1]] = zeros.to(torch.uint8)
     return rows
 
 
 def unpack(rows: Tensor, scheme: Scheme, depth: int) -> tuple[Tensor, Tensor, Tensor | None]:
-    """The codes ``[..., N, depth]`` (``i8``), factors ``f32 [..., N, groups]`` and zero points ``u8`` of packed rows."""
+    """The codes ``[..., N, depth]`` (``i8``, or E4M3), factors ``f32 [..., N, groups]`` and zero points ``u8`` of packed rows."""
     begin, end = scheme.factors_at(depth), scheme.zeros_at(depth)
     factors = rows[..., begin:end].contiguous().view(torch.float32)
+    if scheme.dynamic:
+        return rows[..., :depth].view(_element(scheme)), factors, None
     zeros = rows[..., end : end + scheme.groups(depth)] if scheme.zeros else None
     halves = _parted(rows[..., :begin], begin // 16, 8).transpose(-1, -2)
     codes = halves.flatten(-3) if scheme.bits == 8 else torch.stack((halves & 15, halves >> 4), -2).flatten(-4)
@@ -92,6 +102,10 @@ def dequantize(rows: Tensor, kind: TensorType, dtype: torch.dtype) -> Tensor:
     if zeros is not None:
         wide = wide - zeros.unsqueeze(-1)
     return (wide * factors.unsqueeze(-1)).flatten(-2).to(dtype)
+
+
+def _element(scheme: Scheme) -> torch.dtype:
+    return torch.float8_e4m3fn if scheme.floats else torch.int8
 
 
 def _rounded(matrix: Tensor, scheme: str) -> Tensor:
@@ -116,6 +130,16 @@ def _type_of_rounded(matrix: Node, scheme: str) -> TensorType:
 quantize_op: Op = register("nn.quantize", infer_type=_type_of_rounded)(_rounded)
 
 
+@register("nn.scaled_linear")
+def scaled_linear(x: Tensor, weight: Tensor, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
+    """The product of two quantised matrices, ``x [T, K]`` and ``weight [N, K]``, plus ``bias [N]``: ``[T, N]`` in ``dtype``.
+
+    Codes are multiplied and summed (in fp32 or exactly); each sum gets the factors of its row and its column.
+    """
+    out = F.linear(x, weight)
+    return (out if bias is None else out + bias.to(out.dtype)).to(dtype)
+
+
 def quantised_inputs(node: Node) -> Iterator[Node]:
     """The operands of a node that it reads through ``dequantize``."""
     return (item for item in node.all_input_nodes if is_quantised(item))
@@ -136,4 +160,7 @@ def without_rounding(graph: Graph) -> Graph:
             assert isinstance(source, Node)
             node.replace_all_uses_with(source)
             plain.erase_node(node)
+        elif op_name(node.target) == "nn.scaled_linear":
+            node.target = aten("linear")
+            node.args = node.args[:3] if node.args[2] is not None else node.args[:2]
     return plain

@@ -1,4 +1,4 @@
-"""Schemes of quantised weights: how a row of a matrix is held in few bits.
+"""Schemes of quantised matrices: how a row is held in few bits.
 
 A row is one run of bytes: its codes, then its factors in fp32, then (asymmetric schemes) its zero points of a byte, and
 nothing up to a multiple of 16 bytes. Each row has its own factors, so that rows are cut and joined like those of any
@@ -6,6 +6,9 @@ matrix. Codes stand in blocks of eight 16-bit words: word ``i`` of a block holds
 have 8 bits, ``i``, ``i + 8``, ``i + 16`` and ``i + 24`` if they have 4, the first in the lowest bits. The codes of one
 place in words that follow each other so belong to inputs that follow each other: eight at a time, which is how many of
 16 bits are read together.
+
+The dynamic schemes are for both operands of a product: the rows of its weight, and the rows of its activations, which
+are rounded in each step. Their codes stand one after another, in a byte each, as the tensor cores take them.
 """
 
 from __future__ import annotations
@@ -14,20 +17,30 @@ import re
 from dataclasses import dataclass
 from functools import cache
 
-_NAME = re.compile(r"int8|u?int4g(32|64|128)")
+_NAME = re.compile(r"int8d?|fp8|u?int4g(32|64|128)")
 _ALIGNMENT = 16
-NAMES = ("int8", "int4", "int4g128", "int4g64", "int4g32", "uint4g128", "uint4g64", "uint4g32")
-"""What a caller may ask for; ``int4`` is ``int4g128``."""
+ALIASES = {"int4": "int4g128", "int8-dynamic": "int8d"}
+"""Names that a caller may use for schemes which have others in types."""
+NAMES = (
+    *("int8", "int4", "int4g128", "int4g64", "int4g32", "uint4g128", "uint4g64", "uint4g32"),
+    *("int8-dynamic", "fp8"),
+)
+"""What a caller may ask for."""
 
 
 @dataclass(frozen=True)
 class Scheme:
-    """``bits`` a code; ``group`` codes of a row share a factor (0: all of it); ``zeros``: they share a zero point, too."""
+    """``bits`` a code; ``group`` codes of a row share a factor (0: all of it); ``zeros``: they share a zero point, too.
+
+    ``dynamic``: activations are rounded as well. ``floats``: codes are E4M3 numbers instead of whole ones.
+    """
 
     name: str
     bits: int
     group: int
     zeros: bool
+    dynamic: bool = False
+    floats: bool = False
 
     @property
     def places(self) -> int:
@@ -37,12 +50,17 @@ class Scheme:
     @property
     def middle(self) -> int:
         """What is added to a code where it stands: none is negative there."""
-        return 0 if self.zeros else 1 << self.bits - 1
+        return 0 if self.zeros or self.dynamic else 1 << self.bits - 1
+
+    @property
+    def largest(self) -> float:
+        """The largest magnitude of a code of 8 bits."""
+        return 448.0 if self.floats else 127.0
 
     @property
     def block(self) -> int:
-        """Codes in a block."""
-        return 8 * self.places
+        """Codes in a block of 16 bytes."""
+        return 8 * _ALIGNMENT // self.bits
 
     def groups(self, depth: int) -> int:
         """Factors of a row of ``depth`` codes."""
@@ -74,4 +92,5 @@ def scheme_of(name: str) -> Scheme | None:
     match = _NAME.fullmatch(name)
     if match is None:
         return None
-    return Scheme(name, 4 if match[1] else 8, int(match[1] or 0), name.startswith("u"))
+    dynamic = name in ("int8d", "fp8")
+    return Scheme(name, 4 if match[1] else 8, int(match[1] or 0), name.startswith("u"), dynamic, name == "fp8")

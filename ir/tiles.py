@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch.fx import Node
 
 from .graph import Graph, flat_types, is_constant, type_of
-from .ops import op_name
+from .ops import PROJECTIONS, op_name
 from .schemes import scheme_of
 from .types import Dim
 
@@ -139,9 +139,9 @@ def _reduces_rows(node: Node, name: str) -> bool:
 
 def is_matmul(node: Node) -> bool:
     """Whether the node is a linear layer on rows ``[M, K]`` with weights that are constants."""
-    if op_name(node.target) != "aten.linear" or not _plain(node) or type_of(node).dtype not in ("f32", "f16", "bf16"):
+    if op_name(node.target) not in PROJECTIONS or not _plain(node) or type_of(node).dtype not in ("f32", "f16", "bf16"):
         return False
-    x, *weights = node.args
+    x, *weights = node.args[:3]
     if not isinstance(x, Node) or type_of(x).rank != 2:
         return False
     return all(item is None or (isinstance(item, Node) and is_constant(item)) for item in weights)
@@ -156,7 +156,7 @@ def why_outside(node: Node) -> str:
                 return f"{value.name} has elements of type {kind.dtype}, which kernels do not handle"
             if any(isinstance(size, Dim) for size in kind.shape[1:]):
                 return f"{value.name} has rows of tokens in an inner dim: {kind}"
-    if name == "aten.linear":
+    if name in PROJECTIONS:
         return f"{name}: its weight is computed in the step, or its rows are no matrix"
     known = name in TILE_POINTWISE | TILE_VIEWS | TILE_LOOKUPS | TILE_REDUCTIONS
     return f"{name}: no kernel takes these arguments" if known else f"{name} is not among the operators of kernels"

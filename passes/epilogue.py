@@ -136,7 +136,7 @@ def _consistent(members: list[Node], frames: dict[Node, Frame], sections: list[N
 
 
 def prologue_of(anchor: Node, members: list[Node], taken: dict[Node, Region]) -> list[Node]:
-    """The norm that makes the anchor's rows, and the selection of rows or columns before it, where no one else reads."""
+    """The rounding and the norm that make the anchor's rows, and the selection of rows or columns before it, where no one else reads."""
     found: list[Node] = []
     node = anchor.args[0]
     while isinstance(node, Node) and node.op == "call_function" and node not in taken and not is_constant(node):
@@ -146,8 +146,9 @@ def prologue_of(anchor: Node, members: list[Node], taken: dict[Node, Region]) ->
         )
         lookup = name == "aten.index_select" and node.args[1] == 0
         part = name == "aten.slice.Tensor" and node.args[1] == -1
+        rounded = name == "nn.quantize" and not found
         inside = {*members, *found}
-        if not (norm or lookup or part) or any(user not in inside for user in node.users):
+        if not (norm or lookup or part or rounded) or any(user not in inside for user in node.users):
             break
         found.insert(0, node)
         node = node.args[0]

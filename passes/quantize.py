@@ -11,7 +11,7 @@ from ..ir.build import insert_before
 from ..ir.errors import UnsupportedModelError
 from ..ir.graph import Graph, is_constant, type_of
 from ..ir.infer import Inference
-from ..ir.ops import POINTWISE, op_name, resolve
+from ..ir.ops import POINTWISE, PROJECTIONS, op_name, resolve
 from ..ir.schemes import scheme_of
 from ..ir.types import TensorType
 from .ledger import PassReport
@@ -40,7 +40,7 @@ def pattern_of(weight: str, wanted: Wanted) -> str | None:
 
 
 def quantize(graph: Graph, report: PassReport) -> Graph:
-    """Round the weights of projections to nearest where a pattern asks for it.
+    """Round the weights of projections to nearest where a pattern asks for it, and their rows if the scheme is dynamic.
 
     The output projection and embeddings stay as they are, unless a pattern other than ``*`` names the projection.
 
@@ -52,9 +52,9 @@ def quantize(graph: Graph, report: PassReport) -> Graph:
     last = _output_projection(graph)
     infer = Inference()
     for node in list(graph.calls()):
-        if op_name(node.target) not in ("aten.linear", "nn.grouped_linear"):
+        if op_name(node.target) not in PROJECTIONS | {"nn.grouped_linear"}:
             continue
-        place = 1 if op_name(node.target) == "aten.linear" else 2
+        place = 2 if op_name(node.target) == "nn.grouped_linear" else 1
         weight = node.args[place]
         assert isinstance(weight, Node)
         if not is_constant(weight):
@@ -81,16 +81,30 @@ def quantize(graph: Graph, report: PassReport) -> Graph:
         known = [item for item in weight.users if op_name(item.target) == "nn.quantize" and item.args[1] == scheme]
         made = known[0] if known and known[0] < node else None
         if made is None:
-            name = f"{weight.name}_{scheme}"
-            made = insert_before(
-                graph, node, infer, resolve("nn.quantize"), (weight, scheme), name=name, source=report.name
-            )
+            made = _rounded(graph, node, weight, scheme, infer, report)
         node.args = (*node.args[:place], made, *node.args[place + 1 :])
+        if _is_dynamic(scheme):
+            rows, bias = node.args[0], node.args[2] if len(node.args) > 2 else None
+            assert isinstance(rows, Node)
+            # Each projection rounds its rows itself: they are no value of their own, but the first part of its kernel.
+            node.target = resolve("nn.scaled_linear")
+            node.args = (_rounded(graph, node, rows, scheme, infer, report), made, bias, type_of(node).torch_dtype)
         report.fused.append(node.name)
     unused = [pattern for pattern in wanted if pattern not in used and pattern != "*"]
     if unused:
         raise UnsupportedModelError(f"quantization: {unused[0]!r} fits the name of no projection's weight")
     return graph
+
+
+def _rounded(graph: Graph, user: Node, value: Node, scheme: str, infer: Inference, report: PassReport) -> Node:
+    """A value in codes, in front of its user."""
+    name, call = f"{value.name}_{scheme}", resolve("nn.quantize")
+    return insert_before(graph, user, infer, call, (value, scheme), name=name, source=report.name)
+
+
+def _is_dynamic(scheme: str) -> bool:
+    found = scheme_of(scheme)
+    return found is not None and found.dynamic
 
 
 def same_scheme(linears: Sequence[Node], graph: Graph) -> bool:
@@ -133,7 +147,7 @@ def _output_projection(graph: Graph) -> Node | None:
     """The projection that makes the graph's result, through work on single elements."""
     value = graph.output_node().args[0]
     while isinstance(value, Node) and value.op == "call_function":
-        if op_name(value.target) == "aten.linear":
+        if op_name(value.target) in PROJECTIONS:
             return value
         if op_name(value.target) not in POINTWISE | {"aten.reshape", "aten.slice.Tensor"}:
             return None

@@ -9,12 +9,12 @@ from torch.fx import Node
 from ..ir.build import insert_before
 from ..ir.graph import Graph, flat_types, type_of
 from ..ir.infer import Inference
-from ..ir.ops import POINTWISE, aten, op_name
+from ..ir.ops import POINTWISE, PROJECTIONS, aten, op_name
 from ..ir.types import Dim, TensorType
 from .ledger import PassReport
 
 # Operators whose row t of the result depends on row t of their rows alone.
-_ROWWISE = POINTWISE | {"aten.linear", "nn.rms_norm", "nn.layer_norm"}
+_ROWWISE = POINTWISE | PROJECTIONS | {"nn.quantize", "nn.rms_norm", "nn.layer_norm"}
 
 
 def select_rows(graph: Graph, report: PassReport) -> Graph:

@@ -13,7 +13,7 @@ from torch.fx import Node
 from ..codegen.region import RegionView, regions_of
 from ..ir.graph import Region, flat_types, is_constant, type_of
 from ..ir.loop import Loop
-from ..ir.ops import op_name
+from ..ir.ops import PROJECTIONS, op_name
 from .caches import cache_bytes_per_token
 from .liveness import last_uses, overwritten
 from .options import OptionError
@@ -209,7 +209,7 @@ def _between_kernels(view: RegionView, dims: Mapping[str, int]) -> int:
     """Bytes that the launcher of a matmul takes for itself: for the rows of the product, and for its result."""
     size = 0
     for node in view.nodes:
-        if op_name(node.target) == "aten.linear":
+        if op_name(node.target) in PROJECTIONS:
             size += sum(_size(item, dims) for item in node.all_input_nodes[:1] if item in view.nodes)
             size += _size(node, dims) if node not in view.outputs else 0
     return size

@@ -10,6 +10,7 @@ import torch
 
 from ..ir.capture import MAX_STEP_TOKENS
 from ..ir.errors import FuselineError
+from ..ir.schemes import ALIASES
 from ..ir.schemes import NAMES as SCHEMES
 
 
@@ -93,7 +94,7 @@ def resolve_quantization(quantization: object) -> dict[str, str | None]:
             raise OptionError(f"quantization: {pattern!r} is no pattern of weight names, such as '*.down_proj'")
         if scheme is not None and scheme not in SCHEMES:
             raise OptionError(f"quantization: there is no scheme {scheme!r}; use one of {', '.join(SCHEMES)}")
-    return {pattern: "int4g128" if scheme == "int4" else scheme for pattern, scheme in wanted.items()}
+    return {pattern: ALIASES.get(scheme, scheme) if scheme else None for pattern, scheme in wanted.items()}
 
 
 def quantization_of(text: str) -> str | dict[str, str | None]:

@@ -11,7 +11,7 @@ from torch.fx import Node
 
 from ..ir.graph import type_of
 from ..ir.loop import Loop
-from ..ir.ops import op_name
+from ..ir.ops import PROJECTIONS, op_name
 from ..ir.schemes import scheme_of
 from ..ir.types import TensorType
 from .rounded import Product, rounded_product
@@ -32,7 +32,7 @@ def pack_linears(loop: Loop, constants: dict[Node, list[Tensor]]) -> tuple[dict[
     products: dict[Node, list[Product]] = {}
     size = 0
     for node in loop.graph.calls():
-        if op_name(node.target) != "aten.linear":
+        if op_name(node.target) not in PROJECTIONS:
             continue
         weight, bias = node.args[1], node.args[2] if len(node.args) > 2 else None
         assert isinstance(weight, Node)
@@ -46,7 +46,8 @@ def pack_linears(loop: Loop, constants: dict[Node, list[Tensor]]) -> tuple[dict[
             size += sum(value.nbytes for value in values)
         biases: Sequence[Tensor | None] = constants[bias] if isinstance(bias, Node) else [None]
         count = max(len(products[weight]), len(biases))
-        linears[node] = [_linear(at(products[weight], time), at(biases, time)) for time in range(count)]
+        dtype = type_of(node).torch_dtype
+        linears[node] = [_linear(at(products[weight], time), at(biases, time), dtype) for time in range(count)]
     for weight in products:
         if all(user in linears and user.all_input_nodes.count(weight) == 1 for user in weight.users):
             del constants[weight]
@@ -74,12 +75,12 @@ def _product(weight: Tensor, kind: TensorType) -> Product:
         return rounded_product(weight, scheme, depth)
     packed = torch.ops.mkldnn._reorder_linear_weight(weight)
 
-    def product(x: Tensor, bias: Tensor | None) -> Tensor:
+    def product(x: Tensor, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
         out: Tensor = torch.ops.mkldnn._linear_pointwise(x, packed, bias, "none", [], "")
         return out
 
     return product
 
 
-def _linear(product: Product, bias: Tensor | None) -> Linear:
-    return lambda x: product(x, bias)
+def _linear(product: Product, bias: Tensor | None, dtype: torch.dtype) -> Linear:
+    return lambda x: product(x, bias, dtype)

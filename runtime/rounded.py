@@ -10,8 +10,8 @@ from torch import Tensor
 from ..ir.quantized import unpack
 from ..ir.schemes import Scheme
 
-Product = Callable[[Tensor, Tensor | None], Tensor]
-"""``x [..., K]`` and a bias ``[N]`` or ``None`` give ``[..., N]``."""
+Product = Callable[[Tensor, Tensor | None, torch.dtype], Tensor]
+"""``x [..., K]`` and a bias ``[N]`` or ``None`` give ``[..., N]`` in that type."""
 
 # As many numbers of a weight are made at a time: 1 MB in fp32.
 _AT_ONCE = 1 << 18
@@ -24,14 +24,20 @@ def rounded_product(rows: Tensor, scheme: Scheme, depth: int) -> Product:
     by_column = None if scheme.group else factors.reshape(-1)
     count, step = len(codes), max(1, _AT_ONCE // depth)
 
-    def product(x: Tensor, bias: Tensor | None) -> Tensor:
-        flat = x.reshape(-1, depth)
+    def product(x: Tensor, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
+        flat, by_row = x.reshape(-1, x.shape[-1]), None
+        if scheme.dynamic:
+            given, by_row, _ = unpack(flat, scheme, depth)
+            flat = given.float()
         out = flat.new_empty(len(flat), count)
         for begin in range(0, count, step):
             some = slice(begin, begin + step)
-            torch.mm(flat, numbers(some, x.dtype).t(), out=out[:, some])
+            torch.mm(flat, numbers(some, flat.dtype).t(), out=out[:, some])
         if by_column is not None:
-            out = (out * by_column).to(x.dtype)
+            out = out * by_column
+        if by_row is not None:
+            out = out * by_row
+        out = out.to(dtype)
         if bias is not None:
             out = out + bias
         return out.reshape(*x.shape[:-1], count)

@@ -11,7 +11,7 @@ import torch
 from torch.fx import Node
 
 from ...ir.graph import Graph, is_constant, type_of
-from ...ir.ops import op_name
+from ...ir.ops import PROJECTIONS, op_name
 from ...ir.types import Dim
 
 
@@ -83,7 +83,7 @@ def prefill_operations(graph: Graph, batch: int, prompt: int) -> float:
     sizes, total = {"T": batch * prompt, "R": batch}, 0.0
     for node in graph.calls():
         name = op_name(node.target)
-        if name == "aten.linear" or name == "nn.grouped_linear":
+        if name in PROJECTIONS or name == "nn.grouped_linear":
             total += 2.0 * _numel(node, sizes) * _numel(node.args[0], sizes, last=True)
         elif name == "nn.paged_attention":
             queries = sum(_seen(node, place) for place in range(1, prompt + 1))

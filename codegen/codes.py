@@ -1,0 +1,65 @@
+"""A product of two matrices in codes of a byte: what it reads beside the weight, and what the library makes of it."""
+
+from __future__ import annotations
+
+from torch.fx import Node
+
+from ..ir.graph import type_of
+from .columns import Plan
+from .matmul_tile import MatmulTile
+from .weights import as_numbers, code_type, in_codes, scheme
+
+
+def row_codes(tile: MatmulTile, layout: Plan) -> str:
+    """Print the codes of the rows in the loop of the product; returns their name."""
+    rows, how = _rows(layout), scheme(layout)
+    at = tile.at_k
+    where = f"{as_numbers(rows, code_type(how)[3:])} + {at.coords[0]} * {how.row_bytes(layout.depth)} + {at.coords[1]}"
+    return tile.writer.assign("codes", f"tl.load({where}, mask={at.mask}, other=0.0)")
+
+
+def print_row_factors(tile: MatmulTile, layout: Plan) -> None:
+    """Print the factor of each row's sums, where the rows are in codes."""
+    if not in_codes(layout):
+        return
+    rows, how = _rows(layout), scheme(layout)
+    first, size = how.factors_at(layout.depth), how.row_bytes(layout.depth)
+    guard = f", mask={tile.row_mask}, other=0.0" if tile.row_mask else ""
+    place = f"{as_numbers(rows, 'float32')} + row * {size // 4} + {first // 4}"
+    tile.writer.line(f"row_factors = tl.load({place}{guard})")
+
+
+def sums_type(layout: Plan) -> str:
+    """The type of the sums, as Triton text: products of whole codes are summed exactly."""
+    return "tl.int32" if in_codes(layout) and not scheme(layout).floats else "tl.float32"
+
+
+def scaled_product(layout: Plan) -> str:
+    """The function of a file that has the library multiply codes, as text; empty if the library does not take them."""
+    if not in_codes(layout) or not scheme(layout).floats or type_of(layout.anchor).dtype != "bf16":
+        return ""
+    how, depth, width = scheme(layout), layout.depth, type_of(layout.anchor).shape[1]
+    if depth % 16 or not isinstance(width, int) or width % 16:
+        return ""
+    first = how.factors_at(depth)
+    return f'''\
+def parted(rows):
+    """The codes of packed rows, and their factors."""
+    return rows[:, :{depth}].view(torch.float8_e4m3fn), rows[:, {first}:{first + 4}].contiguous().view(torch.float32)
+
+
+def scaled_product(x, weight, bias, out):
+    """The product of the library: of codes, each row and each column with its factor."""
+    (codes, by_row), (columns, by_column) = parted(x), parted(weight)
+    torch._scaled_mm(
+        codes, columns.t(), by_row, by_column.t(), bias=bias, out_dtype=out.dtype, use_fast_accum=True, out=out
+    )
+
+
+'''
+
+
+def _rows(layout: Plan) -> Node:
+    rows = layout.anchor.args[0]
+    assert isinstance(rows, Node)
+    return rows
