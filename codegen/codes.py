@@ -34,6 +34,11 @@ def sums_type(layout: Plan) -> str:
     return "tl.int32" if in_codes(layout) and not scheme(layout).floats else "tl.float32"
 
 
+def dot_options(layout: Plan) -> str:
+    """How the small matrix products are summed, as Triton text: whole codes exactly, other operands with all their digits."""
+    return "out_dtype=tl.int32" if sums_type(layout) == "tl.int32" else 'input_precision="ieee"'
+
+
 def scaled_product(layout: Plan) -> str:
     """The function of a file that has the library multiply codes, as text; empty if the library does not take them."""
     if not in_codes(layout) or not scheme(layout).floats or type_of(layout.anchor).dtype != "bf16":

@@ -7,7 +7,7 @@ many. A tile's sums over the depth may be shared by several programs, so that al
 from __future__ import annotations
 
 from ..ir.graph import Graph, type_of
-from .codes import print_row_factors, sums_type
+from .codes import dot_options, print_row_factors, sums_type
 from .columns import Plan
 from .matmul_loop import accumulators_of, body_writer, print_lookups, print_rows, wait
 from .matmul_tile import MatmulTile
@@ -48,7 +48,7 @@ def few_rows(graph: Graph, layout: Plan) -> str:
             rows = print_rows(tile, layout)
             writer.line(f"w = {plain_tile(layout, column, ok, '[:, None]', '[None, :]')}")
             writer.line(f"x = tl.trans({rows}.to({element(layout)}))")
-            writer.line('acc = tl.dot(w, x, acc, input_precision="ieee")')
+            writer.line(f"acc = tl.dot(w, x, acc, {dot_options(layout)})")
         tile.leave()
     if sums_type(layout) != "tl.float32":
         writer.line("acc = acc.to(tl.float32)")

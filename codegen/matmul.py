@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from ..ir.graph import Graph
-from .codes import print_row_factors, sums_type
+from .codes import dot_options, print_row_factors, sums_type
 from .columns import Plan, plan
 from .few_rows import few_rows
 from .matmul_launch import launch_text
@@ -82,10 +82,10 @@ def _one_row(graph: Graph, layout: Plan) -> str:
     )
     if rounded:
         row_loads(tile, layout, accumulators, "0")
-        print_column_factors(writer, layout, accumulators)
     else:
         for name, load in zip(accumulators, loads):
             writer.line(f"{name}_w = {load}")
+    print_column_factors(writer, layout, accumulators)
     wait(writer)
     print_lookups(tile)
     print_row_factors(tile, layout)
@@ -152,7 +152,7 @@ def _many_rows(graph: Graph, layout: Plan) -> str:
             tile.enter()
             writer.line(f"x = {print_rows(tile, layout)}.to({x})")
             for name in accumulators:
-                writer.line(f'{name} = tl.dot(x, {name}_w, {name}, input_precision="ieee")')
+                writer.line(f"{name} = tl.dot(x, {name}_w, {name}, {dot_options(layout)})")
             writer.line("first += BLOCK_K")
             tile.leave()
     with writer.block(loop):
@@ -164,7 +164,7 @@ def _many_rows(graph: Graph, layout: Plan) -> str:
             writer.line(f"x = {print_rows(tile, layout)}.to({x})")
             for name, load in zip(accumulators, loads):
                 writer.line(f"w = {load}")
-                writer.line(f'{name} = tl.dot(x, w, {name}, input_precision="ieee")')
+                writer.line(f"{name} = tl.dot(x, w, {name}, {dot_options(layout)})")
         tile.leave()
     if sums_type(layout) != "tl.float32":
         for name in accumulators:
