@@ -35,6 +35,8 @@ _ROW_4 = (
     (16, 1024, 1),
     (8, 2048, 1),
 )
+# The same for rows and weights in codes of a byte.
+_ROW_CODES = ((4, 4096, 8), (4, 2048, 4), (2, 4096, 4), (4, 4096, 4), (8, 4096, 8), (2, 2048, 4), (4, 1024, 2))
 # Rows, columns, depth, warps, stages and parts of the depth.
 _FEW = (
     (16, 64, 128, 4, 4, 4),
@@ -81,8 +83,10 @@ _BROAD_4 = ((64, 64, 256, 4, 3, 2), (64, 64, 256, 4, 3, 4), (64, 64, 256, 4, 3, 
 _NARROW = ((16, 16, 512, 2, 5), (16, 32, 256, 4, 4), (16, 64, 128, 2, 5))
 _SOME = ((64, 32, 256, 4, 4), (64, 128, 128, 8, 4), (64, 16, 256, 4, 4), (64, 32, 128, 4, 3))
 _MANY = ((128, 128, 64, 8, 3), (128, 64, 64, 8, 4), (128, 256, 64, 8, 4))
+_NARROW_CODES = ((16, 32, 256, 4, 4), (16, 64, 128, 4, 4))
 _SOME_CODES = ((64, 64, 256, 4, 3), (64, 128, 128, 4, 4), (64, 32, 256, 4, 4), (64, 64, 128, 4, 4))
-_MANY_CODES = ((128, 128, 128, 8, 3), (128, 64, 128, 8, 4), (128, 256, 128, 8, 3))
+_MANY_CODES = ((128, 128, 128, 8, 3), (128, 64, 128, 8, 4), (128, 256, 64, 8, 4))
+_MANY_ROWS = ((_NARROW, _SOME, _MANY), (_NARROW_CODES, _SOME_CODES, _MANY_CODES))
 
 
 def row_tilings(layout: Plan) -> list[Tiling]:
@@ -90,7 +94,8 @@ def row_tilings(layout: Plan) -> list[Tiling]:
     wide = weight_bytes(layout) > 2
     deepest = padded_width(layout.depth)
     found: list[Tiling] = []
-    likely = _ROW_4 if _nibbles(layout) else _ROW_8 if is_rounded(layout) or in_codes(layout) else _ROW
+    likely = _ROW_4 if _nibbles(layout) else _ROW_8 if is_rounded(layout) else _ROW
+    likely = _ROW_CODES if in_codes(layout) else likely
     for block_n, block_k, warps in likely:
         block_k = min(deepest, block_k // (2 if wide else 1))
         tiling = (max(2, block_n // layout.lanes), block_k, warps)
@@ -129,7 +134,7 @@ def tile_tilings(layout: Plan) -> list[list[Tiling]]:
         deep = max(32, _shallowest(layout))
         return [[], [(32, broad, deep, 8, 2)], [(32, broad, deep, 8, 2)]]
     found: list[list[Tiling]] = []
-    for tilings in (_NARROW, _SOME_CODES, _MANY_CODES) if in_codes(layout) else (_NARROW, _SOME, _MANY):
+    for tilings in _MANY_ROWS[in_codes(layout)]:
         fitting = [
             (m, max(16, min(columns // layout.lanes, _widest(layout))), max(k, _shallowest(layout)), warps, stages)
             for m, columns, k, warps, stages in tilings

@@ -3,7 +3,7 @@
 from .ledger import PassReport, Refusal
 from .pipeline import NEEDED, PASSES, RULES, Step, apply, run, steps
 from .quantize import OPTION as QUANTIZATION
-from .quantize import spelled
+from .quantize import spelled, wanted_of
 from .registry import GraphPass, UnknownPassError
 from .rule import Reject, Rule, rule
 from .switches import Switches, switches
@@ -32,4 +32,5 @@ __all__ = [
     "steps",
     "switches",
     "verified",
+    "wanted_of",
 ]

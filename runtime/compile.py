@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
+from .. import passes
 from ..codegen.launch import load_launches
 from ..codegen.tuning import Choices
 from ..ir.graph import Graph, type_of
@@ -30,6 +31,7 @@ from .options import (
     KVCacheConfig,
     OptionError,
     refuse_later,
+    refuse_schemes,
     resolve,
     resolve_device,
     resolve_dtype,
@@ -84,8 +86,9 @@ def compile(
             leave of 85 % of the memory.
         quantization: hold the weights of projections in fewer bits, rounded to nearest: ``"int8"`` (a factor for each
             output channel), ``"int4g128"`` (or ``"int4"``; a factor for each 128 inputs), ``"int4g64"``, ``"int4g32"``,
-            and with zero points ``"uint4g128"``, ``"uint4g64"``, ``"uint4g32"``; or schemes by pattern over weight
-            names, of which the first that fits decides (``{"*.down_proj": "int8", "*.lm_head": None, "*": "int4"}``).
+            and with zero points ``"uint4g128"``, ``"uint4g64"``, ``"uint4g32"``; or weights and activations, these with
+            a factor for each token, in ``"int8-dynamic"`` or ``"fp8"`` (E4M3; on GPUs of compute capability 8.9 and on
+            the CPU); or schemes by pattern over weight names, of which the first that fits decides (``{"*.down_proj": "int8", "*.lm_head": None, "*": "int4"}``).
             Embeddings stay as they are, and so does the output projection unless a pattern other than ``"*"`` fits it.
         graphs: run steps that only decode as CUDA graphs, recorded here for a few batch sizes that others are padded
             to; the default on a GPU. On the CPU the same padded steps are plain calls, for tests.
@@ -113,6 +116,7 @@ def compile(
     wanted = resolve_quantization(quantization)
     refuse_later(tensor_parallel, schedule, kv_cache)
     place = resolve_device(device)
+    refuse_schemes(passes.wanted_of(model) if isinstance(model, Graph) else wanted, place)
     kind = resolve_dtype(dtype, place)
     meter = Meter(place) if place.type == "cuda" else None
     report = Report(device=str(place), dtype=str(kind).removeprefix("torch."))

@@ -97,6 +97,23 @@ def resolve_quantization(quantization: object) -> dict[str, str | None]:
     return {pattern: ALIASES.get(scheme, scheme) if scheme else None for pattern, scheme in wanted.items()}
 
 
+def refuse_schemes(wanted: Mapping[str, str | None], device: torch.device) -> None:
+    """Check that a device computes with the schemes asked for.
+
+    Raises:
+        OptionError: fp8 on a GPU without tensor cores for it.
+    """
+    if device.type != "cuda" or "fp8" not in wanted.values():
+        return
+    found = torch.cuda.get_device_capability(device)
+    if found < (8, 9):
+        name = torch.cuda.get_device_name(device)
+        raise OptionError(
+            f"quantization: fp8 needs a GPU of compute capability 8.9; {name} has {found[0]}.{found[1]}; "
+            "use 'int8-dynamic' or 'int8'"
+        )
+
+
 def quantization_of(text: str) -> str | dict[str, str | None]:
     """A scheme, or schemes by pattern as a command line states them: ``*.down_proj=int8,*.o_proj=none,*=int4``."""
     if "=" not in text:

@@ -48,7 +48,16 @@ def rounded_product(rows: Tensor, scheme: Scheme, depth: int) -> Product:
 def _whole_rows(codes: Tensor) -> Callable[[slice, torch.dtype], Tensor]:
     """Codes as numbers; their factors are those of the sums."""
     kept = codes.contiguous()
+    if kept.dtype != torch.int8:
+        return lambda some, dtype: _numbers(kept[some]).to(dtype)
     return lambda some, dtype: kept[some].to(dtype)
+
+
+def _numbers(codes: Tensor) -> Tensor:
+    """What E4M3 codes stand for, in fp16: their bits are those of fp16 in other places, and the exponent counts from
+    elsewhere. Torch has no vector instructions for it."""
+    bits = codes.view(torch.int8).to(torch.int16)
+    return (bits << 7).bitwise_and_(~0x4000).view(torch.float16).mul_(256)
 
 
 def _groups(

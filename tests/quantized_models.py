@@ -32,6 +32,11 @@ def wide(name: str, seed: int = 0) -> PreTrainedModel:
 
 def rounded(matrix: np.ndarray, scheme: str) -> tuple[np.ndarray, np.ndarray, np.ndarray | None]:
     """Codes ``[N, K]``, factors and zero points ``[N, groups]`` of a matrix ``f32 [N, K]``."""
+    if scheme in ("int8-dynamic", "fp8"):
+        most = np.abs(matrix).max(1, keepdims=True)
+        factors = np.where(most > 0, most / np.float32(127 if scheme == "int8-dynamic" else 448), 1).astype(np.float32)
+        scaled = matrix / factors
+        return (nearest_e4m3(scaled) if scheme == "fp8" else np.clip(np.rint(scaled), -127, 127)), factors, None
     group = int(scheme.partition("g")[2] or matrix.shape[1])
     parts = matrix.reshape(matrix.shape[0], -1, group)
     if scheme.startswith("u"):
@@ -45,6 +50,19 @@ def rounded(matrix: np.ndarray, scheme: str) -> tuple[np.ndarray, np.ndarray, np
     return np.clip(np.rint(parts / factors[:, :, None]), least, most).reshape(matrix.shape), factors, None
 
 
+def nearest_e4m3(values: np.ndarray) -> np.ndarray:
+    """The nearest numbers of a sign, 4 bits of exponent (-6 to 8) and 3 of fraction, ties to even ones, 448 at most."""
+    exponents = np.maximum(np.frexp(values)[1] - 1, -6)
+    steps = np.ldexp(np.float32(1), exponents - 3)
+    return np.clip(np.rint(values / steps) * steps, -448, 448)
+
+
+def rounded_rows(values: torch.Tensor, scheme: str) -> torch.Tensor:
+    """Activations ``[..., K]`` with each token rounded by itself."""
+    rows = values.detach().cpu().numpy().reshape(-1, values.shape[-1])
+    return torch.from_numpy(restored(*rounded(rows, scheme))).reshape(values.shape).to(values.device)
+
+
 def restored(codes: np.ndarray, factors: np.ndarray, zeros: np.ndarray | None) -> np.ndarray:
     """The matrix that codes stand for."""
     parts = codes.reshape(*factors.shape, -1).astype(np.float32)
@@ -56,7 +74,10 @@ def restored(codes: np.ndarray, factors: np.ndarray, zeros: np.ndarray | None) -
 def fake_quantised(
     model: PreTrainedModel, scheme: str, chosen: Callable[[str], bool] = lambda name: True
 ) -> PreTrainedModel:
-    """A copy of a model whose projections (those in layers that ``chosen`` accepts) have the numbers of rounded weights."""
+    """A copy of a model whose projections (those in layers that ``chosen`` accepts) have the numbers of rounded weights.
+
+    They read rounded activations if the scheme is one that rounds them, too.
+    """
     twin = copy.deepcopy(model)
     head = twin.get_output_embeddings()
     for name, module in twin.named_modules():
@@ -68,4 +89,6 @@ def fake_quantised(
         found = restored(*rounded(np.ascontiguousarray(rows), scheme))
         with torch.no_grad():
             weight.copy_(torch.from_numpy(np.ascontiguousarray(found.T if kind == "Conv1D" else found)))
+        if scheme in ("int8-dynamic", "fp8"):
+            module.register_forward_pre_hook(lambda _, given: (rounded_rows(given[0], scheme),))
     return twin

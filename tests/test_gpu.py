@@ -51,7 +51,7 @@ def test_fp32_tokens_are_those_of_the_model(name: str) -> None:
     assert relative(compiled(ids).logits, expected) <= 1e-5
 
 
-@pytest.mark.parametrize("scheme", ["int8", "int4g32", "uint4g32"])
+@pytest.mark.parametrize("scheme", ["int8", "int4g32", "uint4g32", "int8-dynamic", "fp8"])
 @pytest.mark.parametrize("name", ["llama", "gpt2", "gemma2"])
 def test_tokens_of_rounded_weights(name: str, scheme: str) -> None:
     """In fp32 those of the model whose weights were rounded by the definition of the scheme."""
@@ -65,7 +65,7 @@ def test_tokens_of_rounded_weights(name: str, scheme: str) -> None:
     assert answers == [greedy(twin, prompt, NEW) for prompt in given]
 
 
-@pytest.mark.parametrize("scheme", ["int8", "int4g128", "int4g64", "uint4g64", "uint4g32"])
+@pytest.mark.parametrize("scheme", ["int8", "int4g128", "int4g64", "uint4g64", "uint4g32", "int8-dynamic", "fp8"])
 def test_kernels_of_rounded_weights_agree_with_their_references(scheme: str) -> None:
     sizes = {"hidden_size": 256, "intermediate_size": 384, "num_attention_heads": 4, "num_key_value_heads": 2}
     config = LlamaConfig(vocab_size=199, num_hidden_layers=2, **sizes)
