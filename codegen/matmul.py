@@ -20,8 +20,8 @@ from .words import STREAMED, begin_row, end_row, many_turn, row_loads, row_turn
 def matmul_source(graph: Graph) -> str:
     """The file of a kernel around one matmul, without its header.
 
-    One row is computed whole by one kernel. For several rows, or one that is rounded, the work before the product is a
-    kernel of its own: each tile would do it anew. For many rows the library's product may be faster, with the rest as kernels of rows.
+    One row is computed whole by one kernel. For several rows, or one that is rounded, the work before the product is a kernel
+    of its own: each tile would do it anew. For many rows the library's product may be faster, with the rest as kernels of rows.
     """
     layout = plan(graph)
     core = product_part(graph, layout.anchor) if layout.apart else graph

@@ -133,7 +133,9 @@ def _body(graph: Graph, core: Graph, first: Graph | None, inner: Graph, finish: 
     single = inner if in_codes(layout) else core
     row = f"run(config, ({tiles} * num_rows,), {', '.join(parameters(single))}, num_rows)"
     before = (
-        [_empty(fresh_outputs(first)[0], device), f"launch_{first.name}({', '.join(parameters(first))})"] if first else []
+        [_empty(fresh_outputs(first)[0], device), f"launch_{first.name}({', '.join(parameters(first))})"]
+        if first
+        else []
     )
     alone = ['if config and "BLOCK_M" not in blocks:', *_indented(_returned(row, done))]
     lines += [*before, *alone] if single is inner else [*alone, *before]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 from ..ir.graph import type_of
 from .columns import Plan
@@ -86,7 +87,30 @@ _MANY = ((128, 128, 64, 8, 3), (128, 64, 64, 8, 4), (128, 256, 64, 8, 4))
 _NARROW_CODES = ((16, 32, 256, 4, 4), (16, 64, 128, 4, 4))
 _SOME_CODES = ((64, 64, 256, 4, 3), (64, 128, 128, 4, 4), (64, 32, 256, 4, 4), (64, 64, 128, 4, 4))
 _MANY_CODES = ((128, 128, 128, 8, 3), (128, 64, 128, 8, 4), (128, 256, 64, 8, 4))
-_MANY_ROWS = ((_NARROW, _SOME, _MANY), (_NARROW_CODES, _SOME_CODES, _MANY_CODES))
+
+
+@dataclass(frozen=True)
+class _Likely:
+    """What is tried: for one row, for up to 16, for up to 64 with the depth in parts, and tiles for few, some and many."""
+
+    row: Sequence[Tiling]
+    few: Sequence[Tiling]
+    broad: Sequence[Tiling]
+    narrow: Sequence[Tiling] = _NARROW
+    some: Sequence[Tiling] = _SOME
+    many: Sequence[Tiling] = _MANY
+
+
+_PLAIN = _Likely(_ROW, _FEW, ())
+_BYTES = _Likely(_ROW_8, _FEW_8, _BROAD_8)
+_NIBBLES = _Likely(_ROW_4, _FEW_4, _BROAD_4)
+_CODES = _Likely(_ROW_CODES, _FEW_CODES, _BROAD_CODES, _NARROW_CODES, _SOME_CODES, _MANY_CODES)
+
+
+def _likely(layout: Plan) -> _Likely:
+    if in_codes(layout):
+        return _CODES
+    return _NIBBLES if _nibbles(layout) else _BYTES if is_rounded(layout) else _PLAIN
 
 
 def row_tilings(layout: Plan) -> list[Tiling]:
@@ -94,9 +118,7 @@ def row_tilings(layout: Plan) -> list[Tiling]:
     wide = weight_bytes(layout) > 2
     deepest = padded_width(layout.depth)
     found: list[Tiling] = []
-    likely = _ROW_4 if _nibbles(layout) else _ROW_8 if is_rounded(layout) else _ROW
-    likely = _ROW_CODES if in_codes(layout) else likely
-    for block_n, block_k, warps in likely:
+    for block_n, block_k, warps in _likely(layout).row:
         block_k = min(deepest, block_k // (2 if wide else 1))
         tiling = (max(2, block_n // layout.lanes), block_k, warps)
         # Unrolled loops: a few turns keep the kernel small.
@@ -134,7 +156,8 @@ def tile_tilings(layout: Plan) -> list[list[Tiling]]:
         deep = max(32, _shallowest(layout))
         return [[], [(32, broad, deep, 8, 2)], [(32, broad, deep, 8, 2)]]
     found: list[list[Tiling]] = []
-    for tilings in _MANY_ROWS[in_codes(layout)]:
+    likely = _likely(layout)
+    for tilings in (likely.narrow, likely.some, likely.many):
         fitting = [
             (m, max(16, min(columns // layout.lanes, _widest(layout))), max(k, _shallowest(layout)), warps, stages)
             for m, columns, k, warps, stages in tilings
@@ -158,9 +181,7 @@ def _widest(layout: Plan) -> int:
 def tilings_of(layout: Plan) -> list[tuple[int | None, str, list[Tiling]]]:
     """The tilings for up to so many rows, and the function of the file that makes each of them."""
     narrow, some, many = tile_tilings(layout)
-    few, broad = (_FEW_4, _BROAD_4) if _nibbles(layout) else (_FEW_8, _BROAD_8) if is_rounded(layout) else (_FEW, ())
-    if in_codes(layout):
-        few, broad = _FEW_CODES, _BROAD_CODES
+    few, broad = _likely(layout).few, _likely(layout).broad
     return [
         (1, "row", row_tilings(layout)),
         (16, "few", few_tilings(layout, few)),

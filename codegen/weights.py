@@ -88,7 +88,9 @@ def print_words(
 ) -> None:
     """Print the words of a tile, in 16 bits, under that name. The mask tells by its form that they are read together."""
     how = scheme(layout)
-    where = f"{as_numbers(layout.weight, 'int16')} + {column}{across} * {how.row_bytes(layout.depth) // 2} + word{along}"
+    where = (
+        f"{as_numbers(layout.weight, 'int16')} + {column}{across} * {how.row_bytes(layout.depth) // 2} + word{along}"
+    )
     mask = f"{ok}{across} & (word < {how.factors_at(layout.depth) // 2}){along}"
     writer.line(f"{name} = tl.load({where}, mask={mask}, other=0{more})")
 

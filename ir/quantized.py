@@ -22,9 +22,9 @@ def quantize(matrix: Tensor, scheme: Scheme) -> Tensor:
 
     With ``m`` the largest magnitude of a group, its factor is ``s = m / 127`` (8 bits) or ``m / 7.5`` (4 bits), and a
     code is ``w / s``, rounded and kept within -127..127 or -8..7. For E4M3 ``s = m / 448``, and a code is the number of
-    4 bits of exponent and 3 of fraction (OCP 8-bit floating point, 2023) that is nearest to ``w / s``. With zero points ``s = (max(w, 0) - min(w, 0)) / 15``,
-    ``z = -min(w, 0) / s`` rounded, and a code is ``w / s`` rounded, plus ``z``, within 0..15. A group of zeros has the
-    factor 1.
+    4 bits of exponent and 3 of fraction that is nearest to ``w / s`` (OCP 8-bit floating point specification, 2023).
+    With zero points ``s = (max(w, 0) - min(w, 0)) / 15``, ``z = -min(w, 0) / s`` rounded, and a code is ``w / s``
+    rounded, plus ``z``, within 0..15. A group of zeros has the factor 1.
     """
     depth = matrix.shape[-1]
     groups = _parted(matrix.float(), scheme.groups(depth))

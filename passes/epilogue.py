@@ -136,7 +136,8 @@ def _consistent(members: list[Node], frames: dict[Node, Frame], sections: list[N
 
 
 def prologue_of(anchor: Node, members: list[Node], taken: dict[Node, Region]) -> list[Node]:
-    """The rounding and the norm that make the anchor's rows, and the selection of rows or columns before it, where no one else reads."""
+    """The rounding and the norm that make the anchor's rows, and the selection of rows or columns before them, where no one
+    else reads."""
     found: list[Node] = []
     node = anchor.args[0]
     while isinstance(node, Node) and node.op == "call_function" and node not in taken and not is_constant(node):

@@ -88,8 +88,9 @@ def compile(
             output channel), ``"int4g128"`` (or ``"int4"``; a factor for each 128 inputs), ``"int4g64"``, ``"int4g32"``,
             and with zero points ``"uint4g128"``, ``"uint4g64"``, ``"uint4g32"``; or weights and activations, these with
             a factor for each token, in ``"int8-dynamic"`` or ``"fp8"`` (E4M3; on GPUs of compute capability 8.9 and on
-            the CPU); or schemes by pattern over weight names, of which the first that fits decides (``{"*.down_proj": "int8", "*.lm_head": None, "*": "int4"}``).
-            Embeddings stay as they are, and so does the output projection unless a pattern other than ``"*"`` fits it.
+            the CPU); or schemes by pattern over weight names, of which the first that fits decides
+            (``{"*.down_proj": "int8", "*.lm_head": None, "*": "int4"}``). Embeddings stay as they are, and so does
+            the output projection unless a pattern other than ``"*"`` fits it.
         graphs: run steps that only decode as CUDA graphs, recorded here for a few batch sizes that others are padded
             to; the default on a GPU. On the CPU the same padded steps are plain calls, for tests.
         lookahead: launch each step before the tokens of the last are known to the host; the default on a GPU.
