@@ -13,10 +13,11 @@ import torch
 from ..ir.dump import dump
 from ..ir.errors import VerificationError
 from ..ir.graph import Graph, type_of
+from ..ir.quantized import rounds_rows
 from ..ir.reproduction import write_reproduction
 from ..ir.twin import shortened, widened, windows_of
 from . import interpreted
-from .check import TOLERANCE, errors, random_case
+from .check import CODES_TOLERANCE, TOLERANCE, errors, random_case
 from .kernels import Kernel, kernel_file
 from .launch import load_launch
 from .signature import fresh_outputs
@@ -116,8 +117,10 @@ def _work(kernel: Kernel) -> int:
 
 def _tolerance(graph: Graph, device: torch.device) -> float:
     rounded = [*graph.inputs(), *fresh_outputs(graph)] if device.type == "cuda" else []
-    kinds = [type_of(node).torch_dtype for node in rounded]
-    return max((TOLERANCE.get(kind, 0.0) for kind in kinds), default=0.0) or TOLERANCE[torch.float32]
+    allowed = [TOLERANCE.get(type_of(node).torch_dtype, 0.0) for node in rounded]
+    if rounds_rows(graph):
+        allowed.append(CODES_TOLERANCE)
+    return max([TOLERANCE[torch.float32], *allowed])
 
 
 def _blame(

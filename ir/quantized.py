@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.fx import Node
 
-from .graph import Graph, type_of
+from .graph import Graph, is_constant, type_of
 from .infer import TypeInferenceError
 from .ops import Op, aten, op_name, register
 from .schemes import Scheme, scheme_of
@@ -151,11 +151,19 @@ def is_quantised(node: Node) -> bool:
     return isinstance(kind, TensorType) and scheme_of(kind.dtype) is not None
 
 
-def without_rounding(graph: Graph) -> Graph:
-    """A copy of a graph that computes with the matrices themselves where it would with rounded ones."""
+def rounds_rows(graph: Graph) -> bool:
+    """Whether activations are rounded: where one lies half-way between two codes, the last digit decides."""
+    return any(op_name(node.target) == "nn.quantize" and not is_constant(node) for node in graph.calls())
+
+
+def without_rounding(graph: Graph, rows_only: bool = False) -> Graph:
+    """A copy of a graph that computes with the matrices themselves where it would with rounded ones.
+
+    With ``rows_only`` the weights stay rounded, and only the activations are themselves.
+    """
     plain = graph.copy()
     for node in list(plain.calls()):
-        if op_name(node.target) == "nn.quantize":
+        if op_name(node.target) == "nn.quantize" and not (rows_only and is_constant(node)):
             source = node.args[0]
             assert isinstance(source, Node)
             node.replace_all_uses_with(source)
