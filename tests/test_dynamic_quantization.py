@@ -71,7 +71,7 @@ def test_the_graph_says_what_is_rounded(name: str) -> None:
 
 
 @pytest.mark.parametrize("scheme", ["int8-dynamic", "fp8"])
-@pytest.mark.parametrize("family", ["llama", "gemma2", "gpt2", "qwen3"])
+@pytest.mark.parametrize("family", ["llama", "gemma2", "gpt2"])
 def test_logits_are_those_of_weights_and_rows_rounded_by_numpy(family: str, scheme: str) -> None:
     model = wide(family)
     compiled = fuseline.compile(model, quantization=scheme, device="cpu", max_batch_size=2, max_step_tokens=32)
@@ -176,8 +176,7 @@ def test_every_kind_of_tiling_is_right(scheme: str, depth: int, pool: ProcessPoo
     assert {label: error for label, error in found.items() if not error <= 1e-5} == {}
 
 
-@pytest.mark.parametrize("dtype", ["bf16", "f32"])
-@pytest.mark.parametrize("scheme", SCHEMES)
+@pytest.mark.parametrize(("scheme", "dtype"), [("int8d", "bf16"), ("fp8", "bf16"), ("fp8", "f32")])
 def test_kernels_compile_without_spills(scheme: str, dtype: str, tmp_path: Path) -> None:
     kernel = projection(scheme, dtype, 4096, 4096)
     path = tmp_path / f"{kernel.name}.py"
@@ -198,3 +197,18 @@ def test_tensor_cores_multiply_codes_as_they_lie(scheme: str, tmp_path: Path) ->
         assert re.search(rf"wgmma.mma_async.*{kind}", ptx) and "cp.async.cg.shared.global" in ptx
         assert "e4m3x2" not in ptx
     assert ("_scaled_mm" in kernel.source) == (scheme == "fp8")
+
+
+def test_the_library_multiplies_codes(tmp_path: Path) -> None:
+    """The product that is offered for many rows, here on the CPU."""
+    kernel = projection("fp8", "bf16", 160, 48)
+    path = tmp_path / f"{kernel.name}.py"
+    path.write_text(kernel.source)
+    scheme = scheme_of("fp8")
+    assert scheme is not None
+    x, w, bias = matrix(33, 160, 1), matrix(48, 160, 2), torch.arange(48).bfloat16()
+    found = torch.empty(33, 48, dtype=torch.bfloat16)
+    load_kernel_file(path).scaled_product(quantize(x, scheme), quantize(w, scheme), bias, found)
+    left, right = (restored(*rounded(item.numpy(), "fp8")) for item in (x, w))
+    wanted = left @ right.T + bias.float().numpy()
+    assert np.linalg.norm(found.float().numpy() - wanted) < 5e-3 * np.linalg.norm(wanted)
