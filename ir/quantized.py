@@ -17,7 +17,7 @@ from .schemes import Scheme, scheme_of
 from .types import TensorType
 
 
-def quantize(matrix: Tensor, scheme: Scheme) -> Tensor:
+def quantize(matrix: Tensor, scheme: Scheme, tries: int = 1) -> Tensor:
     """``matrix [..., N, K]``, rounded to nearest (ties to even), as ``u8 [..., N, scheme.row_bytes(K)]``.
 
     With ``m`` the largest magnitude of a group, its factor is ``s = m / 127`` (8 bits) or ``m / 7.5`` (4 bits), and a
@@ -25,6 +25,10 @@ def quantize(matrix: Tensor, scheme: Scheme) -> Tensor:
     4 bits of exponent and 3 of fraction that is nearest to ``w / s`` (OCP 8-bit floating point specification, 2023).
     With zero points ``s = (max(w, 0) - min(w, 0)) / 15``, ``z = -min(w, 0) / s`` rounded, and a code is ``w / s``
     rounded, plus ``z``, within 0..15. A group of zeros has the factor 1.
+
+    Without zero points so many factors are tried, ``s``, ``s (1 + 1 / tries)`` and so on below ``2 s``, and each group takes
+    the first whose numbers have the least squared distance from its own: E4M3 is as exact with any, but not for the same
+    numbers.
     """
     depth = matrix.shape[-1]
     groups = _parted(matrix.float(), scheme.groups(depth))
@@ -35,11 +39,33 @@ def quantize(matrix: Tensor, scheme: Scheme) -> Tensor:
         zeros = torch.round(-low / factors)
         codes = (torch.round(groups / factors) + zeros).clamp(0, 15)
     else:
-        least, most, steps = (-scheme.largest, scheme.largest, scheme.largest) if scheme.bits == 8 else (-8, 7, 7.5)
-        factors = _factors(groups.abs().amax(-1, keepdim=True), steps)
-        scaled = groups / factors
-        codes = (scaled if scheme.floats else torch.round(scaled)).clamp(least, most)
+        steps = scheme.largest if scheme.bits == 8 else 7.5
+        smallest = _factors(groups.abs().amax(-1, keepdim=True), steps)
+        factors = _best_factors(groups, smallest, scheme, tries) if tries > 1 else smallest
+        codes = _nearest(groups, factors, scheme)
     return pack(codes.flatten(-2), factors.squeeze(-1), None if zeros is None else zeros.squeeze(-1), scheme)
+
+
+def _nearest(groups: Tensor, factors: Tensor, scheme: Scheme) -> Tensor:
+    """The codes nearest to the groups over their factors, as fp32."""
+    scaled = groups / factors
+    if scheme.floats:
+        return scaled.clamp(-scheme.largest, scheme.largest).to(torch.float8_e4m3fn).float()
+    least, most = (-scheme.largest, scheme.largest) if scheme.bits == 8 else (-8, 7)
+    return torch.round(scaled).clamp(least, most)
+
+
+def _best_factors(groups: Tensor, smallest: Tensor, scheme: Scheme, tries: int) -> Tensor:
+    """The factors with which the numbers of the groups are nearest to them."""
+    best, least = smallest, torch.full_like(smallest, torch.inf, dtype=torch.float64)
+    for number in range(tries):
+        factors = smallest * (1 + number / tries)
+        numbers = _nearest(groups, factors, scheme) * factors
+        # In fp32 the order of the sum might decide between two factors.
+        distance = (numbers - groups).square().sum(-1, keepdim=True, dtype=torch.float64)
+        best = torch.where(distance < least, factors, best)
+        least = torch.minimum(distance, least)
+    return best
 
 
 def _parted(value: Tensor, *parts: int) -> Tensor:
@@ -108,18 +134,18 @@ def _element(scheme: Scheme) -> torch.dtype:
     return torch.float8_e4m3fn if scheme.floats else torch.int8
 
 
-def _rounded(matrix: Tensor, scheme: str) -> Tensor:
+def _rounded(matrix: Tensor, scheme: str, tries: int = 1) -> Tensor:
     """A matrix in the bytes of a scheme, rounded to nearest. What reads it reads the numbers that they stand for."""
     found = scheme_of(scheme)
     if found is None:
         raise ValueError(f"{scheme} is no scheme of quantised weights")
-    return quantize(matrix, found)
+    return quantize(matrix, found, tries)
 
 
-def _type_of_rounded(matrix: Node, scheme: str) -> TensorType:
+def _type_of_rounded(matrix: Node, scheme: str, tries: int = 1) -> TensorType:
     found, kind = scheme_of(scheme), type_of(matrix)
     depth = kind.shape[-1] if kind.rank > 1 else None
-    if found is None or not isinstance(depth, int) or not kind.torch_dtype.is_floating_point:
+    if found is None or tries < 1 or not isinstance(depth, int) or not kind.torch_dtype.is_floating_point:
         raise TypeInferenceError(f"{kind} cannot be quantised as {scheme}")
     why = found.reason_against(depth)
     if why:

