@@ -64,6 +64,8 @@ def random_case(graph: Graph, tokens: int, sequences: int, seed: int, device: to
             case[node.name] = torch.randperm(dims["C"], generator=generator)[:tokens].to(device)
         elif scheme := scheme_of(kind.dtype):
             case[node.name] = quantize(draw_floats(kind.with_dtype("f32"), shape, generator), scheme).to(device)
+        elif kind.dtype == "i8":
+            case[node.name] = torch.randint(-127, 128, shape, generator=generator, dtype=torch.int8).to(device)
         elif kind.torch_dtype.is_floating_point:
             case[node.name] = draw_floats(kind, shape, generator).to(device)
         else:
@@ -135,8 +137,9 @@ def _arguments(graph: Graph, case: Mapping[str, Tensor], order: tuple[int, ...])
 
 def reference(graph: Graph, case: Mapping[str, Tensor]) -> tuple[Tensor, ...]:
     """What the kernel should compute, with all floats in fp32."""
-    inputs = {name: (value.float() if value.is_floating_point() else value).clone() for name, value in case.items()}
-    return interpret(widened(graph), inputs, {})
+    wide = widened(graph)
+    inputs = {node.name: case[node.name].to(type_of(node).torch_dtype, copy=True) for node in wide.inputs()}
+    return interpret(wide, inputs, {})
 
 
 def errors(

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch.fx import Node
 
+from ..ir.cache_rounding import LARGEST
 from ..ir.graph import type_of
 from ..ir.ops import op_name
 
@@ -95,6 +96,22 @@ def code(x, factor, LARGEST: tl.constexpr, WHOLE: tl.constexpr):
     near = ((bits + 524287 + ((bits >> 20) & 1)) & -1048576).to(tl.float32, bitcast=True)
     return tl.where(tl.abs(scaled) < 0.015625, (scaled + 24576.0) - 24576.0, near)
 """,
+    "code_factor": """@triton.jit
+def code_factor(x, LARGEST: tl.constexpr, WHOLE: tl.constexpr, TRIES: tl.constexpr):
+    most = tl.max(tl.abs(x), 1)[:, None]
+    smallest = tl.where(most > 0, tl.div_rn(most, tl.full(most.shape, LARGEST, tl.float32)), 1.0)
+    best, least = smallest, tl.full(most.shape, float("inf"), tl.float32)
+    for number in tl.static_range(TRIES):
+        factor = smallest * (1 + number / TRIES)
+        # To bf16, ties to even, bit by bit: the interpreter's cast cuts off.
+        bits = factor.to(tl.int32, bitcast=True)
+        factor = ((bits + 32767 + ((bits >> 16) & 1)) & -65536).to(tl.float32, bitcast=True)
+        difference = code(x, factor, LARGEST, WHOLE) * factor - x
+        distance = tl.sum(difference * difference, 1)[:, None]
+        best = tl.where(distance < least, factor, best)
+        least = tl.minimum(distance, least)
+    return best
+""",
     "softplus": """@triton.jit
 def softplus(x):
     return tl.where(x > 20.0, x, tl.log(1.0 + tl.exp(tl.minimum(x, 20.0))))
@@ -150,6 +167,11 @@ def _gelu_mul(a: Sequence[str], node: Node) -> str:
     return f"{'gelu_tanh' if tanh else 'gelu'}({a[0]}) * {a[1]}"
 
 
+def _head_codes(a: Sequence[str], node: Node) -> str:
+    kind = type_of(node).dtype
+    return f"code({a[0]}, {a[1]}, {LARGEST[kind]}, {kind in _INTEGERS})"
+
+
 def _divide(a: Sequence[str], node: Node) -> str:
     return f"{a[0]} / {a[1]}"
 
@@ -194,6 +216,7 @@ PRINTERS: dict[str, Print] = {
     "aten.logical_not": lambda a, node: f"{a[0]} == 0",
     "nn.silu_mul": lambda a, node: f"silu({a[0]}) * {a[1]}",
     "nn.gelu_mul": _gelu_mul,
+    "nn.head_codes": _head_codes,
     **{
         f"aten.{name}.{kind}": _infix(symbol)
         for name, symbol in (("eq", "=="), ("ne", "!="), ("lt", "<"), ("le", "<="), ("gt", ">"), ("ge", ">="))

@@ -96,8 +96,8 @@ def attention_spec(node: Node) -> AttentionSpec:
     """The constants of a paged attention kernel, from its node."""
     arguments: list[Any] = list(node.args)
     q, k_cache, v_cache, _, _, _, block_size, scale, *rest = arguments
-    defaults: list[Any] = ["causal", 0, 0.0, None]
-    kind, window, softcap, sinks = rest + defaults[len(rest) :]
+    defaults: list[Any] = ["causal", 0, 0.0, None, None, None]
+    kind, window, softcap, sinks, factors, _ = rest + defaults[len(rest) :]
     assert isinstance(q, Node) and isinstance(k_cache, Node) and isinstance(v_cache, Node)
     heads, head_dim = _sizes(q)
     kv_heads, _ = _sizes(k_cache)
@@ -113,6 +113,7 @@ def attention_spec(node: Node) -> AttentionSpec:
         window=int(window) or None,
         softcap=float(softcap) or None,
         sinks=sinks is not None,
+        codes=_dtype(k_cache) if factors is not None else None,
     )
 
 

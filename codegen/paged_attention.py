@@ -11,6 +11,7 @@ from typing import Literal
 import torch
 
 from .expressions import HELPERS
+from .paged_attention_cache import TYPES, cache_words
 from .paged_attention_launch import HOPPER_CHOICE, LAUNCH, ONE_CHOICE
 from .paged_attention_template import TEMPLATE
 from .signature import COUNTERS, OVERLAPS
@@ -22,7 +23,8 @@ class AttentionSpec:
 
     ``window`` is for ``sliding`` (a query at p sees keys j with p - window < j <= p) and ``chunked`` (j <= p in the
     same window-sized chunk). ``softcap`` c turns a scaled logit s into c * tanh(s / c). ``sinks`` adds one logit per
-    head to the softmax denominator. ``block_size`` counts the KV positions of one cache block.
+    head to the softmax denominator. ``codes`` is the element type of caches that hold codes, with a factor in ``factors``
+    for each head of each token. ``block_size`` counts the KV positions of one cache block.
     """
 
     num_heads: int
@@ -36,14 +38,17 @@ class AttentionSpec:
     window: int | None = None
     softcap: float | None = None
     sinks: bool = False
+    codes: torch.dtype | None = None
 
     def __post_init__(self) -> None:
-        if self.dtype not in _TYPES:
-            raise ValueError(f"attention kernels exist for {[str(dtype) for dtype in _TYPES]}, not {self.dtype}")
+        if self.dtype not in TYPES:
+            raise ValueError(f"attention kernels exist for {[str(dtype) for dtype in TYPES]}, not {self.dtype}")
         if self.num_heads % self.num_kv_heads:
             raise ValueError(f"{self.num_heads} query heads do not divide into {self.num_kv_heads} KV heads")
         if max(self.head_dim, self.v_head_dim) > 256:
             raise ValueError(f"head dims {self.head_dim} and {self.v_head_dim}: at most 256 fit a tile")
+        if self.codes and (self.head_dim % 2 or self.v_head_dim % 2):
+            raise ValueError(f"head dims {self.head_dim} and {self.v_head_dim}: codes are read in pairs")
         if self.kind not in ("causal", "sliding", "chunked") or (self.window is None) != (self.kind == "causal"):
             raise ValueError(f"kind {self.kind!r} with window {self.window}: sliding and chunked have one, causal none")
 
@@ -60,12 +65,9 @@ class _Tile:
     maxnreg: int | None = None
 
 
-_TYPES = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16"}
-
-
 def paged_attention_source(spec: AttentionSpec) -> str:
     """The text of a kernel file with ``launch`` and ``VARIANTS``; equal specs give equal texts."""
-    pad_d, pad_dv = _pad(spec.head_dim), _pad(spec.v_head_dim)
+    pad_d, pad_dv = (_pad(dim, spec.codes is not None) for dim in (spec.head_dim, spec.v_head_dim))
     shape = {
         "NUM_HEADS": spec.num_heads,
         "NUM_KV_HEADS": spec.num_kv_heads,
@@ -76,7 +78,7 @@ def paged_attention_source(spec: AttentionSpec) -> str:
         "PAD_DV": pad_dv,
     }
     decode, prefill, hopper = _decode_tile(spec), _prefill_tile(spec), _hopper_prefill_tile(spec)
-    whole = all(width * spec.dtype.itemsize % 16 == 0 for width in (spec.head_dim, spec.v_head_dim))
+    whole = all(width * (spec.codes or spec.dtype).itemsize % 16 == 0 for width in (spec.head_dim, spec.v_head_dim))
     words = {
         "LAUNCH": LAUNCH,
         "PREFETCH_HELPER": HELPERS["prefetch"],
@@ -94,9 +96,10 @@ def paged_attention_source(spec: AttentionSpec) -> str:
         "SINKS_ARG": " sinks_ptr," if spec.sinks else "",
         "SINKS_PARAMETER": " sinks," if spec.sinks else "",
         "SINKS_VALUE": ', "sinks_ptr": sinks' if spec.sinks else "",
-        "SINKS_TYPE": f', "sinks_ptr": "*{_TYPES[spec.dtype]}"' if spec.sinks else "",
+        "SINKS_TYPE": f', "sinks_ptr": "*{TYPES[spec.dtype]}"' if spec.sinks else "",
         "SINKS_DOC": ", sinks [NUM_HEADS]" if spec.sinks else "",
-        "TYPE": f"*{_TYPES[spec.dtype]}",
+        "TYPE": f"*{TYPES[spec.dtype]}",
+        **cache_words(spec.dtype, spec.codes),
         "DECODE_BLOCK_N": str(decode.block_n),
         # A tile of partials that leaves room for the rows.
         "BLOCK_S": str(max(1, (8192 if decode.block_m <= 32 else 4096) // (decode.block_m * pad_dv))),
@@ -114,9 +117,9 @@ def paged_attention_source(spec: AttentionSpec) -> str:
     return text
 
 
-def _pad(dim: int) -> int:
-    """tl.dot wants powers of two, 16 at least."""
-    return max(16, 1 << (dim - 1).bit_length())
+def _pad(dim: int, codes: bool = False) -> int:
+    """tl.dot wants powers of two, 16 at least; codes are halved first."""
+    return max(32 if codes else 16, 1 << (dim - 1).bit_length())
 
 
 def _decode_tile(spec: AttentionSpec) -> _Tile:
@@ -127,7 +130,7 @@ def _decode_tile(spec: AttentionSpec) -> _Tile:
     heads = _even_share(group, block_m)
     if spec.dtype == torch.float32:
         block_n, num_warps = 32 if width <= 64 else 16, 4 if width <= 128 else 8
-        return _Tile(block_m, block_n, heads, num_warps, num_stages=3, maxnreg=168)
+        return _Tile(block_m, block_n, heads, num_warps, num_stages=3, maxnreg=255 if spec.codes else 168)
     if width == 128:
         # The fourth resident program that the assembler makes room for is worth a quarter of the bandwidth on an H200.
         return _Tile(block_m, 64, heads, num_warps=4, num_stages=3, maxnreg=None if block_m == 16 else 255)
@@ -142,7 +145,7 @@ def _prefill_tile(spec: AttentionSpec) -> _Tile:
         return _Tile(block_m, 16, _even_share(group, block_m), num_warps=8, num_stages=2, maxnreg=255)
     if width <= 64:
         # Narrow heads need few registers; left alone, some assemblers spill for the sake of a third resident program.
-        maxnreg = 128 if width <= 32 else None
+        maxnreg = 128 if width <= 32 and spec.codes is None else None
         return _Tile(128, 64, _even_share(group, 128), num_warps=8, num_stages=3, maxnreg=maxnreg)
     if width <= 128:
         return _Tile(64, 32, _even_share(group, 64), num_warps=4, num_stages=3, maxnreg=255)
@@ -151,7 +154,7 @@ def _prefill_tile(spec: AttentionSpec) -> _Tile:
 
 def _hopper_prefill_tile(spec: AttentionSpec) -> _Tile:
     group, width = spec.num_heads // spec.num_kv_heads, max(_pad(spec.head_dim), _pad(spec.v_head_dim))
-    if spec.dtype == torch.float32 or width <= 64:
+    if spec.dtype == torch.float32 or width <= 64 or (width > 128 and spec.codes):
         return _prefill_tile(spec)
     if width <= 128:
         return _Tile(64, 64, _even_share(group, 64), num_warps=4, num_stages=3)
@@ -166,9 +169,9 @@ def _even_share(group: int, block_m: int) -> int:
 def _attend(spec: AttentionSpec) -> str:
     """The ranges of keys of a tile of queries: whole tiles that all rows see need no mask."""
     call = """\
-    acc, top, total = attend(
-        q, past + query, acc, top, total, kv_head, {begin}, {end}, table_ptr, k_ptr, v_ptr,
-        NUM_KV_HEADS, HEAD_DIM, V_HEAD_DIM, CACHE_BLOCK, BLOCK_N, PAD_D, PAD_DV, {masked}, {whole},
+    $ACC$, top, total = attend(
+        $Q$, past + query, $ACC$, top, total, kv_head, {begin}, {end}, table_ptr, k_ptr, v_ptr,$FACTORS_ARG$
+        NUM_KV_HEADS, HEAD_DIM, V_HEAD_DIM, CACHE_BLOCK, BLOCK_N, PAD_D, PAD_DV, {masked}, {whole},$PACKED_ARG$
     )"""
     lines = ["    # The tiles of keys that all of these queries see whole.", "    first_seen = begin"]
     if spec.kind != "causal":

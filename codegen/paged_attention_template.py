@@ -25,46 +25,7 @@ def base2_logits(products):
 $LOGITS$
 
 
-@triton.jit
-def attend(
-    q, q_position, acc, top, total, kv_head, begin, end, table_ptr, k_ptr, v_ptr,
-    NUM_KV_HEADS: tl.constexpr, HEAD_DIM: tl.constexpr, V_HEAD_DIM: tl.constexpr, CACHE_BLOCK: tl.constexpr,
-    BLOCK_N: tl.constexpr, PAD_D: tl.constexpr, PAD_DV: tl.constexpr, MASKED: tl.constexpr, WHOLE: tl.constexpr,
-):
-    """Online softmax of the rows of q over the keys [begin, end) of one sequence.
-
-    acc, top and total are each row's weighted values, largest logit and sum of weights so far. MASKED is for rows at
-    different positions: each then sees only its own part of the range. WHOLE is for a range of whole tiles.
-    """
-    d = tl.arange(0, PAD_D)
-    dv = tl.arange(0, PAD_DV)
-    for start in tl.range(begin, end, BLOCK_N):
-        key = start + tl.arange(0, BLOCK_N)
-        # A slot past the end may hold anything, NaN too, and 0 * NaN is NaN: it is not loaded at all.
-        live = (key < end) | WHOLE
-        block = tl.load(table_ptr + key // CACHE_BLOCK, mask=live, other=0)
-        row = (block.to(tl.int64) * CACHE_BLOCK + key % CACHE_BLOCK) * NUM_KV_HEADS + kv_head
-        k_mask = live[:, None] & (d < HEAD_DIM)[None, :]
-        k = tl.load(k_ptr + row[:, None] * HEAD_DIM + d[None, :], mask=k_mask, other=0.0)
-        logits = base2_logits(tl.dot(q, tl.trans(k), input_precision="ieee"))
-        visible = live[None, :]
-        if MASKED:
-            visible = visible & (key[None, :] <= q_position[:, None]) & (key[None, :] >= first_key(q_position)[:, None])
-        if MASKED or not WHOLE:
-            logits = tl.where(visible, logits, -float("inf"))
-        new_top = tl.maximum(top, tl.max(logits, 1))
-        shift = new_top
-        if MASKED or not WHOLE:
-            # A row that has seen no key yet has top = -inf; shifting by 0 instead keeps -inf - -inf from being NaN.
-            shift = tl.where(new_top == -float("inf"), 0.0, new_top)
-        weights = tl.exp2(logits - shift[:, None])
-        decay = tl.exp2(top - shift)
-        v_mask = live[:, None] & (dv < V_HEAD_DIM)[None, :]
-        v = tl.load(v_ptr + row[:, None] * V_HEAD_DIM + dv[None, :], mask=v_mask, other=0.0)
-        acc = tl.dot(weights.to(v.dtype), v, acc * decay[:, None], input_precision="ieee")
-        total = total * decay + tl.sum(weights, 1)
-        top = new_top
-    return acc, top, total
+$ATTEND_FUNCTION$
 
 
 @triton.jit
@@ -134,12 +95,12 @@ def join_splits(
 
 @triton.jit(do_not_specialize=["num_seqs", "table_width", "num_splits"])
 def decode(
-    q_ptr, k_ptr, v_ptr, tables_ptr, starts_ptr, lengths_ptr,$SINKS_ARG$ out_ptr, partial_ptr, lse_ptr, arrived_ptr,
+    q_ptr, k_ptr, v_ptr, tables_ptr, starts_ptr, lengths_ptr,$SINKS_ARG$$FACTORS_ARG$ out_ptr, partial_ptr, lse_ptr, arrived_ptr,
     num_seqs, table_width, num_splits,
     NUM_HEADS: tl.constexpr, NUM_KV_HEADS: tl.constexpr, HEAD_DIM: tl.constexpr, V_HEAD_DIM: tl.constexpr,
     CACHE_BLOCK: tl.constexpr, PAD_D: tl.constexpr, PAD_DV: tl.constexpr,
     HEADS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_S: tl.constexpr, SPLIT: tl.constexpr,
-    PREFETCH: tl.constexpr, PDL: tl.constexpr,
+    PREFETCH: tl.constexpr,$PACKED_PARAMETER$ PDL: tl.constexpr,
 ):
     """One query, HEADS query heads of one KV head, one split of the keys.
 
@@ -177,19 +138,16 @@ def decode(
     in_group = tl.program_id(1) % PARTS * HEADS + tl.arange(0, BLOCK_M)
     row_live = (tl.arange(0, BLOCK_M) < HEADS) & (in_group < GROUP)
     head = kv_head * GROUP + in_group
-    d = tl.arange(0, PAD_D)
     dv = tl.arange(0, PAD_DV)
     row = token.to(tl.int64) * NUM_HEADS + head
-    q_mask = row_live[:, None] & (d < HEAD_DIM)[None, :]
-    q = tl.load(q_ptr + row[:, None] * HEAD_DIM + d[None, :], mask=q_mask, other=0.0)
-    acc = tl.zeros((BLOCK_M, PAD_DV), tl.float32)
+$LOAD_Q$
 $DECODE_INIT$
     table_ptr = tables_ptr + seq.to(tl.int64) * table_width
-    acc, top, total = attend(
-        q, head, acc, top, total, kv_head, begin, end, table_ptr, k_ptr, v_ptr,
-        NUM_KV_HEADS, HEAD_DIM, V_HEAD_DIM, CACHE_BLOCK, BLOCK_N, PAD_D, PAD_DV, False, False,
+    $ACC$, top, total = attend(
+        $Q$, head, $ACC$, top, total, kv_head, begin, end, table_ptr, k_ptr, v_ptr,$FACTORS_ARG$
+        NUM_KV_HEADS, HEAD_DIM, V_HEAD_DIM, CACHE_BLOCK, BLOCK_N, PAD_D, PAD_DV, False, False,$PACKED_ARG$
     )
-    acc = acc / tl.where(total == 0.0, 1.0, total)[:, None]
+$JOIN$    acc = acc / tl.where(total == 0.0, 1.0, total$LIFT_END$)[:, None]
     out_mask = row_live[:, None] & (dv < V_HEAD_DIM)[None, :]
     if SPLIT:
         if live_splits > 1:
@@ -214,11 +172,11 @@ $DECODE_INIT$
 
 @triton.jit(do_not_specialize=["num_seqs", "table_width"])
 def prefill(
-    q_ptr, k_ptr, v_ptr, tables_ptr, starts_ptr, lengths_ptr,$SINKS_ARG$ out_ptr,
+    q_ptr, k_ptr, v_ptr, tables_ptr, starts_ptr, lengths_ptr,$SINKS_ARG$$FACTORS_ARG$ out_ptr,
     num_seqs, table_width,
     NUM_HEADS: tl.constexpr, NUM_KV_HEADS: tl.constexpr, HEAD_DIM: tl.constexpr, V_HEAD_DIM: tl.constexpr,
     CACHE_BLOCK: tl.constexpr, PAD_D: tl.constexpr, PAD_DV: tl.constexpr,
-    HEADS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, PDL: tl.constexpr,
+    HEADS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,$PACKED_PARAMETER$ PDL: tl.constexpr,
 ):
     """BLOCK_M // HEADS neighbouring queries of one sequence, times HEADS query heads of one KV head."""
     GROUP: tl.constexpr = NUM_HEADS // NUM_KV_HEADS
@@ -244,12 +202,9 @@ def prefill(
     in_group = tl.program_id(1) % PARTS * HEADS + lane % HEADS
     row_live = (lane < BLOCK_Q * HEADS) & (query < num_queries) & (in_group < GROUP)
     head = kv_head * GROUP + in_group
-    d = tl.arange(0, PAD_D)
     dv = tl.arange(0, PAD_DV)
     row = (seq_start + query).to(tl.int64) * NUM_HEADS + head
-    q_mask = row_live[:, None] & (d < HEAD_DIM)[None, :]
-    q = tl.load(q_ptr + row[:, None] * HEAD_DIM + d[None, :], mask=q_mask, other=0.0)
-    acc = tl.zeros((BLOCK_M, PAD_DV), tl.float32)
+$LOAD_Q$
 $PREFILL_INIT$
     # Keys before the first query's window, or after the last query, are seen by no row of this program.
     past = tl.load(lengths_ptr + seq) - num_queries
@@ -257,7 +212,7 @@ $PREFILL_INIT$
     end = past + tl.minimum(first_query + BLOCK_Q, num_queries)
     table_ptr = tables_ptr + seq.to(tl.int64) * table_width
 $ATTEND$
-    acc = acc / tl.where(total == 0.0, 1.0, total)[:, None]
+$JOIN$    acc = acc / tl.where(total == 0.0, 1.0, total$LIFT_END$)[:, None]
     out_mask = row_live[:, None] & (dv < V_HEAD_DIM)[None, :]
     tl.store(out_ptr + row[:, None] * V_HEAD_DIM + dv[None, :], acc.to(out_ptr.dtype.element_ty), mask=out_mask)
 

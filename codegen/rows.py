@@ -7,6 +7,7 @@ from typing import Any
 
 from torch.fx import Node
 
+from ..ir.cache_rounding import LARGEST, TRIES
 from ..ir.graph import Graph, flat_types, type_of
 from ..ir.ops import op_name
 from ..ir.types import Dim, Size
@@ -68,6 +69,10 @@ class RowTile(Tile):
         x = self.value(source, place)
         if name == "aten.amax":
             return f'tl.max(tl.where({place.mask}, {x}, float("-inf")), 1)[:, None]'
+        if name == "nn.head_factors":
+            dtype = str(node.args[1])
+            inside = self.writer.assign("inside", f"tl.where({place.mask}, {x}, 0.0)")
+            return f"code_factor({inside}, {LARGEST[dtype]}, {dtype == 'i8'}, {TRIES[dtype]})"
         if name == "aten.softmax.int":
             largest = self.writer.assign("largest", f'tl.max(tl.where({place.mask}, {x}, float("-inf")), 1)[:, None]')
             power = self.writer.assign("power", f"tl.exp(tl.where({place.mask}, {x} - {largest}, 0.0))")
@@ -195,15 +200,13 @@ def store(tile: Tile, output: Node, result: Node, at: Position) -> None:
         store_codes(tile, output, at)
         return
     value = tile.value(result, at)
-    if output is result:
-        shape = type_of(output).shape
-        where = flat_index(at.coords, shape)
-        if shape[-1] == 1 and at.coords[-1] != where:
-            where = f"{where} + {at.coords[-1]}"  # zero under the mask: the pointers need the shape of the tile
-        tile.writer.line(f"tl.store({output.name}_ptr + {where}, {value}, mask={at.mask})")
-        return
-    cache, _, slots = output.args
-    assert isinstance(cache, Node) and isinstance(slots, Node)
-    slot = tile.looked_up(slots, at.coords[:1], at)
-    where = flat_index((slot, *at.coords[1:]), type_of(cache).shape)
-    tile.writer.line(f"tl.store({cache.name}_ptr + {where}, {value}, mask={at.mask})")
+    coords, target = at.coords, output
+    if output is not result:
+        cache, _, slots = output.args
+        assert isinstance(cache, Node) and isinstance(slots, Node)
+        coords, target = (tile.looked_up(slots, coords[:1], at), *coords[1:]), cache
+    shape = type_of(target).shape
+    where = flat_index(coords, shape)
+    if shape[-1] == 1 and coords[-1] != where:
+        where = f"{where} + {coords[-1]}"  # zero under the mask: the pointers need the shape of the tile
+    tile.writer.line(f"tl.store({target.name}_ptr + {where}, {value}, mask={at.mask})")

@@ -11,7 +11,16 @@ from ..ir.ops import op_name
 from ..ir.schemes import scheme_of
 from .expressions import helpers_used
 
-POINTERS = {"f32": "*fp32", "f16": "*fp16", "bf16": "*bf16", "i64": "*i64", "i32": "*i32", "bool": "*i1"}
+POINTERS = {
+    "f32": "*fp32",
+    "f16": "*fp16",
+    "bf16": "*bf16",
+    "f8e4m3": "*fp8e4nv",
+    "i64": "*i64",
+    "i32": "*i32",
+    "i8": "*i8",
+    "bool": "*i1",
+}
 
 
 def fresh_outputs(graph: Graph) -> list[Node]:

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import torch
 
+from ..ir.cache_rounding import rounds_cache
 from ..ir.dump import dump
 from ..ir.errors import VerificationError
 from ..ir.graph import Graph, type_of
@@ -118,7 +119,7 @@ def _work(kernel: Kernel) -> int:
 def _tolerance(graph: Graph, device: torch.device) -> float:
     rounded = [*graph.inputs(), *fresh_outputs(graph)] if device.type == "cuda" else []
     allowed = [TOLERANCE.get(type_of(node).torch_dtype, 0.0) for node in rounded]
-    if rounds_rows(graph):
+    if rounds_rows(graph) or rounds_cache(graph):
         allowed.append(CODES_TOLERANCE)
     return max([TOLERANCE[torch.float32], *allowed])
 

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .cache_rounding import numbers
 from .ops import register
 
 
@@ -97,6 +100,8 @@ def paged_attention(
     window: int = 0,
     softcap: float = 0.0,
     sinks: Tensor | None = None,
+    k_factors: Tensor | None = None,
+    v_factors: Tensor | None = None,
 ) -> Tensor:
     """Attention of several sequences over a paged KV cache (Kwon et al. 2023).
 
@@ -107,6 +112,7 @@ def paged_attention(
         block_tables: ``i32 [S, B]``; query_starts: ``i32 [S + 1]``, where each sequence's rows of ``q`` begin;
             context_lens: ``i32 [S]``, the keys of each sequence, those of this step included.
         scale, kind, window, softcap, sinks: as in ``nn.attention``.
+        k_factors, v_factors: ``[C, KV, 1]``, what the numbers of a cache that holds codes are to be multiplied by.
 
     Returns:
         ``[T, H, DV]``.
@@ -115,7 +121,7 @@ def paged_attention(
     if q.device.type == "meta":
         return out
     lengths, starts, tables = context_lens.tolist(), query_starts.tolist(), block_tables.tolist()
-    caches = _Blocks(k_cache, block_size), _Blocks(v_cache, block_size)
+    caches = _Blocks(k_cache, k_factors, block_size, q.dtype), _Blocks(v_cache, v_factors, block_size, q.dtype)
     plain = not softcap and sinks is None
     decoding: list[tuple[int, int]] = []  # (blocks to read, sequence)
     for index, length in enumerate(lengths):
@@ -127,7 +133,7 @@ def paged_attention(
         if plain and last - first == 1:
             decoding.append(((length - 1) // block_size - begin // block_size + 1, index))
             continue
-        k, v = (cache.rows(tables[index], begin, length).to(q.dtype) for cache in caches)
+        k, v = (cache.rows(tables[index], begin, length) for cache in caches)
         seen = None
         if not (plain and kind == "causal" and last - first == length):
             places = torch.arange(begin, length, device=q.device)
@@ -166,7 +172,7 @@ def _decode(
     # The query heads of a group become the rows of one query, so its keys are read once.
     query = q.view(count, kv_heads, heads // kv_heads, -1)
     if count == 1:
-        k, v = (cache.rows(tables[0].tolist(), begins[0], ends[0]).to(q.dtype) for cache in (k_cache, v_cache))
+        k, v = (cache.rows(tables[0].tolist(), begins[0], ends[0]) for cache in (k_cache, v_cache))
         k, v = (item.transpose(0, 1).unsqueeze(0) for item in (k, v))
         return F.scaled_dot_product_attention(query, k, v, scale=scale).reshape(count, heads, -1)
     size = k_cache.size
@@ -182,7 +188,7 @@ def _decode(
     seen = (places >= low) & (places < high)
     # Whatever lies past the end must not meet a weight of zero as a NaN.
     torch._foreach_zero_([item[row, end:] for row, (_, end) in enumerate(bounds) for item in (k, v)])
-    k, v = (item.to(q.dtype).transpose(1, 2) for item in (k, v))
+    k, v = (item.transpose(1, 2) for item in (k, v))
     out = F.scaled_dot_product_attention(query, k, v, attn_mask=seen[:, None, None], scale=scale)
     return out.reshape(count, heads, -1)
 
@@ -195,26 +201,42 @@ def _first_seen(query: int, kind: str, window: int) -> int:
 
 
 class _Blocks:
-    """A cache ``[C, KV, D]`` seen as blocks of ``size`` slots."""
+    """A cache ``[C, KV, D]`` seen as blocks of ``size`` slots, whose numbers are read in ``dtype``."""
 
-    def __init__(self, cache: Tensor, size: int) -> None:
-        self.cache = cache
+    def __init__(self, cache: Tensor, factors: Tensor | None, size: int, dtype: torch.dtype) -> None:
         self.size = size
         self.heads = cache.shape[1]
-        self._blocks = cache[: cache.shape[0] // size * size].view(-1, size, *cache.shape[1:])
+        self._dtype = dtype
+        self._stores = cache, factors
 
     def rows(self, table: list[int], begin: int, end: int) -> Tensor:
-        """The positions ``begin`` to ``end`` of the sequence with this block table; a view if its blocks follow each other."""
+        """The positions ``begin`` to ``end`` of the sequence with this block table, ``[end - begin, KV, D]``."""
         first = begin // self.size
         blocks = table[first : (end - 1) // self.size + 1]
         start = begin - first * self.size
         if all(block == blocks[0] + place for place, block in enumerate(blocks)):
             start += blocks[0] * self.size
-            return self.cache[start : start + end - begin]
-        found = self._blocks.index_select(0, torch.tensor(blocks, device=self.cache.device)).flatten(0, 1)
-        return found[start : start + end - begin]
+            return self._numbers(lambda store: store[start : start + end - begin])
+
+        def gathered(store: Tensor) -> Tensor:
+            wanted = torch.tensor(blocks, device=store.device)
+            return self._whole(store).index_select(0, wanted).flatten(0, 1)[start : start + end - begin]
+
+        return self._numbers(gathered)
 
     def gather(self, tables: Tensor) -> Tensor:
         """The blocks of several sequences: ``[G, width * size, KV, D]`` for ``tables [G, width]``; a copy."""
-        found = self._blocks.index_select(0, tables.flatten())
-        return found.view(tables.shape[0], -1, *self.cache.shape[1:])
+
+        def gathered(store: Tensor) -> Tensor:
+            found = self._whole(store).index_select(0, tables.flatten())
+            return found.view(tables.shape[0], -1, *store.shape[1:])
+
+        return self._numbers(gathered)
+
+    def _whole(self, store: Tensor) -> Tensor:
+        """The whole blocks: ``[blocks, size, KV, D]``."""
+        return store[: store.shape[0] // self.size * self.size].view(-1, self.size, *store.shape[1:])
+
+    def _numbers(self, part: Callable[[Tensor], Tensor]) -> Tensor:
+        cache, factors = self._stores
+        return numbers(part(cache), None if factors is None else part(factors), self._dtype)

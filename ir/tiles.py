@@ -19,7 +19,7 @@ TILE_POINTWISE = frozenset(
         "ge.Scalar lt.Tensor le.Tensor gt.Tensor ge.Tensor eq.Tensor logical_and logical_or logical_not "
         "masked_fill.Scalar floor"
     ).split()
-) | {"nn.silu_mul", "nn.gelu_mul"}
+) | {"nn.silu_mul", "nn.gelu_mul", "nn.head_codes"}
 
 # The same values at other coordinates: no work, only index arithmetic.
 TILE_VIEWS = frozenset(
@@ -43,13 +43,14 @@ TILE_REDUCTIONS = frozenset(
         "aten.sum.dim_IntList",
         "aten.amax",
         "aten.softmax.int",
+        "nn.head_factors",
     ]
 )
 # A row has to fit into the registers of one program.
 WIDEST_ROW = 16384
 
 _POWERS = frozenset({2, 3, 4, 0.5, -0.5, -1})
-_ELEMENTS = frozenset({"f32", "f16", "bf16", "i64", "i32", "bool"})
+_ELEMENTS = frozenset({"f32", "f16", "bf16", "f8e4m3", "i64", "i32", "i8", "bool"})
 
 
 def is_pointwise(node: Node) -> bool:
@@ -124,7 +125,7 @@ def _reduces_rows(node: Node, name: str) -> bool:
         return False
     if shape[-1] > WIDEST_ROW:
         return False
-    if name in ("nn.rms_norm", "nn.layer_norm", "nn.add_rms_norm"):
+    if name in ("nn.rms_norm", "nn.layer_norm", "nn.add_rms_norm", "nn.head_factors"):
         return True
     if name == "aten.softmax.int":
         return bool(node.args[1] == -1)

@@ -16,6 +16,7 @@ DTYPES: dict[str, torch.dtype] = {
     "f16": torch.float16,
     "f32": torch.float32,
     "f64": torch.float64,
+    "f8e4m3": torch.float8_e4m3fn,
     "i64": torch.int64,
     "i32": torch.int32,
     "i16": torch.int16,

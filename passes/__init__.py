@@ -1,5 +1,6 @@
 """Rewrites of the graph: rules, merges, paging, and grouping into kernels. ``run`` applies them by name."""
 
+from .cache_rounding import OPTION as KV_DTYPE
 from .ledger import PassReport, Refusal
 from .pipeline import NEEDED, PASSES, RULES, Step, apply, run, steps
 from .quantize import OPTION as QUANTIZATION
@@ -12,6 +13,7 @@ from .verification import verified
 register = PASSES.register
 
 __all__ = [
+    "KV_DTYPE",
     "NEEDED",
     "PASSES",
     "QUANTIZATION",

@@ -142,8 +142,11 @@ class Comparison:
         found = {}
         for node in graph.calls():
             if str(node.target) == "cache":
-                shape = type_of(node).concrete({"C": _POOL * self.block})
-                found[f"{node.args[0]}{node.args[1]}"] = torch.full(shape, math.nan, dtype=type_of(node).torch_dtype)
+                kind = type_of(node)
+                # Codes have factors, which are NaN.
+                value = math.nan if kind.torch_dtype.is_floating_point else 0
+                shape = kind.concrete({"C": _POOL * self.block})
+                found[f"{node.args[0]}{node.args[1]}"] = torch.full(shape, value, dtype=kind.torch_dtype)
         return found
 
 

@@ -7,7 +7,7 @@ norm over the columns of a matmul's result starts the next region.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
 from torch.fx import Node
 
@@ -125,11 +125,33 @@ def _row_regions(graph: Graph, taken: dict[Node, Region]) -> list[list[Node]]:
         groups[index].append(node)
         home[node] = index
         reaches[node] = upstream | (direct - {index})
+    _join_writes(groups, home, reaches)
     kept = [group for group in map(_without_edges, groups) if group]
     grouped = {node for group in kept for node in group}
     for group in kept:
         _pull_views(graph, group, grouped, taken)
     return kept
+
+
+def _join_writes(groups: list[list[Node]], home: Mapping[Node, int], reaches: Mapping[Node, set[int]]) -> None:
+    """Writes to the caches of one layer share a kernel where neither waits for the other; a joined group is left empty."""
+    above = [set().union(*(reaches[node] for node in group)) for group in groups]
+    for later, group in enumerate(groups):
+        for index in range(later):
+            first = groups[index]
+            if not (first and _only_writes(first, home) and _only_writes(group, home) and _same_rows(first, group[-1])):
+                continue
+            if index not in above[later] and later not in above[index]:
+                first += group
+                above[index] |= above[later]
+                group.clear()
+                break
+
+
+def _only_writes(group: list[Node], home: Mapping[Node, int]) -> bool:
+    """Whether writes to caches are all that others read of a group."""
+    results = [node for node in group if any(home.get(user) != home[node] for user in node.users)]
+    return all(op_name(node.target) == "nn.cache_write" for node in results)
 
 
 def _pull_views(graph: Graph, group: list[Node], grouped: set[Node], taken: dict[Node, Region]) -> None:

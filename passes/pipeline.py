@@ -12,6 +12,8 @@ from ..ir.graph import Graph
 from ..ir.verify import verify
 from . import activations, norms, outer, rotary
 from .batch_dim import drop_batch_dim
+from .cache_rounding import OPTION as KV_DTYPE
+from .cache_rounding import quantize_cache
 from .duplicates import merge_duplicates
 from .grouping import group_kernels
 from .ledger import PassReport
@@ -59,6 +61,7 @@ _OWN: dict[str, GraphPass] = {
     "Quantize": quantize,
     "FoldNormScales": fold_norm_scales,
     "PageAttention": page_attention,
+    "QuantizeCache": quantize_cache,
     "SelectRows": select_rows,
     "GroupKernels": group_kernels,
 }
@@ -80,6 +83,7 @@ LOWERING: tuple[str, ...] = (
     "Quantize",
     "FoldNormScales",
     "PageAttention",
+    "QuantizeCache",
     "SelectRows",
     "GroupKernels",
 )
@@ -87,6 +91,8 @@ LOWERING: tuple[str, ...] = (
 PASSES = Registry(_OWN, CANONICAL + LOWERING)
 # Without these a graph does not run over a paged cache.
 NEEDED = frozenset({"PageAttention", "SelectRows"})
+# Passes that must not fail where an option of the graph asks for what they do.
+_ASKED_FOR = {"Quantize": QUANTIZATION, "QuantizeCache": KV_DTYPE}
 
 
 @dataclass(frozen=True)
@@ -140,7 +146,7 @@ def apply(name: str, graph: Graph, report: PassReport, check: bool = False) -> G
         if check:
             raise
         why = f"{type(error).__name__}: {error}"
-        if name in NEEDED or (graph.options.get(QUANTIZATION) and name == "Quantize"):
+        if name in NEEDED or graph.options.get(_ASKED_FOR.get(name, "")):
             raise UnsupportedModelError(f"{name} cannot handle this model: {why}") from error
         report.refuse("graph", why)
         after = graph

@@ -15,6 +15,7 @@ from pathlib import Path
 
 from torch.fx import Node
 
+from ..ir.cache_rounding import without_cache_rounding
 from ..ir.draws import row_axis
 from ..ir.dump import call_text, dump
 from ..ir.errors import FuselineError, VerificationError
@@ -30,6 +31,8 @@ from .reproduction import smallest, write_pass
 
 # A mismatch must show with other numbers too: rounding may turn a choice between experts that score alike.
 _SEEDS = (1, 2)
+# Rounding is meant to change numbers; that nothing else did is seen without it.
+_UNDO = {"Quantize": without_rounding, "QuantizeCache": without_cache_rounding}
 
 
 def verified(
@@ -100,15 +103,14 @@ class Verification:
         Raises:
             VerificationError: they compute different numbers.
         """
-        # Rounding is meant to change numbers; that nothing else did is seen without it.
-        rounds = step.name == "Quantize" and bool(step.report.fused)
-        before, after = self._before, without_rounding(step.graph) if rounds else step.graph
+        undo = _UNDO.get(step.name) if step.report.fused else None
+        before, after = self._before, undo(step.graph) if undo else step.graph
         if after is not before and dump(before) != dump(after):
             found = self._by_cuts(step.name, before, after) or self._whole(step.name, before, after)
             if found is not None:
                 raise self._blame(number, step, found)
         self._before = step.graph
-        if rounds:
+        if undo:
             self._begin(step.graph)
 
     def failed(self, number: int, name: str, error: Exception) -> VerificationError:

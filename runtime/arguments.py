@@ -15,6 +15,9 @@ Model = Annotated[
 Device = Annotated[str | None, typer.Option(help="cpu or cuda; by default the GPU if there is one.")]
 Dtype = Annotated[str | None, typer.Option(help="float32, bfloat16 or float16; by default bfloat16 on a GPU.")]
 MaxSeqLen = Annotated[int | None, typer.Option(help="Most tokens of prompt and answer; by default the model's own.")]
+CacheDtype = Annotated[
+    str | None, typer.Option("--kv-cache", metavar="TYPE", help="Hold keys and values in 8 bits: int8 or fp8.")
+]
 Quantization = Annotated[
     str | None,
     typer.Option(

@@ -16,7 +16,7 @@ from rich.console import Console
 from .. import ir, passes
 from ..ir.errors import FuselineError, InvalidRequestError, UnsupportedModelError
 from ..ir.skeleton import skeleton
-from .arguments import Device, Dtype, MaxSeqLen, Model, Quantization
+from .arguments import CacheDtype, Device, Dtype, MaxSeqLen, Model, Quantization
 from .bench.command import bench
 from .compile import compile
 from .compiled import CompiledModel
@@ -59,6 +59,7 @@ def run(
     no_chat: Annotated[bool, typer.Option("--no-chat", help="Continue the text, with no chat template.")] = False,
     max_seq_len: MaxSeqLen = None,
     quantization: Quantization = None,
+    kv_cache: CacheDtype = None,
 ) -> None:
     """Generate text. The text goes to stdout as it is made, progress and a short table to stderr."""
     params = SamplingParams(max_new_tokens, temperature, top_k, top_p, seed)
@@ -74,6 +75,7 @@ def run(
         max_batch_size=1,
         max_seq_len=max_seq_len,
         quantization=_wanted(quantization),
+        kv_cache=KVCacheConfig(dtype=kv_cache),
         progress=True,
     )
     speed = _stream(compiled, tokenizer, tokens, params)
@@ -93,12 +95,13 @@ def dump(
     dtype: Dtype = None,
     max_seq_len: MaxSeqLen = None,
     quantization: Quantization = None,
+    kv_cache: CacheDtype = None,
 ) -> None:
     """Show what a model is compiled to: its lowered graph on stdout, numbered files, or a page. No weights are read."""
     quiet_transformers()
     if html and html.suffix != ".html":
         raise OptionError(f"--html {html}: the name of the page must end with .html")
-    lowered, _ = _lower(model, device, dtype, max_seq_len, quantization, out or html)
+    lowered, _ = _lower(model, device, dtype, max_seq_len, quantization, kv_cache, out or html)
     out, html = (path and path_of_rank(path) for path in (out, html))
     if out is not None:
         last, page = max(out.glob("[0-9][0-9][0-9]_*.txt")), out / "index.html"
@@ -118,10 +121,11 @@ def explain(
     dtype: Dtype = None,
     max_seq_len: MaxSeqLen = None,
     quantization: Quantization = None,
+    kv_cache: CacheDtype = None,
 ) -> None:
     """Say what was fused, what was not and why, and what almost was. No weights are read."""
     quiet_transformers()
-    lowered, report = _lower(model, device, dtype, max_seq_len, quantization)
+    lowered, report = _lower(model, device, dtype, max_seq_len, quantization, kv_cache)
     try:
         print(explanation(lowered.graph, report, layer), end="")
     except ValueError as error:
@@ -154,6 +158,7 @@ def _lower(
     dtype: str | None,
     max_seq_len: int | None,
     quantization: str | None,
+    kv_cache: str | None,
     out: Path | None = None,
 ) -> tuple[Lowered, Report]:
     """A model lowered to kernels, without its weights."""
@@ -164,7 +169,7 @@ def _lower(
         bones = skeleton(resolve(model), kind)
     report.model = type(bones.model).__name__
     config = bones.model.config.get_text_config()
-    options = resolve_sizes(config, place, kind, 1, max_seq_len, None, KVCacheConfig())
+    options = resolve_sizes(config, place, kind, 1, max_seq_len, None, KVCacheConfig(dtype=kv_cache))
     options = replace(options, quantization=resolve_quantization(_wanted(quantization)))
     wishes = Wishes(dump=Dump(out) if out else None, progress=Progress(True))
     return lower(bones, options, wishes, report), report

@@ -15,6 +15,7 @@ from transformers import PreTrainedModel
 from .. import passes
 from ..codegen.launch import load_launches
 from ..codegen.tuning import Choices
+from ..ir.cache_rounding import rounds_cache
 from ..ir.graph import Graph, type_of
 from ..ir.period import fold_of
 from ..ir.quantized import rounds_rows
@@ -49,7 +50,8 @@ from .yardstick import Yardstick, run_source
 
 # Legal reordering of sums moves fp32 logits by about 1e-6 and rounded ones by a few percent; real mixing by far more.
 _CHECK_TOLERANCE = {torch.float32: 1e-4, torch.float16: 5e-2, torch.bfloat16: 1e-1}
-_CODES_TOLERANCE = 5e-2
+# Where steps round, what lies half-way between two codes may become either.
+_CODES_TOLERANCE = {torch.float32: 5e-2, torch.float16: 0.25, torch.bfloat16: 0.25}
 
 
 @rarely_searched_for_garbage
@@ -84,8 +86,8 @@ def compile(
         device, dtype: default to the GPU in bf16 if there is one, else to the CPU in fp32.
         max_batch_size: sequences in one step. max_seq_len: tokens of a sequence, prompt and answer; defaults to the
             model's ``max_position_embeddings``. max_step_tokens: tokens in one step, prefill included.
-        kv_cache: block size and number of tokens of the KV cache; on a GPU it takes by default what weights and steps
-            leave of 85 % of the memory.
+        kv_cache: block size, number of tokens and element type of the KV cache; on a GPU it takes by default what
+            weights and steps leave of 85 % of the memory.
         quantization: hold the weights of projections in fewer bits, rounded to nearest: ``"int8"`` (a factor for each
             output channel), ``"int4g128"`` (or ``"int4"``; a factor for each 128 inputs), ``"int4g64"``, ``"int4g32"``,
             and with zero points ``"uint4g128"``, ``"uint4g64"``, ``"uint4g32"``; or weights and activations, these with
@@ -130,6 +132,8 @@ def compile(
         raise OptionError("a graph has no weights: pass weights=<the model it was made from>")
     if isinstance(model, Graph) and wanted:
         raise OptionError("a graph from a dump states its quantization itself; leave quantization at None")
+    if isinstance(model, Graph) and kv_cache.dtype is not None:
+        raise OptionError("a graph from a dump states the type of its caches itself; leave KVCacheConfig.dtype at None")
     with report.timed("read the model"):
         bones = skeleton(source, kind, trust_remote_code)
     config = bones.model.config.get_text_config()
@@ -150,8 +154,8 @@ def compile(
     vocab = type_of(_result(loop.graph)).shape[-1]
     assert isinstance(vocab, int)
     yardstick = Yardstick()
-    # A graph may have been changed on purpose, and rounded weights give other numbers.
-    if not isinstance(model, Graph) and not options.quantization:
+    # A graph may have been changed on purpose, and rounded weights, keys and values give other numbers.
+    if not isinstance(model, Graph) and not options.quantization and not options.kv_dtype:
         with report.timed("run the model itself"), show.line("run the model itself"):
             fold = fold_of(lowered.folded) if loop.repeats else None
             yardstick = run_source(bones.score, fold, vocab, options.max_seq_len)
@@ -161,7 +165,7 @@ def compile(
     most, budget = pool_limits(loop, options, block)
     plan = plan_memory(loop, launched, values, place, load_of(options), block, most, budget)
     report.memory(plan, block)
-    few = loop.short if yardstick.few else loop
+    few = loop.short if loop.repeats else loop
     with report.timed("place weights"):
         placed: dict[str, torch.Tensor] = {}
         constants = fold_constants(loop, values, place, placed, lambda items: show.bar(items, "weights"))
@@ -190,9 +194,9 @@ def compile(
         whole = sample = on_cache(most_slots(block))
         if few is not loop:
             sample = Executor(few, few_constants, new_caches(few, most_slots(block), place), place, launches)
-        codes = rounds_rows(loop.graph)
+        codes = rounds_rows(loop.graph) or rounds_cache(loop.graph)
         exact = kind == torch.float32 and not codes
-        tolerance = max(_CHECK_TOLERANCE[kind], _CODES_TOLERANCE if codes else 0.0)
+        tolerance = max(_CHECK_TOLERANCE[kind], _CODES_TOLERANCE[kind] if codes else 0.0)
         report.self_check = check_concatenation(
             sample.poisoned, vocab, block, place, tolerance, exact, options.max_seq_len
         )

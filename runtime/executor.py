@@ -159,9 +159,13 @@ class Executor:
         return values[self._result]  # type: ignore[no-any-return]
 
     def poisoned(self) -> Executor:
-        """The same after NaN was written to every slot of the caches, which must not be read before it is overwritten."""
+        """The same after NaN was written to every slot of the caches, which must not be read before it is overwritten.
+
+        Codes have factors, which become NaN.
+        """
         for store in self._caches.values():
-            store.fill_(float("nan"))
+            if store.is_floating_point():
+                store.fill_(float("nan"))
         return self
 
     def _reference(self, node: Node) -> Instruction:

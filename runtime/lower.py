@@ -76,6 +76,8 @@ def lower(source: Skeleton | Graph, options: Options, wishes: Wishes, report: Re
     else:
         with report.timed("capture"), wishes.progress.line("capture"):
             choices: dict[str, Any] = {"kv_block": options.kv_cache.block_size}
+            if options.kv_dtype:
+                choices[passes.KV_DTYPE] = options.kv_dtype
             if options.quantization:
                 choices[passes.QUANTIZATION] = passes.spelled(options.quantization)
             # A pattern with numbers may tell equal layers apart.

@@ -22,6 +22,9 @@ class OptionError(FuselineError, ValueError):
 class KVCacheConfig:
     """The KV cache: tokens a block, tokens in all (``None``: as many as are useful and fit), element type.
 
+    ``dtype`` is the model's (``None``), or ``"int8"`` or ``"fp8"`` (E4M3): each head of each token is rounded by itself,
+    with a factor of its own in bf16.
+
     What fits on a GPU is what weights and steps leave of ``memory_share`` of its memory, all that is in use counted.
     """
 
@@ -41,11 +44,13 @@ class Options:
     max_seq_len: int
     max_step_tokens: int
     kv_cache: KVCacheConfig
+    kv_dtype: str | None = None
     quantization: Mapping[str, str | None] = field(default_factory=dict)
     graphs: bool = False
     lookahead: bool = False
 
 
+_KV_DTYPES = {"int8": "i8", "fp8": "f8e4m3", "float8_e4m3fn": "f8e4m3"}
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -128,10 +133,26 @@ def refuse_later(tensor_parallel: int, schedule: str, kv_cache: KVCacheConfig) -
         raise OptionError(f"tensor_parallel={tensor_parallel} is not available yet; leave it at 1")
     if schedule not in ("auto", "split"):
         raise OptionError(f"schedule={schedule!r} is not available yet; use 'auto' or 'split'")
-    if kv_cache.dtype is not None:
-        raise OptionError("KVCacheConfig.dtype is not available yet: the cache has the model's element type")
     if kv_cache.block_size not in (8, 16, 32, 64, 128, 256):
         raise OptionError(f"KVCacheConfig.block_size must be a power of two from 8 to 256, not {kv_cache.block_size}")
+
+
+def resolve_kv_dtype(asked: torch.dtype | str | None, dtype: torch.dtype, device: torch.device) -> str | None:
+    """The element type of the codes that a KV cache holds, as the text form names it; ``None`` if it holds numbers.
+
+    Raises:
+        OptionError: there is no such type, or the GPU does not have it.
+    """
+    name = str(asked).removeprefix("torch.") if asked is not None else None
+    if name is None or _DTYPES.get(name) == dtype:
+        return None
+    if name not in _KV_DTYPES:
+        raise OptionError(f"KVCacheConfig.dtype {asked!r} is not supported; use 'int8', 'fp8' or None, the model's own")
+    found = _KV_DTYPES[name]
+    if found == "f8e4m3" and device.type == "cuda" and torch.cuda.get_device_capability(device) < (8, 9):
+        name = torch.cuda.get_device_name(device)
+        raise OptionError(f"KVCacheConfig.dtype: the {name} has no fp8, which needs compute capability 8.9; use 'int8'")
+    return found
 
 
 def resolve(
@@ -164,4 +185,5 @@ def resolve(
         raise OptionError(f"KVCacheConfig.memory_share must be a number above 0 and at most 1, not {share!r}")
     if kv_cache.max_tokens is not None:
         positive("KVCacheConfig.max_tokens", kv_cache.max_tokens)
-    return Options(device, dtype, batch, max_seq_len, max(max_step_tokens, batch), kv_cache)
+    kv_dtype = resolve_kv_dtype(kv_cache.dtype, dtype, device)
+    return Options(device, dtype, batch, max_seq_len, max(max_step_tokens, batch), kv_cache, kv_dtype)

@@ -12,7 +12,7 @@ from typing import Any
 from pytest import MonkeyPatch
 
 from fuseline import passes
-from fuseline.codegen import expressions, grouped_linear, kernels, paged_attention
+from fuseline.codegen import expressions, grouped_linear, kernels, paged_attention, paged_attention_cache
 from fuseline.passes.pattern import read_pattern
 
 Switch = Callable[[MonkeyPatch], None]
@@ -94,8 +94,11 @@ def in_helper(name: str, old: str, new: str) -> Switch:
 
 def in_attention(old: str, new: str) -> Switch:
     """A line of the attention kernels says something else."""
-    assert old in paged_attention.TEMPLATE, old
-    return lambda patch: patch.setattr(paged_attention, "TEMPLATE", paged_attention.TEMPLATE.replace(old, new))
+    module, name = (
+        (paged_attention, "TEMPLATE") if old in paged_attention.TEMPLATE else (paged_attention_cache, "NUMBERS")
+    )
+    assert old in getattr(module, name), old
+    return lambda patch: patch.setattr(module, name, getattr(module, name).replace(old, new))
 
 
 def in_experts(old: str, new: str) -> Switch:

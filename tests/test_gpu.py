@@ -76,6 +76,30 @@ def test_kernels_of_rounded_weights_agree_with_their_references(scheme: str) -> 
     assert f"{len(compiled.kernels)} kernels agree with their references" in compiled.report.verification
 
 
+@pytest.mark.parametrize("kind", ["int8", "fp8"])
+@pytest.mark.parametrize("name", ["llama", "qwen3", "gpt2", "gemma2", "gpt_oss"])
+def test_logits_over_a_rounded_cache(name: str, kind: str) -> None:
+    """In fp32 those of the references on the CPU; numbers half-way between two codes may become either."""
+    model, cache = make(name), fuseline.KVCacheConfig(dtype=kind)
+    choices = {"dtype": torch.float32, "max_seq_len": 64, "kv_cache": cache}
+    ours, theirs = (fuseline.compile(copy.deepcopy(model).to(d), device=d, **choices) for d in ("cuda", "cpu"))
+    given = torch.tensor([prompts(model.config.get_text_config().vocab_size)[-1]])
+    assert relative(ours(given).logits.cpu(), theirs(given).logits) <= 5e-3
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bf16", "fp16"])
+@pytest.mark.parametrize("kind", ["int8", "fp8"])
+@pytest.mark.parametrize("head_dim", [64, 128, 256])
+def test_kernels_over_a_rounded_cache_agree_with_their_references(head_dim: int, kind: str, dtype: torch.dtype) -> None:
+    sizes = {"hidden_size": 384, "intermediate_size": 256, "num_attention_heads": 6, "num_key_value_heads": 2}
+    model = LlamaForCausalLM(LlamaConfig(vocab_size=199, num_hidden_layers=2, head_dim=head_dim, **sizes))
+    cache = fuseline.KVCacheConfig(dtype=kind)
+    compiled = fuseline.compile(
+        model.to(dtype).cuda(), device="cuda", dtype=dtype, max_seq_len=64, kv_cache=cache, verify=True
+    )
+    assert f"{len(compiled.kernels)} kernels agree with their references" in compiled.report.verification
+
+
 def row_errors(found: torch.Tensor, wanted: torch.Tensor) -> torch.Tensor:
     return (found.double() - wanted.double()).norm(dim=-1) / wanted.double().norm(dim=-1)
 

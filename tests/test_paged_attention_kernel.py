@@ -14,6 +14,7 @@ from triton_interpreter import interpreter
 from fuseline.codegen.offline import check_file, load_kernel_file
 from fuseline.codegen.paged_attention import AttentionSpec, paged_attention_source
 
+FP8 = torch.float8_e4m3fn
 CAUSAL = AttentionSpec(9, 3, 24, 24, torch.float32, 16, 24**-0.5)
 
 
@@ -95,8 +96,22 @@ def batch(case: Case, device: str = "cpu") -> list[torch.Tensor]:
     out = torch.full((tokens, spec.num_heads, spec.v_head_dim), torch.nan)
     integers = [tables, torch.tensor(starts, dtype=torch.int32), torch.tensor(lengths, dtype=torch.int32)]
     sinks = [torch.randn(spec.num_heads, generator=generator)] if spec.sinks else []
-    q, k_cache, v_cache, out, *sinks = [t.to(spec.dtype) for t in (q, k_cache, v_cache, out, *sinks)]
-    return [t.to(device) for t in (q, k_cache, v_cache, *integers, out, *sinks)]
+    q, out, *sinks = [t.to(spec.dtype) for t in (q, out, *sinks)]
+    factors = []
+    if spec.codes is None:
+        k_cache, v_cache = k_cache.to(spec.dtype), v_cache.to(spec.dtype)
+    else:
+        (k_cache, k_factors), (v_cache, v_factors) = (in_codes(cache, spec.codes) for cache in (k_cache, v_cache))
+        factors = [k_factors, v_factors]
+    return [t.to(device) for t in (q, k_cache, v_cache, *integers, out, *sinks, *factors)]
+
+
+def in_codes(cache: torch.Tensor, kind: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
+    """Codes and factors of some numbers; the factors of NaN are NaN."""
+    largest = 127.0 if kind == torch.int8 else 448.0
+    factors = (cache.abs().amax(-1, keepdim=True) / largest).bfloat16()
+    codes = (cache / factors.float()).nan_to_num(0.0).clamp(-largest, largest)
+    return (codes.round() if kind == torch.int8 else codes).to(kind), factors
 
 
 def run_case(case: Case, folder: str, device: str = "cpu") -> tuple[float, float]:
@@ -105,7 +120,12 @@ def run_case(case: Case, folder: str, device: str = "cpu") -> tuple[float, float
     path.write_text(paged_attention_source(case.spec))
     inputs = batch(case, device)
     load_kernel_file(path).launch(*inputs, num_splits=case.num_splits)
-    expected = paged_attention_reference(case.spec, *inputs[:6], *inputs[7:])
+    q, k_cache, v_cache, *integers = inputs[:6]
+    more = inputs[7:]
+    if case.spec.codes is not None:
+        *more, k_factors, v_factors = more
+        k_cache, v_cache = k_cache.double() * k_factors.double(), v_cache.double() * v_factors.double()
+    expected = paged_attention_reference(case.spec, q, k_cache, v_cache, *integers, *more)
     scale = expected.square().mean()
     rounding = (expected.to(case.spec.dtype).double() - expected).square().mean() / scale
     return ((inputs[6].double() - expected).square().mean() / scale).sqrt().item(), rounding.sqrt().item()
@@ -165,6 +185,17 @@ CASES = {
     "sinks, decode, split": Case(sliding(90, sinks=True), DECODE, padding=2, num_splits=3),
     "fp16": Case(replace(CAUSAL, dtype=torch.float16), MIXED),
     "fp16, decode": Case(replace(CAUSAL, dtype=torch.float16, sinks=True), DECODE, num_splits=2),
+    "int8": Case(replace(CAUSAL, codes=torch.int8), MIXED),
+    "int8, decode": Case(replace(CAUSAL, codes=torch.int8), DECODE, padding=2, num_splits=1),
+    "int8, decode, split": Case(sliding(50, codes=torch.int8, sinks=True), DECODE, padding=1, num_splits=3),
+    "int8, fp16, other value head dim": Case(replace(LATENT, codes=torch.int8, dtype=torch.float16), MIXED),
+    "int8, fp16, mqa, decode": Case(replace(MQA80, codes=torch.int8, dtype=torch.float16), DECODE, num_splits=2),
+    "fp8": Case(replace(CAUSAL, codes=FP8, softcap=20.0), MIXED, magnitude=4.0),
+    "fp8, decode, split": Case(replace(MHA64, codes=FP8), DECODE, num_splits=2),
+    "fp8, fp16, head dim 16, decode": Case(
+        replace(CAUSAL, head_dim=16, v_head_dim=16, codes=FP8, dtype=torch.float16), DECODE
+    ),
+    "fp8, fp16": Case(chunked(7, codes=FP8, dtype=torch.float16), MIXED),
 }
 SMALL_CHANGES = {"one key less": "key < end - 1", "a block too far": "key < end + 16"}
 GPU_SPECS = [
@@ -178,11 +209,15 @@ GPU_SPECS = [
     AttentionSpec(9, 3, 72, 72, torch.float16, 8, 72**-0.5),
     AttentionSpec(9, 3, 64, 64, torch.float32, 16, 0.125),
     AttentionSpec(4, 1, 256, 256, torch.float32, 16, 0.0625, "sliding", 100, softcap=50.0, sinks=True),
+    AttentionSpec(32, 8, 128, 128, torch.bfloat16, 16, 128**-0.5, codes=torch.int8),
+    AttentionSpec(8, 4, 256, 256, torch.bfloat16, 16, 0.0625, "sliding", 100, softcap=50.0, codes=torch.int8),
+    AttentionSpec(16, 2, 64, 64, torch.float16, 32, 0.125, "sliding", 128, sinks=True, codes=FP8),
 ]
 
 
 def _name(spec: AttentionSpec) -> str:
-    return f"{spec.num_heads}x{spec.num_kv_heads}x{spec.head_dim}-{spec.kind}-{str(spec.dtype)[6:]}"
+    codes = f"-{str(spec.codes)[6:]}" if spec.codes else ""
+    return f"{spec.num_heads}x{spec.num_kv_heads}x{spec.head_dim}-{spec.kind}-{str(spec.dtype)[6:]}{codes}"
 
 
 @pytest.fixture(scope="module")
@@ -228,13 +263,21 @@ def test_source_is_deterministic_and_states_its_numbers() -> None:
 def test_compiles_without_spills(spec: AttentionSpec, tmp_path: Path) -> None:
     path = tmp_path / "attention.py"
     path.write_text(paged_attention_source(spec))
-    for resources in check_file(path):
+    for resources in check_file(path, (90,) if spec.codes == FP8 else (80, 90)):
         if resources.kernel != "combine":
             assert "cp.async.cg.shared.global" in resources.ptx, "keys and values are not loaded 16 bytes at a time"
 
 
 @pytest.mark.parametrize(
-    "changes", [{"dtype": torch.float64}, {"num_kv_heads": 2}, {"head_dim": 264}, {"kind": "sliding"}, {"window": 5}]
+    "changes",
+    [
+        {"dtype": torch.float64},
+        {"num_kv_heads": 2},
+        {"head_dim": 264},
+        {"kind": "sliding"},
+        {"window": 5},
+        {"head_dim": 23, "codes": torch.int8},
+    ],
 )
 def test_refuses_what_it_cannot_do(changes: dict[str, object]) -> None:
     with pytest.raises(ValueError):

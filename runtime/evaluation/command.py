@@ -29,6 +29,15 @@ _HEAD = f"{'weights':<24}{'bytes a weight':>15}{'perplexity':>12}{'over none':>1
 
 
 @dataclass(frozen=True)
+class Case:
+    """A way to compile the model: its weights, and its KV cache."""
+
+    name: str
+    quantization: str | dict[str, str | None] | None = None
+    kv_cache: str | None = None
+
+
+@dataclass(frozen=True)
 class Row:
     """A line of the table. ``bytes_per_weight`` counts all weights, those left as they are among them.
 
@@ -57,6 +66,12 @@ def evaluate(
             metavar="SCHEME...", help="Schemes to compare, with spaces between: int8 int4g64 '*.down_proj=int8,*=int4'."
         ),
     ] = "int8 int4g128 int4g64 int4g32",
+    kv_cache: Annotated[
+        str,
+        typer.Option(
+            metavar="TYPE...", help="Element types of the KV cache to compare, with spaces between: int8 fp8."
+        ),
+    ] = "",
     text: Annotated[Path | None, typer.Option(help="A text file; by default help texts of Python's library.")] = None,
     count: Annotated[int, typer.Option(help="Windows of the text.")] = 8,
     length: Annotated[int, typer.Option(help="Tokens of a window, at least 2.")] = 1024,
@@ -80,22 +95,22 @@ def evaluate(
     path = resolve(model)
     texts = windows(_tokens(path, text), count, length)
     print(_HEAD, flush=True)
-    for row in _rows(path, schemes, texts, device, dtype):
+    cases = [Case("none"), *(Case(scheme, quantization_of(scheme)) for scheme in schemes)]
+    cases += [Case(f"KV cache in {kind}", kv_cache=kind) for kind in kv_cache.split()]
+    for row in _rows(path, cases, texts, device, dtype):
         print(row, flush=True)
         if json_file is not None:
             with json_file.open("a") as file:
                 print(json.dumps({"model": model, **asdict(row)}), file=file)
 
 
-def _rows(
-    path: str, schemes: list[str], texts: list[list[int]], device: str | None, dtype: str | None
-) -> Iterator[Row]:
-    """A row for the model as it is, then one for each scheme. No two compiled models are kept at a time."""
+def _rows(path: str, cases: list[Case], texts: list[list[int]], device: str | None, dtype: str | None) -> Iterator[Row]:
+    """A row for each case, the first the model as it is. No two compiled models are kept at a time."""
     reference: list[Tensor] = []
     weights, plain = 0, 0.0
-    for scheme in ["none", *schemes]:
-        compiled = _compiled(path, scheme, len(texts[0]), device, dtype)
-        made = predictions(partial(_logits, compiled), Progress(True).bar(texts, scheme))
+    for case in cases:
+        compiled = _compiled(path, case, len(texts[0]), device, dtype)
+        made = predictions(partial(_logits, compiled), Progress(True).bar(texts, case.name))
         if not reference:
             reference = list(made)
             found = compare(reference, reference, texts)
@@ -104,19 +119,19 @@ def _rows(
         else:
             found = compare(made, reference, texts)
         speed = 1e3 / compiled.decode_step_ms(1, len(texts[0]), _REPEATS)
-        yield Row(scheme, compiled.report.weight_bytes / weights, found, found.perplexity / plain - 1, speed)
+        yield Row(case.name, compiled.report.weight_bytes / weights, found, found.perplexity / plain - 1, speed)
         del compiled, made
 
 
-def _compiled(path: str, scheme: str, length: int, device: str | None, dtype: str | None) -> CompiledModel:
+def _compiled(path: str, case: Case, length: int, device: str | None, dtype: str | None) -> CompiledModel:
     return compile(
         path,
         device=device,
         dtype=dtype,
         max_batch_size=1,
         max_seq_len=length,
-        kv_cache=KVCacheConfig(max_tokens=2 * length),
-        quantization=None if scheme == "none" else quantization_of(scheme),
+        kv_cache=KVCacheConfig(max_tokens=2 * length, dtype=case.kv_cache),
+        quantization=case.quantization,
         progress=True,
     )
 
