@@ -32,7 +32,9 @@ def head_factors(x: Tensor, dtype: str) -> Tensor:
         return best
     for number in range(TRIES[dtype]):
         factors = (smallest * (1 + number / TRIES[dtype])).bfloat16()
-        distance = (numbers(head_codes(wide, factors, dtype), factors, wide.dtype) - wide).square().sum(-1, keepdim=True)
+        distance = (
+            (numbers(head_codes(wide, factors, dtype), factors, wide.dtype) - wide).square().sum(-1, keepdim=True)
+        )
         best = torch.where(distance < least, factors, best)
         least = torch.minimum(distance, least)
     return best

@@ -65,6 +65,10 @@ class Loop:
         """The name of the weight that a ``weight(...)`` reads at that time."""
         return self._period.weight(self._folded[node], time) if self._period else str(node.args[0])
 
+    def origin(self, node: Node, time: int) -> str:
+        """Name and type of the weight that a ``weight(...)`` reads at that time: one may be read in several types."""
+        return f"{self.weight(node, time)}: {type_of(node).dtype}"
+
     def cache(self, node: Node, time: int) -> str:
         """Role and layer of a ``cache(...)`` at that time: ``"k0"``."""
         layer = self._period.layer(self._folded[node], time) if self._period else node.args[1]

@@ -30,27 +30,31 @@ def quantize(matrix: Tensor, scheme: Scheme, tries: int = 1) -> Tensor:
     the first whose numbers have the least squared distance from its own: E4M3 is as exact with any, but not for the same
     numbers.
     """
-    depth = matrix.shape[-1]
-    groups = _parted(matrix.float(), scheme.groups(depth))
-    zeros = None
-    if scheme.zeros:
-        low = groups.amin(-1, keepdim=True).clamp(max=0)
-        factors = _factors(groups.amax(-1, keepdim=True).clamp(min=0) - low, 15)
-        zeros = torch.round(-low / factors)
-        codes = (torch.round(groups / factors) + zeros).clamp(0, 15)
-    else:
-        steps = scheme.largest if scheme.bits == 8 else 7.5
-        smallest = _factors(groups.abs().amax(-1, keepdim=True), steps)
-        factors = _best_factors(groups, smallest, scheme, tries) if tries > 1 else smallest
-        codes = _nearest(groups, factors, scheme)
+    groups = _parted(matrix.float(), scheme.groups(matrix.shape[-1]))
+    factors, zeros = plain_factors(groups, scheme)
+    if tries > 1:
+        factors = _best_factors(groups, factors, scheme, tries)
+    codes = nearest(groups, factors, zeros, scheme)
     return pack(codes.flatten(-2), factors.squeeze(-1), None if zeros is None else zeros.squeeze(-1), scheme)
 
 
-def _nearest(groups: Tensor, factors: Tensor, scheme: Scheme) -> Tensor:
-    """The codes nearest to the groups over their factors, as fp32."""
-    scaled = groups / factors
+def plain_factors(groups: Tensor, scheme: Scheme) -> tuple[Tensor, Tensor | None]:
+    """The factors of ``groups [..., group]`` that reach their largest numbers, and their zero points: ``[..., 1]``."""
+    if not scheme.zeros:
+        steps = scheme.largest if scheme.bits == 8 else 7.5
+        return _factors(groups.abs().amax(-1, keepdim=True), steps), None
+    low = groups.amin(-1, keepdim=True).clamp(max=0)
+    factors = _factors(groups.amax(-1, keepdim=True).clamp(min=0) - low, 15)
+    return factors, torch.round(-low / factors)
+
+
+def nearest(numbers: Tensor, factors: Tensor, zeros: Tensor | None, scheme: Scheme) -> Tensor:
+    """The codes nearest to numbers under factors and zero points that broadcast against them, as fp32."""
+    scaled = numbers / factors
     if scheme.floats:
         return scaled.clamp(-scheme.largest, scheme.largest).to(torch.float8_e4m3fn).float()
+    if zeros is not None:
+        return (torch.round(scaled) + zeros).clamp(0, 15)
     least, most = (-scheme.largest, scheme.largest) if scheme.bits == 8 else (-8, 7)
     return torch.round(scaled).clamp(least, most)
 
@@ -60,7 +64,7 @@ def _best_factors(groups: Tensor, smallest: Tensor, scheme: Scheme, tries: int) 
     best, least = smallest, torch.full_like(smallest, torch.inf, dtype=torch.float64)
     for number in range(tries):
         factors = smallest * (1 + number / tries)
-        numbers = _nearest(groups, factors, scheme) * factors
+        numbers = nearest(groups, factors, None, scheme) * factors
         # In fp32 the order of the sum might decide between two factors.
         distance = (numbers - groups).square().sum(-1, keepdim=True, dtype=torch.float64)
         best = torch.where(distance < least, factors, best)

@@ -9,15 +9,15 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
 
-import transformers
 import typer
 from rich.console import Console
 
 from .. import ir, passes
-from ..ir.errors import FuselineError, InvalidRequestError, UnsupportedModelError
+from ..ir.errors import FuselineError, InvalidRequestError
 from ..ir.skeleton import skeleton
 from .arguments import CacheDtype, Device, Dtype, MaxSeqLen, Model, Quantization
 from .bench.command import bench
+from .calibration.texts import Calibration
 from .compile import compile
 from .compiled import CompiledModel
 from .dumps import Dump
@@ -25,7 +25,7 @@ from .evaluation.command import evaluate
 from .events import TokenEvent
 from .explain import explain as explanation
 from .lower import Lowered, Wishes, lower
-from .models import resolve
+from .models import resolve, tokenizer_of
 from .options import KVCacheConfig, OptionError, quantization_of, resolve_device, resolve_dtype, resolve_quantization
 from .options import resolve as resolve_sizes
 from .progress import Progress, quiet_transformers
@@ -59,6 +59,7 @@ def run(
     no_chat: Annotated[bool, typer.Option("--no-chat", help="Continue the text, with no chat template.")] = False,
     max_seq_len: MaxSeqLen = None,
     quantization: Quantization = None,
+    calibrate: Annotated[bool, typer.Option("--calibrate", help="Round the weights by GPTQ.")] = False,
     kv_cache: CacheDtype = None,
 ) -> None:
     """Generate text. The text goes to stdout as it is made, progress and a short table to stderr."""
@@ -66,7 +67,7 @@ def run(
     params.validate()
     quiet_transformers()
     path = resolve(model)
-    tokenizer = _tokenizer(path)
+    tokenizer = tokenizer_of(path)
     tokens = _encode(tokenizer, prompt, chat=not no_chat)
     compiled = compile(
         path,
@@ -75,6 +76,7 @@ def run(
         max_batch_size=1,
         max_seq_len=max_seq_len,
         quantization=_wanted(quantization),
+        calibration=Calibration() if calibrate else None,
         kv_cache=KVCacheConfig(dtype=kv_cache),
         progress=True,
     )
@@ -173,17 +175,6 @@ def _lower(
     options = replace(options, quantization=resolve_quantization(_wanted(quantization)))
     wishes = Wishes(dump=Dump(out) if out else None, progress=Progress(True))
     return lower(bones, options, wishes, report), report
-
-
-def _tokenizer(path: str) -> Any:
-    try:
-        return transformers.AutoTokenizer.from_pretrained(path)
-    except (OSError, ValueError, KeyError, ImportError) as error:
-        reason = str(error).strip().partition("\n")[0]
-        raise UnsupportedModelError(
-            f"{path}: transformers finds no model with a tokenizer there: {reason or type(error).__name__}; "
-            "check the name, and the connection if it is a hub id"
-        ) from error
 
 
 def _encode(tokenizer: Any, prompt: str, chat: bool) -> list[int]:

@@ -22,6 +22,8 @@ from ..ir.quantized import rounds_rows
 from ..ir.skeleton import skeleton
 from .assemble import assemble, load_of, pool_limits
 from .caches import new_caches
+from .calibration.activations import calibrate
+from .calibration.texts import Calibration, windows_of
 from .compiled import CompiledModel
 from .constants import fold_constants
 from .dumps import Dump
@@ -65,6 +67,7 @@ def compile(
     max_step_tokens: int | None = None,
     kv_cache: KVCacheConfig | None = None,
     quantization: str | Mapping[str, str | None] | None = None,
+    calibration: Calibration | None = None,
     tensor_parallel: int = 1,
     schedule: str = "auto",
     graphs: bool | None = None,
@@ -95,6 +98,8 @@ def compile(
             the CPU); or schemes by pattern over weight names, of which the first that fits decides
             (``{"*.down_proj": "int8", "*.lm_head": None, "*": "int4"}``). Embeddings stay as they are, and so does
             the output projection unless a pattern other than ``"*"`` fits it.
+        calibration: round weights by GPTQ instead of to nearest, so that what the model computes on this text changes
+            least; ``Calibration()`` takes sources of Python's library. Needs ``quantization``.
         graphs: run steps that only decode as CUDA graphs, recorded here for a few batch sizes that others are padded
             to; the default on a GPU. On the CPU the same padded steps are plain calls, for tests.
         lookahead: launch each step before the tokens of the last are known to the host; the default on a GPU.
@@ -120,6 +125,8 @@ def compile(
     kv_cache = kv_cache or KVCacheConfig()
     wanted = resolve_quantization(quantization)
     refuse_later(tensor_parallel, schedule, kv_cache)
+    if calibration and not wanted and not isinstance(model, Graph):
+        raise OptionError("calibration is for the weights that quantization rounds: ask for a scheme, or leave it out")
     place = resolve_device(device)
     refuse_schemes(passes.wanted_of(model) if isinstance(model, Graph) else wanted, place)
     kind = resolve_dtype(dtype, place)
@@ -166,11 +173,17 @@ def compile(
     plan = plan_memory(loop, launched, values, place, load_of(options), block, most, budget)
     report.memory(plan, block)
     few = loop.short if loop.repeats else loop
+    rounded: Mapping[str, torch.Tensor] = {}
+    if calibration:
+        with report.timed("calibrate"):
+            texts = windows_of(calibration, source, vocab, options.max_seq_len)
+            found = calibrate(loop, values, texts, block, place, lambda items: show.bar(items, "calibrate"))
+            rounded, report.calibration = found.values, found.summary
     with report.timed("place weights"):
-        placed: dict[str, torch.Tensor] = {}
+        placed: dict[str, torch.Tensor] = dict(rounded)
         constants = fold_constants(loop, values, place, placed, lambda items: show.bar(items, "weights"))
         few_constants = constants if few is loop else fold_constants(few, values, place, placed)
-        del values, placed
+        del values, placed, rounded
         linears = pack_linears(loop, constants)[0]
     launches = None
     if gpu:

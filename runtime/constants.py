@@ -54,10 +54,10 @@ def fold_constants(
         if node in handed:
             made, origins[node] = handed.pop(node)
         else:
-            origins[node] = origin = _weight_of(loop, node, time) if weight else _origin(node, origins)
+            origins[node] = origin = loop.origin(node, time) if weight else origin_of(node, origins)
             made = placed.get(origin)
             if made is None and weight:
-                made = _placed(weights, loop.weight(node, time), type_of(node), device)
+                made = weight_on(weights, loop.weight(node, time), type_of(node), device)
             elif made is None:
                 made = call(node, lambda item: read(item, values, {}), device)
             made = made.contiguous() if isinstance(made, Tensor) and (node in kept or not weight) else made
@@ -75,7 +75,7 @@ def fold_constants(
     return kept
 
 
-def _placed(weights: Mapping[str, Tensor], name: str, kind: TensorType, device: torch.device) -> Tensor:
+def weight_on(weights: Mapping[str, Tensor], name: str, kind: TensorType, device: torch.device) -> Tensor:
     """A weight on the device."""
     found = weights[name]
     if found.shape != kind.shape:
@@ -83,12 +83,7 @@ def _placed(weights: Mapping[str, Tensor], name: str, kind: TensorType, device: 
     return found.to(device=device, dtype=kind.torch_dtype)
 
 
-def _weight_of(loop: Loop, node: Node, time: int) -> str:
-    """A weight's name and type: one name may be read in several types."""
-    return f"{loop.weight(node, time)}: {type_of(node).dtype}"
-
-
-def _origin(node: Node, origins: Mapping[Node, str]) -> str:
+def origin_of(node: Node, origins: Mapping[Node, str]) -> str:
     """What a value is computed from, as text: equal texts are equal values."""
 
     def text(item: Any) -> str:

@@ -11,6 +11,7 @@ import sys
 import tempfile
 import time
 from pathlib import Path
+from typing import Any
 
 import torch
 import transformers
@@ -131,3 +132,19 @@ def _convert(gguf: Path, target: Path) -> None:
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
     print(f"converted in {time.perf_counter() - begin:.0f} s: {target}", file=sys.stderr, flush=True)
+
+
+def tokenizer_of(path: str) -> Any:
+    """The tokenizer of a model that ``resolve`` found.
+
+    Raises:
+        UnsupportedModelError: there is none.
+    """
+    try:
+        return AutoTokenizer.from_pretrained(path)
+    except (OSError, ValueError, KeyError, ImportError) as error:
+        reason = str(error).strip().partition("\n")[0]
+        raise UnsupportedModelError(
+            f"{path}: transformers finds no model with a tokenizer there: {reason or type(error).__name__}; "
+            "check the name, and the connection if it is a hub id"
+        ) from error

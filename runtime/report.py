@@ -77,6 +77,7 @@ class Report:
     measured_bytes: int | None = None
     self_check: float = 0.0
     verification: str = ""
+    calibration: str = ""
     graphs: str = "off"
     tilings: dict[str, dict[str, object]] = field(default_factory=dict)
 
@@ -154,6 +155,7 @@ class Report:
             "measured_bytes": self.measured_bytes,
             "self_check_relative_rmse": self.self_check,
             "verification": self.verification,
+            "calibration": self.calibration,
             "graphs": self.graphs,
             "tilings": self.tilings,
             "seconds": {name: round(value, 3) for name, value in self.seconds.items()},
@@ -180,6 +182,7 @@ class Report:
             ("graphs", self.graphs),
             ("tilings", f"of {len(self.tilings)} kernels measured" if self.tilings else "those of the files"),
             ("self-check", f"concatenated sequences agree to {self.self_check:.0e}"),
+            *([("calibrated", self.calibration)] if self.calibration else []),
             ("verified", self.verification or "no"),
             ("seconds", ", ".join(f"{name} {value:.1f}" for name, value in self.seconds.items())),
         ]

@@ -11,6 +11,7 @@ from .ir import (
 from .runtime.compile import compile
 from .runtime.compiled import CompiledModel
 from .runtime.load import load
+from .runtime.calibration.texts import Calibration
 from .runtime.options import KVCacheConfig, OptionError
 
 __version__ = "0.1.0"
@@ -20,6 +21,7 @@ __all__ = [
     "ExpectationError",
     "FuselineError",
     "InvalidRequestError",
+    "Calibration",
     "KVCacheConfig",
     "OptionError",
     "UnsupportedModelError",

@@ -6,20 +6,19 @@ import json
 import pydoc_data.topics
 import sys
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 from torch import Tensor
-from transformers import AutoTokenizer
 
-from ...ir.errors import UnsupportedModelError
 from ..arguments import Device, Dtype, Model
+from ..calibration.texts import Calibration
 from ..compile import compile
 from ..compiled import CompiledModel
-from ..models import resolve
+from ..models import resolve, tokenizer_of
 from ..options import KVCacheConfig, OptionError, positive, quantization_of, resolve_quantization
 from ..progress import Progress, quiet_transformers
 from .quality import Quality, compare, predictions, windows
@@ -35,6 +34,7 @@ class Case:
     name: str
     quantization: str | dict[str, str | None] | None = None
     kv_cache: str | None = None
+    calibration: Calibration | None = None
 
 
 @dataclass(frozen=True)
@@ -66,6 +66,9 @@ def evaluate(
             metavar="SCHEME...", help="Schemes to compare, with spaces between: int8 int4g64 '*.down_proj=int8,*=int4'."
         ),
     ] = "int8 int4g128 int4g64 int4g32",
+    calibrate: Annotated[
+        bool, typer.Option("--calibrate", help="Add a row for each scheme with weights rounded by GPTQ.")
+    ] = False,
     kv_cache: Annotated[
         str,
         typer.Option(
@@ -96,6 +99,8 @@ def evaluate(
     texts = windows(_tokens(path, text), count, length)
     print(_HEAD, flush=True)
     cases = [Case("none"), *(Case(scheme, quantization_of(scheme)) for scheme in schemes)]
+    if calibrate:
+        cases += [replace(case, name=f"{case.name}, GPTQ", calibration=Calibration()) for case in cases[1:]]
     cases += [Case(f"KV cache in {kind}", kv_cache=kind) for kind in kv_cache.split()]
     for row in _rows(path, cases, texts, device, dtype):
         print(row, flush=True)
@@ -132,6 +137,7 @@ def _compiled(path: str, case: Case, length: int, device: str | None, dtype: str
         max_seq_len=length,
         kv_cache=KVCacheConfig(max_tokens=2 * length, dtype=case.kv_cache),
         quantization=case.quantization,
+        calibration=case.calibration,
         progress=True,
     )
 
@@ -141,10 +147,7 @@ def _logits(compiled: CompiledModel, window: Sequence[int]) -> Tensor:
 
 
 def _tokens(path: str, text: Path | None) -> list[int]:
-    try:
-        tokenizer: Any = AutoTokenizer.from_pretrained(path)
-    except (OSError, ValueError, KeyError, ImportError) as error:
-        raise UnsupportedModelError(f"{path}: transformers finds no tokenizer there: {error}") from error
+    tokenizer = tokenizer_of(path)
     try:
         words = text.read_text() if text else "\n".join(pydoc_data.topics.topics.values())
     except (OSError, UnicodeDecodeError) as error:

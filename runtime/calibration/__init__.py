@@ -1,0 +1,1 @@
+"""Rounding of weights that heeds what they are multiplied with."""

@@ -1,0 +1,149 @@
+"""Run a model over calibration windows, operator by operator, and round each weight when its rows are known."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.fx import Node
+
+from ...ir.graph import is_constant, type_of
+from ...ir.interpret import bind_dims, call, read
+from ...ir.loop import Loop
+from ...ir.ops import PROJECTIONS, op_name
+from ...ir.quantized import dequantize, is_quantised, quantize
+from ...ir.schemes import scheme_of
+from ...ir.types import TensorType
+from ..constants import origin_of, weight_on
+from ..liveness import last_uses
+from ..selfcheck import step_of
+from .rounding import rounded
+
+# Rows of logits that are computed: the output projection may be rounded, too.
+_ROWS = 512
+
+
+@dataclass(frozen=True)
+class Calibrated:
+    """``values`` are rounded weights by what they are computed from, as ``fold_constants`` takes them. ``error`` is the
+    squared error of all projections' results over that of rounding to nearest."""
+
+    values: dict[str, Tensor]
+    error: float
+
+    @property
+    def summary(self) -> str:
+        """What came of it, for a report."""
+        return f"{len(self.values)} weights by GPTQ: {self.error:.0%} of the squared error of rounding to nearest"
+
+
+def calibrate(
+    loop: Loop,
+    weights: Mapping[str, Tensor],
+    windows: Sequence[Sequence[int]],
+    block_size: int,
+    device: torch.device,
+    progress: Callable[[list[Any]], Iterable[Any]] = iter,
+) -> Calibrated:
+    """Round the weights that a graph rounds, in the order in which the model uses them.
+
+    All windows go through each operator before the next one, and what follows a projection reads what its rounded
+    weight gives: later weights make up for errors of earlier ones. One layer's weights are on the device at a time.
+    """
+    return _Calibration(loop, weights, windows, block_size, device).run(progress)
+
+
+class _Calibration:
+    def __init__(
+        self,
+        loop: Loop,
+        weights: Mapping[str, Tensor],
+        windows: Sequence[Sequence[int]],
+        block_size: int,
+        device: torch.device,
+    ) -> None:
+        step = step_of(windows, block_size, device)
+        tokens = len(step.tokens)
+        self._step = replace(step, rows=torch.linspace(0, tokens - 1, min(_ROWS, tokens), device=device).long())
+        self._slots = int(step.slots.max()) // block_size * block_size + block_size
+        self._loop, self._weights, self._device = loop, weights, device
+        self._dims = bind_dims(loop.graph, {node.name: getattr(self._step, node.name) for node in loop.graph.inputs()})
+        self._values: dict[Node, Any] = {}
+        self._origins: dict[Node, str] = {}
+        self._caches: dict[tuple[str, TensorType], Tensor] = {}
+        self._made: dict[str, Tensor] = {}
+        self._errors = [0.0, 0.0]
+
+    def run(self, progress: Callable[[list[Any]], Iterable[Any]]) -> Calibrated:
+        expiring = last_uses(self._loop, {})
+        work = [
+            (stage, node, time, node is stage.nodes[-1])
+            for stage in self._loop.stages
+            for time in stage.times
+            for node in stage.nodes
+        ]
+        handed: dict[Node, tuple[Any, str]] = {}
+        with torch.inference_mode():
+            for _, node, time, last in progress(work):
+                if node.op == "output":
+                    continue
+                if node in self._loop.carries:
+                    source = node.args[0]
+                    assert isinstance(source, Node)
+                    found = handed[node] if time else (self._values[source], self._origins.get(source, ""))
+                    self._values[node], self._origins[node] = found
+                else:
+                    self._values[node] = self._value(node, time)
+                for item in expiring.get(node, ()):
+                    if not is_constant(item):
+                        self._values.pop(item, None)
+                if last:
+                    handed = {
+                        carry: (self._values.get(later), self._origins.get(later, ""))
+                        for carry, later in self._loop.carries.items()
+                    }
+        ours, plain = self._errors
+        return Calibrated(self._made, ours / plain if plain else 1.0)
+
+    def _value(self, node: Node, time: int) -> Any:
+        name = op_name(node.target)
+        if node.op == "placeholder":
+            return getattr(self._step, node.name)
+        if name == "weight":
+            self._origins[node] = self._loop.origin(node, time)
+            return weight_on(self._weights, self._loop.weight(node, time), type_of(node), self._device)
+        if name == "cache":
+            # No layer reads what another has written.
+            kind = type_of(node)
+            key = str(node.args[0]), kind
+            if key not in self._caches:
+                shape = kind.concrete({"C": self._slots})
+                self._caches[key] = torch.empty(shape, dtype=kind.torch_dtype, device=self._device)
+            return self._caches[key]
+        if is_constant(node):
+            self._origins[node] = origin_of(node, self._origins)
+            if name == "nn.quantize":
+                return None  # until it is known what it is multiplied with
+        if name in PROJECTIONS:
+            self._round(node)
+        return call(node, lambda item: read(item, self._values, self._dims), self._device)
+
+    def _round(self, projection: Node) -> None:
+        """Round the weight of a projection, if it is to be."""
+        x, weight = projection.args[:2]
+        assert isinstance(x, Node) and isinstance(weight, Node)
+        if self._values.get(weight) is not None or op_name(weight.target) != "nn.quantize":
+            return
+        matrix, scheme = self._values[weight.args[0]], scheme_of(str(weight.args[1]))  # type: ignore[index]
+        assert scheme is not None
+        kind = type_of(weight)
+        rows = dequantize(self._values[x], type_of(x), torch.float32) if is_quantised(x) else self._values[x].float()
+        hessian = rows.t() @ rows
+        made = rounded(matrix, hessian, scheme)
+        self._values[weight] = self._made[self._origins[weight]] = made
+        for place, found in enumerate((made, quantize(matrix, scheme))):
+            wrong = dequantize(found, kind, torch.float32) - matrix.float()
+            self._errors[place] += float(((wrong @ hessian) * wrong).sum())
