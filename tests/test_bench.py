@@ -109,6 +109,24 @@ class Fake(Peer):
         pass
 
 
+def test_rounding_is_measured_and_named(
+    tiny: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Its tokens are not compared with the model's; nonsense is refused before anything is measured."""
+    file = tmp_path / "results.json"
+    options = ["--workloads", "decode", "--quantization", "int8", "--kv-cache", "int8", "--json", str(file), *SIZES]
+    assert call(monkeypatch, tiny, *options) == 0
+    found = results.read([file])
+    assert {item.dtype for item in found} == {"float32, int8, int8 KV"} and not any(item.check for item in found)
+    plain = tmp_path / "plain.json"
+    assert call(monkeypatch, tiny, "--workloads", "decode", "--json", str(plain), *SIZES) == 0
+    floors = [[item.floor_ms or 0.0 for item in results.read([name])][1] for name in (file, plain)]
+    assert floors[0] < 0.6 * floors[1]
+    for wrong in (["--quantization", "int3"], ["--kv-cache", "int4"]):
+        assert call(monkeypatch, tiny, *wrong) != 0
+    assert "int3" in capsys.readouterr().err
+
+
 def test_a_step_is_what_a_run_takes_beyond_its_first_token(monkeypatch: pytest.MonkeyPatch) -> None:
     peer, item = Fake(monkeypatch), Measurement("m", "float32", "fake", "decode", "")
     work, clock = Batch("decode", 4, 8, 11), Clock(5, seconds=7.0)

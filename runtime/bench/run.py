@@ -128,6 +128,8 @@ def _measure(plan: Plan, peer: Peer, work: Workload, graph: Graph | None, refere
 def _item(plan: Plan, who: str, workload: str, label: str, batch: int = 0) -> Measurement:
     source = plan.setup.source
     kind = str(source.dtype).removeprefix("torch.")
+    if who == OURS and plan.setup.rounding:
+        kind += f", {plan.setup.rounding}"
     return Measurement(source.name, kind, who, workload, label, batch, machine=dict(plan.machine))
 
 
