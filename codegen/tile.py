@@ -123,7 +123,7 @@ class Tile:
 
     def _compute(self, node: Node, at: Position) -> str:
         name = op_name(node.target)
-        if name in TILE_POINTWISE:
+        if name in TILE_POINTWISE or name == "nn.head_codes":
             return print_pointwise(node, [self._operand(item, node, at) for item in node.args])
         if name == "aten.cat":
             return self._cat(node, at)

@@ -19,7 +19,7 @@ TILE_POINTWISE = frozenset(
         "ge.Scalar lt.Tensor le.Tensor gt.Tensor ge.Tensor eq.Tensor logical_and logical_or logical_not "
         "masked_fill.Scalar floor"
     ).split()
-) | {"nn.silu_mul", "nn.gelu_mul", "nn.head_codes"}
+) | {"nn.silu_mul", "nn.gelu_mul"}
 
 # The same values at other coordinates: no work, only index arithmetic.
 TILE_VIEWS = frozenset(
@@ -84,7 +84,7 @@ def is_row_op(node: Node) -> bool:
         return bool(name == "aten.embedding" or node.args[1] == 0)
     if name in TILE_REDUCTIONS:
         return _reduces_rows(node, name)
-    if name in ("nn.rope", "nn.cache_write"):
+    if name in ("nn.rope", "nn.head_codes", "nn.cache_write"):
         return True
     return name == "getitem" and isinstance(node.args[0], Node) and op_name(node.args[0].target) == "nn.add_rms_norm"
 

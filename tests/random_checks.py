@@ -11,6 +11,7 @@ from random_graphs import Recipe, build, draw_weights, shrink
 from torch import Tensor
 
 from fuseline import ir, passes
+from fuseline.ir.cache_rounding import without_cache_rounding
 from fuseline.ir.graph import type_of
 from fuseline.ir.interpret import interpret
 from fuseline.ir.ops import op_name
@@ -97,11 +98,13 @@ class Trial:
         return made, after
 
     def numbers(self, graph: ir.Graph, text: str) -> tuple[Tensor, ...]:
-        """The results of a graph with types narrower than fp32 widened and weights not quantised: no rewrite rounds."""
+        """The results of a graph with types narrower than fp32 widened, weights and caches not quantised: no rewrite rounds."""
         if "bf16" in text:
             graph = ir.parse(text.replace("bf16", "f32"))
         if "nn.quantize" in text:
             graph = without_rounding(graph)
+        if "nn.head_codes" in text:
+            graph = without_cache_rounding(graph)
         inputs = {node.name: getattr(self.step, node.name) for node in graph.inputs()}
         if "rows" in inputs:
             inputs["rows"] = self.rows

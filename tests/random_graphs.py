@@ -18,7 +18,7 @@ from torch import Tensor
 from fuseline.ir import Graph
 from fuseline.ir.graph import type_of
 from fuseline.ir.ops import op_name
-from fuseline.passes import QUANTIZATION, spelled
+from fuseline.passes import KV_DTYPE, QUANTIZATION, spelled
 
 
 @dataclass(frozen=True)
@@ -34,6 +34,7 @@ class Recipe:
     block: int = 4
     tokens: int = 5
     rounded: bool = False
+    cache: str = ""
 
 
 def recipe(seed: int) -> Recipe:
@@ -49,6 +50,7 @@ def recipe(seed: int) -> Recipe:
         block=c.of(1, 2, 4, 16),
         tokens=c.of(*range(1, 10)),
         rounded=c.of(True, False),
+        cache=c.of("", "", "", "", "i8", "f8e4m3"),
     )
 
 
@@ -67,6 +69,8 @@ def build(recipe: Recipe) -> Graph:
     experts = any(op_name(node.target) == "nn.grouped_linear" for node in b.graph.calls())
     if recipe.rounded and not experts:
         b.graph.options[QUANTIZATION] = spelled({"*": "int8"})
+    if recipe.cache:
+        b.graph.options[KV_DTYPE] = recipe.cache
     return b.graph
 
 
