@@ -149,7 +149,8 @@ def _prefill_tile(spec: AttentionSpec) -> _Tile:
         return _Tile(128, 64, _even_share(group, 128), num_warps=8, num_stages=3, maxnreg=maxnreg)
     if width <= 128:
         return _Tile(64, 32, _even_share(group, 64), num_warps=4, num_stages=3, maxnreg=255)
-    return _Tile(64, 32, _even_share(group, 64), num_warps=8, num_stages=2)
+    rows = 64 if spec.codes is None else 32  # codes take registers on their way to the products
+    return _Tile(rows, 32, _even_share(group, rows), num_warps=8, num_stages=2)
 
 
 def _hopper_prefill_tile(spec: AttentionSpec) -> _Tile:
