@@ -295,7 +295,7 @@ _IN_KERNELS = {
         lambda patch: patch.setattr(
             matmul_tile,
             "store",
-            edited(rows, ("slot = tile.looked_up(slots, at.coords[:1], at)", "slot = at.coords[0]")).store,
+            edited(rows, ("tile.looked_up(slots, coords[:1], at)", "coords[0]")).store,
         ),
     ),
     "bias of the first expert": Mutation(

@@ -70,7 +70,7 @@ def test_projections_of_rounded_weights(name: str, dtype: torch.dtype, monkeypat
     x, bias = torch.randn(7, 384, generator=generator).to(dtype), torch.randn(257, generator=generator).to(dtype)
     product = rounded_product(rows, scheme, 384)
     exact = x.double() @ dequantize(rows, TensorType(name, (257, 384)), torch.float32).double().t()
-    for found, wanted in ((product(x, None), exact), (product(x[None], bias)[0], exact + bias.double())):
+    for found, wanted in ((product(x, None, dtype), exact), (product(x[None], bias, dtype)[0], exact + bias.double())):
         assert found.dtype == dtype and found.shape == (7, 257)
         assert float((found.double() - wanted).norm() / wanted.norm()) < (1e-6 if dtype == torch.float32 else 5e-3)
 
