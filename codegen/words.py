@@ -26,8 +26,9 @@ STREAMED = ', eviction_policy="evict_first"'
 # well within fp32 for any row below 2^44.
 _RAISED = 84
 _LOWERED = 2.0 ** (149 - _RAISED)
-# The depth of the smallest product of two operands that the tensor cores take.
-_DEPTH = 16
+# Codes of a group whose products are summed before its factor: the smallest products of the tensor cores, of 16 codes of
+# each place; for fewer, the sums apart cost more registers than a factor for each number.
+_DEEP = 64
 
 
 def row_loads(tile: MatmulTile, layout: Plan, accumulators: Sequence[str], begin: str, suffix: str = "") -> None:
@@ -145,7 +146,7 @@ def _turn(
     """
     writer, how = tile.writer, scheme(layout)
     across, along = shapes
-    apart = how.group >= _DEPTH * how.places
+    apart = how.group >= _DEEP
     loop = f"for ahead in tl.static_range(0, BLOCK_K, {how.group}):"
     with writer.block(loop) if apart else nullcontext():
         begin, depth = ("(k0 + ahead)", str(how.group)) if apart else ("k0", "BLOCK_K")

@@ -22,6 +22,7 @@ from .graph import Graph
 from .mixing import refuse_mixing
 from .period import write_fold
 from .rope import fix_frequencies
+from .rounded_weights import alike, state_rounded
 from .skeleton import Skeleton
 from .verify import verify
 
@@ -69,7 +70,8 @@ def capture(
         raise UnsupportedModelError(f"{name} is an encoder-decoder; only decoder-only models compile")
     fix_frequencies(model, max_seq_len)
     flat = _FlatTokens(model)
-    folded = _fold(flat, source) if fold else None
+    names = (name for name, _ in model.named_parameters(remove_duplicate=False))
+    folded = _fold(flat, source) if fold and alike(source.schemes, names) else None
     try:
         with shortened(model, folded) if folded else nullcontext():
             trace = export(flat, source.mode, name, MAX_STEP_TOKENS)
@@ -84,6 +86,7 @@ def capture(
     if not masks_of:
         raise UnsupportedModelError(f"{name} has no attention through transformers' AttentionInterface")
     check_against_eager(trace.calls, masks_of)
+    state_rounded(graph, source.schemes)
     try:
         verify(graph)
     except VerificationError as error:  # an operator whose result has another type than the trace says

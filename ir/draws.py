@@ -12,6 +12,8 @@ from torch.fx import Node
 
 from .graph import Graph, type_of
 from .ops import op_name
+from .quantized import quantize
+from .schemes import scheme_of
 from .types import TensorType
 
 # Magnitudes of successive rows: of the third, epsilons are most of the norm; the fourth saturates activations.
@@ -56,6 +58,8 @@ class DrawnWeights(Mapping[str, Tensor]):
 def _drawn_weight(node: Node, generator: torch.Generator) -> Tensor:
     kind = type_of(node)
     shape = kind.concrete({})
+    if scheme := scheme_of(kind.dtype):
+        return quantize(torch.randn(shape, generator=generator) / math.sqrt(shape[-1]), scheme)
     if not kind.torch_dtype.is_floating_point:
         bound = min(index_bound(node), 2 if kind.dtype == "bool" else 4)
         return torch.randint(0, max(1, bound), shape, generator=generator).to(kind.torch_dtype)

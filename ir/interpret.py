@@ -11,7 +11,8 @@ from torch.fx import Node
 
 from .graph import Graph, type_of
 from .infer import reading_dtype, target_makes_tensor
-from .quantized import dequantize, is_quantised, quantised_inputs
+from .quantized import dequantize, is_quantised, quantised_inputs, quantize
+from .schemes import scheme_of
 from .types import Dim, Size, TensorType
 
 Values = Mapping[str, Tensor]
@@ -109,6 +110,8 @@ def random_inputs(graph: Graph, dims: Mapping[str, int], seed: int) -> tuple[dic
 
     def draw(kind: TensorType) -> Tensor:
         shape = kind.concrete(dims)
+        if scheme := scheme_of(kind.dtype):
+            return quantize(torch.randn(shape, generator=generator), scheme)
         if kind.torch_dtype.is_floating_point:
             return torch.randn(shape, generator=generator).to(kind.torch_dtype)
         return torch.randint(0, 2 if kind.dtype == "bool" else 4, shape, generator=generator).to(kind.torch_dtype)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -170,9 +170,23 @@ def scaled_linear(x: Tensor, weight: Tensor, bias: Tensor | None, dtype: torch.d
     return (out if bias is None else out + bias.to(out.dtype)).to(dtype)
 
 
+def _type_of_joined(parts: Sequence[Node]) -> TensorType:
+    kinds = [type_of(part) for part in parts]
+    rows, schemes = [kind.shape[0] for kind in kinds], {kind.dtype for kind in kinds}
+    if len(schemes) != 1 or len({kind.shape[1:] for kind in kinds}) != 1 or not all(map(is_quantised, parts)):
+        raise TypeInferenceError(f"{', '.join(map(str, kinds))} are no rows of one scheme and length")
+    return TensorType(kinds[0].dtype, (sum(size for size in rows if isinstance(size, int)), *kinds[0].shape[1:]))
+
+
+@register("nn.cat_rows", infer_type=_type_of_joined)
+def cat_rows(parts: Sequence[Tensor]) -> Tensor:
+    """The rows of quantised matrices under each other: their bytes, as they are."""
+    return torch.cat(list(parts))
+
+
 def quantised_inputs(node: Node) -> Iterator[Node]:
-    """The operands of a node that it reads through ``dequantize``."""
-    return (item for item in node.all_input_nodes if is_quantised(item))
+    """The operands of a node that it reads through ``dequantize``; what makes codes of codes reads their bytes."""
+    return (item for item in node.all_input_nodes if is_quantised(item) and not is_quantised(node))
 
 
 def is_quantised(node: Node) -> bool:

@@ -17,12 +17,12 @@ import re
 from dataclasses import dataclass
 from functools import cache
 
-_NAME = re.compile(r"int8d?|fp8|u?int4g(32|64|128)")
+_NAME = re.compile(r"int8d?|fp8|(?:int8|u?int4)g(32|64|128)")
 _ALIGNMENT = 16
 ALIASES = {"int4": "int4g128", "int8-dynamic": "int8d"}
 """Names that a caller may use for schemes which have others in types."""
 NAMES = (
-    *("int8", "int4", "int4g128", "int4g64", "int4g32", "uint4g128", "uint4g64", "uint4g32"),
+    *("int8", "int8g128", "int8g64", "int8g32", "int4", "int4g128", "int4g64", "int4g32", "uint4g128", "uint4g64", "uint4g32"),
     *("int8-dynamic", "fp8"),
 )
 """What a caller may ask for."""
@@ -93,4 +93,4 @@ def scheme_of(name: str) -> Scheme | None:
     if match is None:
         return None
     dynamic = name in ("int8d", "fp8")
-    return Scheme(name, 4 if match[1] else 8, int(match[1] or 0), name.startswith("u"), dynamic, name == "fp8")
+    return Scheme(name, 4 if "int4" in name else 8, int(match[1] or 0), name.startswith("u"), dynamic, name == "fp8")

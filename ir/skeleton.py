@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +13,11 @@ import torch
 from accelerate import init_empty_weights
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
 from . import hooks
+from .checkpoints.held import Checkpoint
+from .checkpoints.read import plain_model, read_checkpoint, summary
 from .errors import UnsupportedModelError
 from .fold import Fold, shortened
 from .sharing import sharing_copy
@@ -33,6 +35,9 @@ class Skeleton:
     ``score(prompts, fold)`` gives for each prompt the logits ``[len(prompt), vocab]`` of the model itself with eager
     attention, the yardstick of what was compiled, with ``fold`` of the layers alone that are traced then; it may be
     called after ``load`` and until ``forget``.
+
+    ``schemes`` are those of the matrices that the checkpoint holds rounded, by name; their values are rows of bytes.
+    ``score`` reads the numbers that they stand for. ``held`` says in words what the checkpoint holds.
     """
 
     model: PreTrainedModel
@@ -42,6 +47,8 @@ class Skeleton:
     load: Callable[[], dict[str, torch.Tensor]]
     score: Callable[[Sequence[Sequence[int]], Fold | None], list[torch.Tensor]]
     forget: Callable[[], None]
+    schemes: Mapping[str, str] = field(default_factory=dict)
+    held: str = ""
 
 
 def skeleton(source: PreTrainedModel | str | Path, dtype: torch.dtype, trust_remote_code: bool = False) -> Skeleton:
@@ -205,8 +212,7 @@ def _from_path(path: str | Path, dtype: torch.dtype, trust_remote_code: bool) ->
         raise UnsupportedModelError(
             f"{path}: not a causal language model that transformers can read: {reason}"
         ) from error
-    if getattr(config, "quantization_config", None) is not None:
-        raise UnsupportedModelError(f"{path}: quantized checkpoints are not supported; give an unquantized one")
+    rounded = _checkpoint(path, config, model)
     mode = _fake_mode()
     _fake_parameters(model, mode, dtype, dtype)
     _prepare(model, hooks.NAME, hooks.NAME)
@@ -214,16 +220,33 @@ def _from_path(path: str | Path, dtype: torch.dtype, trust_remote_code: bool) ->
 
     def full() -> PreTrainedModel:
         if not kept:
-            kept.append(AutoModelForCausalLM.from_pretrained(where, dtype=dtype, **options))
+            kept.append(
+                plain_model(rounded, type(model), config, dtype)
+                if rounded
+                else AutoModelForCausalLM.from_pretrained(where, dtype=dtype, **options)
+            )
             _prepare(kept[0], "eager", "eager")
         return kept[0]
 
     def load() -> dict[str, torch.Tensor]:
         named = [*full().named_parameters(remove_duplicate=False), *full().named_buffers(remove_duplicate=False)]
         traced = model.named_buffers(remove_duplicate=False)
-        return {**dict(traced), **{name: item.detach() for name, item in named}}
+        rows = {name: item.rows() for name, item in rounded.matrices.items()} if rounded else {}
+        return {**dict(traced), **{name: item.detach() for name, item in named}, **rows}
 
     def score(prompts: Sequence[Sequence[int]], fold: Fold | None = None) -> list[torch.Tensor]:
         return _score(full(), prompts, fold)
 
-    return Skeleton(model, mode, dtype, dtype, load, score, kept.clear)
+    schemes = {name: item.scheme for name, item in rounded.matrices.items()} if rounded else {}
+    held = summary(rounded) if rounded else ""
+    return Skeleton(model, mode, dtype, dtype, load, score, kept.clear, schemes, held)
+
+
+def _checkpoint(path: str | Path, config: PretrainedConfig, model: PreTrainedModel) -> Checkpoint | None:
+    """What a checkpoint holds if its matrices are rounded; its config then says no more that they are."""
+    how = getattr(config, "quantization_config", None)
+    if how is None:
+        return None
+    del config.quantization_config
+    shapes = {name: tuple(item.shape) for name, item in model.named_parameters(remove_duplicate=False)}
+    return read_checkpoint(path, how if isinstance(how, dict) else how.to_dict(), shapes)

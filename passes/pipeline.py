@@ -21,6 +21,7 @@ from .merge import merge_gate_up, merge_qkv
 from .paging import page_attention
 from .quantize import OPTION as QUANTIZATION
 from .quantize import quantize
+from .read_rounded import read_rounded
 from .registry import GraphPass, Registry
 from .rule import Rule
 from .scales import fold_norm_scales
@@ -59,6 +60,7 @@ _OWN: dict[str, GraphPass] = {
     "MergeQKV": merge_qkv,
     "MergeGateUp": merge_gate_up,
     "Quantize": quantize,
+    "ReadRounded": read_rounded,
     "FoldNormScales": fold_norm_scales,
     "PageAttention": page_attention,
     "QuantizeCache": quantize_cache,
@@ -81,6 +83,7 @@ LOWERING: tuple[str, ...] = (
     "MergeQKV",
     "MergeGateUp",
     "Quantize",
+    "ReadRounded",
     "FoldNormScales",
     "PageAttention",
     "QuantizeCache",

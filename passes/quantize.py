@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from fnmatch import fnmatchcase
 
 from torch.fx import Node
@@ -12,6 +12,7 @@ from ..ir.errors import UnsupportedModelError
 from ..ir.graph import Graph, is_constant, type_of
 from ..ir.infer import Inference
 from ..ir.ops import POINTWISE, PROJECTIONS, op_name, resolve
+from ..ir.quantized import is_quantised
 from ..ir.schemes import scheme_of
 from ..ir.types import TensorType
 from .ledger import PassReport
@@ -88,16 +89,23 @@ def quantize(graph: Graph, report: PassReport) -> Graph:
             made = _rounded(graph, node, weight, scheme, infer, report, tries)
         node.args = (*node.args[:place], made, *node.args[place + 1 :])
         if dynamic:
-            rows, bias = node.args[0], node.args[2] if len(node.args) > 2 else None
-            assert isinstance(rows, Node)
-            # Each projection rounds its rows itself: they are no value of their own, but the first part of its kernel.
-            node.target = resolve("nn.scaled_linear")
-            node.args = (_rounded(graph, node, rows, scheme, infer, report), made, bias, type_of(node).torch_dtype)
+            round_rows(graph, node, scheme, infer, report)
         report.fused.append(node.name)
     unused = [pattern for pattern in wanted if pattern not in used and pattern != "*"]
     if unused:
         raise UnsupportedModelError(f"quantization: {unused[0]!r} fits the name of no projection's weight")
     return graph
+
+
+def round_rows(graph: Graph, linear: Node, scheme: str, infer: Inference, report: PassReport) -> None:
+    """Let a projection whose weight is in a dynamic scheme round its rows: a product of codes.
+
+    Each projection rounds its rows itself: they are no value of their own, but the first part of its kernel.
+    """
+    rows, weight, bias = linear.args[0], linear.args[1], linear.args[2] if len(linear.args) > 2 else None
+    assert isinstance(rows, Node)
+    linear.target = resolve("nn.scaled_linear")
+    linear.args = (_rounded(graph, linear, rows, scheme, infer, report), weight, bias, type_of(linear).torch_dtype)
 
 
 def _rounded(
@@ -110,20 +118,28 @@ def _rounded(
 
 
 def same_scheme(linears: Sequence[Node], graph: Graph) -> bool:
-    """Whether the weights of projections are asked for in one scheme."""
+    """Whether the weights of projections are held in one scheme, or asked for in one."""
     wanted = wanted_of(graph)
     weights = [node.args[1] for node in linears]
-    names = {name for item in weights if isinstance(item, Node) and is_constant(item) for name in matrices_of(item)}
-    patterns = {pattern_of(name, wanted) for name in names}
-    return len({wanted[pattern] if pattern else None for pattern in patterns}) < 2
+    found: set[str | None] = set()
+    for leaf in (leaf for item in weights if isinstance(item, Node) and is_constant(item) for leaf in _matrices(item)):
+        pattern = pattern_of(str(leaf.args[0]), wanted)
+        found.add(type_of(leaf).dtype if is_quantised(leaf) else wanted[pattern] if pattern else None)
+    return len(found) < 2
 
 
 def matrices_of(value: Node) -> set[str]:
     """The names of the matrices that a constant is made from."""
+    return {str(leaf.args[0]) for leaf in _matrices(value)}
+
+
+def _matrices(value: Node) -> Iterator[Node]:
     if str(value.target) == "weight":
         kind = value.meta["type"]
-        return {str(value.args[0])} if isinstance(kind, TensorType) and kind.rank > 1 else set()
-    return set().union(*(matrices_of(source) for source in value.all_input_nodes))
+        if isinstance(kind, TensorType) and kind.rank > 1:
+            yield value
+    for source in value.all_input_nodes:
+        yield from _matrices(source)
 
 
 def _reason_against(weight: Node, name: str) -> str:

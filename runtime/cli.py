@@ -1,4 +1,4 @@
-"""The command line: ``fuseline run``, ``dump``, ``explain``, ``opt``, ``bench`` and ``eval``."""
+"""The command line: ``fuseline run``, ``dump``, ``explain``, ``opt``, ``quantize``, ``bench`` and ``eval``."""
 
 from __future__ import annotations
 
@@ -29,6 +29,7 @@ from .models import resolve, tokenizer_of
 from .options import KVCacheConfig, OptionError, quantization_of, resolve_device, resolve_dtype, resolve_quantization
 from .options import resolve as resolve_sizes
 from .progress import Progress, quiet_transformers
+from .quantize import quantize
 from .ranks import path_of_rank
 from .report import Report, two_columns
 from .sequence import SamplingParams
@@ -148,6 +149,22 @@ def opt(
         for item in done.refused:
             print(f"  {item.site}: {item.why}", file=sys.stderr)
     print(graph, end="")
+
+
+@app.command("quantize")
+def write_quantized(
+    model: Model,
+    out: Annotated[Path, typer.Argument(metavar="OUT", help="A new directory for the checkpoint.")],
+    quantization: Annotated[str, typer.Option(metavar="SCHEME", help="As for run.")],
+    calibrate: Annotated[bool, typer.Option("--calibrate", help="Round the weights by GPTQ.")] = False,
+    device: Device = None,
+    dtype: Dtype = None,
+) -> None:
+    """Round the weights of a model and write them as a checkpoint of compressed-tensors."""
+    quiet_transformers()
+    calibration = Calibration() if calibrate else None
+    wanted = quantization_of(quantization)
+    print(quantize(resolve(model), out, wanted, calibration=calibration, device=device, dtype=dtype, progress=True))
 
 
 def _wanted(quantization: str | None) -> str | dict[str, str | None] | None:

@@ -143,6 +143,10 @@ def compile(
         raise OptionError("a graph from a dump states the type of its caches itself; leave KVCacheConfig.dtype at None")
     with report.timed("read the model"):
         bones = skeleton(source, kind, trust_remote_code)
+    if bones.schemes and wanted:
+        raise OptionError("the checkpoint holds rounded weights already; leave quantization at None")
+    refuse_schemes(bones.schemes, place)
+    report.checkpoint = bones.held
     config = bones.model.config.get_text_config()
     report.model = type(bones.model).__name__
     gpu = place.type == "cuda"
@@ -161,8 +165,10 @@ def compile(
     vocab = type_of(_result(loop.graph)).shape[-1]
     assert isinstance(vocab, int)
     yardstick = Yardstick()
-    # A graph may have been changed on purpose, and rounded weights, keys and values give other numbers.
-    if not isinstance(model, Graph) and not options.quantization and not options.kv_dtype:
+    # A graph may have been changed on purpose, and rounded weights, keys and values give other numbers; a rounded
+    # checkpoint's model has the same, unless steps round as well.
+    codes = rounds_rows(loop.graph) or rounds_cache(loop.graph)
+    if not isinstance(model, Graph) and not options.quantization and not codes:
         with report.timed("run the model itself"), show.line("run the model itself"):
             fold = fold_of(lowered.folded) if loop.repeats else None
             yardstick = run_source(bones.score, fold, vocab, options.max_seq_len)
@@ -207,7 +213,6 @@ def compile(
         whole = sample = on_cache(most_slots(block))
         if few is not loop:
             sample = Executor(few, few_constants, new_caches(few, most_slots(block), place), place, launches)
-        codes = rounds_rows(loop.graph) or rounds_cache(loop.graph)
         exact = kind == torch.float32 and not codes
         tolerance = max(_CHECK_TOLERANCE[kind], _CODES_TOLERANCE[kind] if codes else 0.0)
         report.self_check = check_concatenation(

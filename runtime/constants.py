@@ -78,7 +78,7 @@ def fold_constants(
 def weight_on(weights: Mapping[str, Tensor], name: str, kind: TensorType, device: torch.device) -> Tensor:
     """A weight on the device."""
     found = weights[name]
-    if found.shape != kind.shape:
+    if found.shape != kind.stored.shape:
         raise ValueError(f"weight {name} has shape {tuple(found.shape)}, the graph says {kind}")
     return found.to(device=device, dtype=kind.torch_dtype)
 

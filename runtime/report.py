@@ -78,6 +78,7 @@ class Report:
     self_check: float = 0.0
     verification: str = ""
     calibration: str = ""
+    checkpoint: str = ""
     graphs: str = "off"
     tilings: dict[str, dict[str, object]] = field(default_factory=dict)
 
@@ -156,6 +157,7 @@ class Report:
             "self_check_relative_rmse": self.self_check,
             "verification": self.verification,
             "calibration": self.calibration,
+            "checkpoint": self.checkpoint,
             "graphs": self.graphs,
             "tilings": self.tilings,
             "seconds": {name: round(value, 3) for name, value in self.seconds.items()},
@@ -182,6 +184,7 @@ class Report:
             ("graphs", self.graphs),
             ("tilings", f"of {len(self.tilings)} kernels measured" if self.tilings else "those of the files"),
             ("self-check", f"concatenated sequences agree to {self.self_check:.0e}"),
+            *([("checkpoint", self.checkpoint)] if self.checkpoint else []),
             *([("calibrated", self.calibration)] if self.calibration else []),
             ("verified", self.verification or "no"),
             ("seconds", ", ".join(f"{name} {value:.1f}" for name, value in self.seconds.items())),

@@ -20,7 +20,10 @@ _AT_ONCE = 1 << 18
 def rounded_product(rows: Tensor, scheme: Scheme, depth: int) -> Product:
     """The product with a weight ``[N, depth]``, of which these are the packed rows; it keeps it in as many bytes."""
     codes, factors, zeros = unpack(rows, scheme, depth)
-    numbers = _groups(codes, factors, zeros, scheme) if scheme.group else _whole_rows(codes)
+    if scheme.group:
+        numbers = _halves(codes, factors, zeros, scheme) if scheme.bits == 4 else _bytes(codes, factors)
+    else:
+        numbers = _whole_rows(codes)
     by_column = None if scheme.group else factors.reshape(-1)
     count, step = len(codes), max(1, _AT_ONCE // depth)
 
@@ -60,7 +63,13 @@ def _numbers(codes: Tensor) -> Tensor:
     return (bits << 7).bitwise_and_(~0x4000).view(torch.float16).mul_(256)
 
 
-def _groups(
+def _bytes(codes: Tensor, factors: Tensor) -> Callable[[slice, torch.dtype], Tensor]:
+    """What the codes of groups stand for, a byte each."""
+    parts, sizes = codes.reshape(*factors.shape, -1), factors.unsqueeze(-1).contiguous()
+    return lambda some, dtype: (parts[some] * sizes[some]).flatten(1).to(dtype)
+
+
+def _halves(
     codes: Tensor, factors: Tensor, zeros: Tensor | None, scheme: Scheme
 ) -> Callable[[slice, torch.dtype], Tensor]:
     """What the codes of groups stand for. A byte has one code of each half of a group."""

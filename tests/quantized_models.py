@@ -53,7 +53,7 @@ def rounded(matrix: np.ndarray, scheme: str, tries: int = 1) -> tuple[np.ndarray
         zeros = np.rint(-low / factors)
         codes = np.clip(np.rint(parts / factors[:, :, None]) + zeros[:, :, None], 0, 15)
         return codes.reshape(matrix.shape), factors, zeros
-    steps, least, most = (127, -127, 127) if scheme == "int8" else (7.5, -8, 7)
+    steps, least, most = (127, -127, 127) if scheme.startswith("int8") else (7.5, -8, 7)
     factors = (np.abs(parts).max(2) / np.float32(steps)).astype(np.float32)
     return np.clip(np.rint(parts / factors[:, :, None]), least, most).reshape(matrix.shape), factors, None
 

@@ -59,7 +59,7 @@ def test_packed_projections_are_projections() -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("name", ["int8", "int4g64", "int4g32", "uint4g128", "uint4g32"])
+@pytest.mark.parametrize("name", ["int8", "int8g64", "int4g64", "int4g32", "uint4g128", "uint4g32"])
 def test_projections_of_rounded_weights(name: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
     """They are products with what the codes stand for, whatever number of rows is made at a time, in as many bytes."""
     monkeypatch.setattr("fuseline.runtime.rounded._AT_ONCE", 384 * 100)

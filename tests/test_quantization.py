@@ -23,7 +23,7 @@ from fuseline.passes import PASSES, PassReport, run
 from fuseline.runtime.cli import app
 from fuseline.runtime.options import OptionError, quantization_of, resolve_quantization
 
-SCHEMES = ["int8", "int4g128", "int4g64", "int4g32", "uint4g128", "uint4g64", "uint4g32"]
+SCHEMES = ["int8", "int8g128", "int8g32", "int4g128", "int4g64", "int4g32", "uint4g128", "uint4g64", "uint4g32"]
 HEAD = 'def block(x: f32[T, 64], *, T: dim(1, 64), quantization: option("{wanted}")):\n'
 BODY = """\
     a: f32[32, 64] = weight("layers.0.mlp.up_proj.weight")
@@ -196,7 +196,7 @@ def test_experts_are_refused_unless_they_are_left_out() -> None:
     assert distance(twin, compiled) < 1e-4
 
 
-@pytest.mark.parametrize("scheme", ["int8", "int4g32", "uint4g32"])
+@pytest.mark.parametrize("scheme", ["int8", "int8g32", "int4g32", "uint4g32"])
 def test_every_pass_and_kernel_keeps_the_numbers(scheme: str, tmp_path: Path) -> None:
     compiled = fuseline.compile(
         wide("llama"),
@@ -214,7 +214,7 @@ def test_every_pass_and_kernel_keeps_the_numbers(scheme: str, tmp_path: Path) ->
     assert again.generate(PROMPTS, max_new_tokens=4) == compiled.generate(PROMPTS, max_new_tokens=4)
 
 
-@pytest.mark.parametrize("scheme", ["int8", "int4g32", "uint4g32"])
+@pytest.mark.parametrize("scheme", ["int8", "int8g32", "int4g32", "uint4g32"])
 def test_kernels_compile_without_spills(scheme: str, tmp_path: Path) -> None:
     compiled = fuseline.compile(
         wide("llama").bfloat16(), quantization=scheme, device="cpu", dtype="bfloat16", max_batch_size=2

@@ -11,7 +11,10 @@ ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
 
 
-@pytest.mark.parametrize("folder", ["ir", "passes", "codegen", "runtime", "runtime/bench", "runtime/evaluation"])
+FOLDERS = "ir ir/checkpoints passes codegen runtime runtime/bench runtime/calibration runtime/evaluation".split()
+
+
+@pytest.mark.parametrize("folder", FOLDERS)
 def test_the_map_names_every_file_once(folder: str) -> None:
     section = README.split(f"**`{folder}/`")[1].split("\n**`")[0]
     named = sorted(re.findall(r"`(\w+\.py)`", section))

@@ -13,6 +13,7 @@ from .runtime.compiled import CompiledModel
 from .runtime.load import load
 from .runtime.calibration.texts import Calibration
 from .runtime.options import KVCacheConfig, OptionError
+from .runtime.quantize import quantize
 
 __version__ = "0.1.0"
 
@@ -30,4 +31,5 @@ __all__ = [
     "ir",
     "load",
     "passes",
+    "quantize",
 ]

@@ -1,0 +1,66 @@
+"""ReadRounded: projections read the codes of weights that a checkpoint holds rounded, instead of the numbers."""
+
+from __future__ import annotations
+
+from torch.fx import Node
+
+from ..ir.build import insert_before
+from ..ir.errors import UnsupportedModelError
+from ..ir.graph import Graph, is_constant, type_of
+from ..ir.infer import Inference
+from ..ir.ops import op_name, resolve
+from ..ir.quantized import is_quantised
+from ..ir.schemes import scheme_of
+from .ledger import PassReport
+from .quantize import round_rows
+
+
+def read_rounded(graph: Graph, report: PassReport) -> Graph:
+    """``linear(x, to(codes))`` is ``linear(x, codes)``; where weights are joined, so are their codes.
+
+    Raises:
+        UnsupportedModelError: something else than a projection reads a rounded weight: it would be held in full.
+    """
+    infer, off = Inference(), False
+    for node in list(graph.calls()):
+        weight = node.args[1] if op_name(node.target) == "aten.linear" else None
+        codes = _codes(graph, weight, node, infer) if isinstance(weight, Node) and is_constant(weight) else None
+        if codes is None:
+            continue
+        if not report.allows(node.name):
+            off = True
+            continue
+        node.args = (node.args[0], codes, *node.args[2:])
+        scheme = scheme_of(type_of(codes).dtype)
+        if scheme and scheme.dynamic:
+            round_rows(graph, node, scheme.name, infer, report)
+        report.fused.append(node.name)
+    graph.eliminate_dead()
+    for node in [] if off else graph.calls():
+        if str(node.target) == "weight" and is_quantised(node):
+            readers = [
+                user for user in node.users if not is_quantised(user) and op_name(user.target) == "aten.to.dtype"
+            ]
+            if readers:
+                user = next(iter(readers[0].users), readers[0])
+                raise UnsupportedModelError(
+                    f"the checkpoint holds {node.args[0]} as {type_of(node)}, and {user.name} ({op_name(user.target)}) "
+                    "reads its numbers: only projections can read codes; give a checkpoint with this weight unrounded"
+                )
+    return graph
+
+
+def _codes(graph: Graph, value: Node, place: Node, infer: Inference) -> Node | None:
+    """The rounded matrix whose numbers a value is; nothing if there is none."""
+    name = op_name(value.target)
+    if name == "aten.to.dtype" and isinstance(value.args[0], Node) and is_quantised(value.args[0]):
+        return value.args[0]
+    if name != "aten.cat" or value.args[1:] not in ((), (0,)):
+        return None
+    parts = value.args[0]
+    assert isinstance(parts, (list, tuple))
+    found = [_codes(graph, part, place, infer) for part in parts if isinstance(part, Node)]
+    codes = [part for part in found if part is not None]
+    if len(codes) != len(parts) or len({type_of(part).dtype for part in codes}) != 1:
+        return None
+    return insert_before(graph, place, infer, resolve("nn.cat_rows"), (codes,), name=f"{value.name}_codes")

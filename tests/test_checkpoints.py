@@ -1,0 +1,324 @@
+"""Checkpoints that hold their weights rounded: read as they are, in every layout, and what cannot be read refused."""
+
+from __future__ import annotations
+
+import copy
+import json
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from compressed_tensors.compressors import BaseCompressor
+from compressed_tensors.quantization import QuantizationScheme
+from deep import make_deep
+from quantized_models import rounded_rows, wide
+from rounded_checkpoints import Written, awq, gptq, in_bytes, packed, write
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
+from typer.testing import CliRunner
+
+import fuseline
+from fuseline.ir.parse import parse
+from fuseline.runtime.cli import app
+
+PROMPTS = [[5, 17, 3, 88, 41, 2, 9], [7, 7, 61]]
+SMALL: dict[str, Any] = {"device": "cpu", "max_batch_size": 2, "max_step_tokens": 32}
+
+
+def group_config(bits: int, group: int, sym: bool, form: str, inputs: Any = None, kind: str = "int") -> dict[str, Any]:
+    """A config of compressed-tensors with one group for all linear layers."""
+    strategy = "group" if group > 0 else "channel"
+    weights = {"num_bits": bits, "type": kind, "symmetric": sym, "strategy": strategy}
+    weights["group_size"] = group if group > 0 else None
+    entry = {"targets": ["Linear"], "weights": weights, "input_activations": inputs, "output_activations": None}
+    return {
+        "quant_method": "compressed-tensors",
+        "format": form,
+        "config_groups": {"group_0": entry},
+        "ignore": ["lm_head"],
+    }
+
+
+def rows_config(kind: str = "int", **changes: Any) -> dict[str, Any]:
+    return {"num_bits": 8, "type": kind, "symmetric": True, "strategy": "token", "dynamic": True, **changes}
+
+
+def gptq_config(bits: int, group: int, sym: bool, **changes: Any) -> dict[str, Any]:
+    return {"quant_method": "gptq", "bits": bits, "group_size": group, "sym": sym, "desc_act": False, **changes}
+
+
+AWQ = {"quant_method": "awq", "bits": 4, "group_size": 32, "zero_point": True, "version": "gemm"}
+LAYOUTS: dict[str, tuple[str, dict[str, Any], Callable[..., Written]]] = {
+    "gptq": ("int4g32", gptq_config(4, 32, True), partial(gptq, bits=4, group=32, sym=True)),
+    "gptq, zero points": ("uint4g32", gptq_config(4, 32, False), partial(gptq, bits=4, group=32, sym=False)),
+    "gptq v2": (
+        "uint4g32",
+        gptq_config(4, 32, False, checkpoint_format="gptq_v2"),
+        partial(gptq, bits=4, group=32, sym=False, less=0),
+    ),
+    "gptq, 8 bits": ("int8g32", gptq_config(8, 32, True), partial(gptq, bits=8, group=32, sym=True)),
+    "gptq, 8 bits by row": ("int8", gptq_config(8, -1, True), partial(gptq, bits=8, group=-1, sym=True)),
+    "gptq by row": ("int4g32", gptq_config(4, -1, True), partial(gptq, bits=4, group=-1, sym=True)),
+    "awq": ("uint4g32", AWQ, partial(awq, group=32)),
+    "W4A16": ("int4g32", group_config(4, 32, True, "pack-quantized"), partial(packed, bits=4, group=32, sym=True)),
+    "W4A16, zero points": (
+        "uint4g32",
+        group_config(4, 32, False, "pack-quantized"),
+        partial(packed, bits=4, group=32, sym=False),
+    ),
+    "W8A16": ("int8", group_config(8, -1, True, "pack-quantized"), partial(packed, bits=8, group=-1, sym=True)),
+    "W8A16 in bytes": ("int8", group_config(8, -1, True, "int-quantized"), partial(in_bytes, kind=torch.int8)),
+    "W8A8": (
+        "int8d",
+        group_config(8, -1, True, "int-quantized", rows_config()),
+        partial(in_bytes, kind=torch.int8),
+    ),
+    "FP8": (
+        "fp8",
+        group_config(8, -1, True, "float-quantized", rows_config("float"), "float"),
+        partial(in_bytes, kind=torch.float8_e4m3fn),
+    ),
+    "FP8, one factor": (
+        "fp8",
+        group_config(8, -1, True, "float-quantized", rows_config("float"), "float"),
+        partial(in_bytes, kind=torch.float8_e4m3fn, by_row=False),
+    ),
+}
+
+
+def written(layout: str, folder: Path, family: str = "llama") -> Any:
+    """A checkpoint in a layout; returns the model that it stands for, which rounds its rows where the layout says so."""
+    scheme, config, made = LAYOUTS[layout]
+    twin = write(folder, wide(family), config, made)
+    for module in twin.modules():
+        if scheme in ("int8d", "fp8") and isinstance(module, torch.nn.Linear) and module is not twin.lm_head:
+            name = "int8-dynamic" if scheme == "int8d" else "fp8"
+            module.register_forward_pre_hook(lambda _, given, name=name: (rounded_rows(given[0], name),))
+    return twin
+
+
+def distance(model: Any, compiled: Any) -> float:
+    """The relative RMSE between the logits of a model and of a compiled one."""
+    with torch.no_grad():
+        wanted = torch.cat([model(torch.tensor([prompt])).logits.double().flatten() for prompt in PROMPTS])
+    found = torch.cat([compiled(torch.tensor([prompt])).logits.double().flatten() for prompt in PROMPTS])
+    return float((found - wanted).norm() / wanted.norm())
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_a_layout_is_read_as_it_is(layout: str, tmp_path: Path) -> None:
+    twin = written(layout, tmp_path)
+    compiled = fuseline.compile(str(tmp_path), dtype="float32", **SMALL)
+    scheme = LAYOUTS[layout][0]
+    assert compiled.report.bytes_by_type[scheme] > 0 and f"14 matrices {scheme}" in compiled.report.checkpoint
+    assert distance(twin, compiled) < 1e-4 < distance(wide("llama"), compiled)
+
+
+@pytest.mark.parametrize("family", ["qwen2", "qwen3", "gemma2", "phi3", "opt"])
+@pytest.mark.parametrize("layout", ["awq", "W8A8"])
+def test_other_families_are_read(family: str, layout: str, tmp_path: Path) -> None:
+    twin = written(layout, tmp_path, family)
+    compiled = fuseline.compile(str(tmp_path), dtype="float32", **SMALL)
+    assert distance(twin, compiled) < 1e-4
+
+
+def test_patterns_and_layers_choose_the_scheme(tmp_path: Path) -> None:
+    """A module goes by the group that names it before one that names its class; layers need not be alike."""
+    config = group_config(4, 32, True, "pack-quantized")
+    other = group_config(8, -1, True, "pack-quantized")["config_groups"]["group_0"]
+    config["config_groups"]["group_1"] = {**other, "targets": ["re:.*down_proj", "model.layers.1.self_attn.o_proj"]}
+
+    def is_other(name: str) -> bool:
+        return "down_proj" in name or name == "model.layers.1.self_attn.o_proj"
+
+    model = wide("llama-three-layers")
+    write(tmp_path, model, config, partial(packed, bits=4, group=32, sym=True), lambda name: not is_other(name))
+    state = load_file(tmp_path / "model.safetensors")
+    twin = write(tmp_path, model, config, partial(packed, bits=8, group=-1, sym=True), is_other)
+    rest = load_file(tmp_path / "model.safetensors")
+    held = {
+        name: rest.get(name, state.get(name)) for name in {*rest, *state} if f"{name}_packed" not in {*rest, *state}
+    }
+    save_file(held, tmp_path / "model.safetensors", {"format": "pt"})
+    with torch.no_grad():
+        for name, module in twin.named_modules():
+            if f"{name}.weight_packed" in state:
+                codes = torch.stack([state[f"{name}.weight_packed"] >> 4 * bit & 15 for bit in range(8)], -1).flatten(1)
+                parts = (codes - 8).float().unflatten(1, (-1, 32)) * state[f"{name}.weight_scale"].float()[..., None]
+                module.weight.copy_(parts.flatten(1))
+    compiled = fuseline.compile(str(tmp_path), dtype="float32", **SMALL)
+    assert {"int4g32", "int8"} <= set(compiled.report.bytes_by_type)
+    assert distance(twin, compiled) < 1e-4
+
+
+@pytest.mark.parametrize("rounded", [0, 2])
+def test_layers_that_are_held_alike_are_folded(rounded: int, tmp_path: Path) -> None:
+    model = make_deep("llama", 9, hidden_size=96, intermediate_size=160, head_dim=32)
+
+    def chosen(name: str) -> bool:
+        return int(name.split(".")[2]) >= rounded
+
+    twin = write(tmp_path, model, *LAYOUTS["awq"][1:], chosen)
+    compiled = fuseline.compile(str(tmp_path), dtype="float32", dump=tmp_path / "dump", **SMALL)
+    assert distance(twin, compiled) < 1e-4
+    captured = next((tmp_path / "dump").glob("*_capture.txt")).read_text()
+    assert ("fold_layers" in captured) == (rounded == 0)
+
+
+@pytest.mark.parametrize("layout", ["gptq, zero points", "W8A8"])
+def test_passes_keep_the_numbers_and_a_dump_is_read_again(layout: str, tmp_path: Path) -> None:
+    written(layout, tmp_path / "model")
+    where = str(tmp_path / "model")
+    compiled = fuseline.compile(where, dtype="float32", verify=True, dump=tmp_path / "dump", **SMALL)
+    assert "every pass keeps the numbers" in compiled.report.verification
+    scheme = LAYOUTS[layout][0]
+    for stage, stated in (
+        ("capture", "aten.to.dtype(l0_self_attn_q_proj_weight, f32)"),
+        ("ReadRounded", "nn.cat_rows"),
+    ):
+        text = next((tmp_path / "dump").glob(f"*_{stage}.txt")).read_text()
+        assert f'{scheme}[96, 96] = weight("model.layers.0.self_attn.q_proj.weight")' in text and stated in text
+        again = fuseline.compile(parse(text), weights=where, dtype="float32", **SMALL)
+        assert again.generate(PROMPTS, max_new_tokens=4) == compiled.generate(PROMPTS, max_new_tokens=4)
+
+
+def rewritten(folder: Path, change: Callable[[dict[str, torch.Tensor]], object], **facts: Any) -> str:
+    """A checkpoint with some of its tensors and of its quantization's config changed."""
+    state = load_file(folder / "model.safetensors")
+    change(state)
+    save_file(state, folder / "model.safetensors", {"format": "pt"})
+    config = json.loads((folder / "config.json").read_text())
+    config["quantization_config"].update(facts)
+    (folder / "config.json").write_text(json.dumps(config))
+    return str(folder)
+
+
+def nothing(state: dict[str, torch.Tensor]) -> None:
+    """Leaves the tensors as they are."""
+
+
+def permuted(state: dict[str, torch.Tensor]) -> None:
+    name = next(name for name in state if name.endswith("g_idx"))
+    state[name] = state[name].flip(0)
+
+
+STATIC = {"group_0": {"targets": ["Linear"], "weights": {"num_bits": 8}, "input_activations": {"dynamic": False}}}
+REFUSED: dict[str, tuple[str, Any, dict[str, Any], str]] = {
+    "act-order": ("gptq", permuted, {}, "do not follow each other"),
+    "marlin": ("gptq", nothing, {"checkpoint_format": "marlin"}, "'marlin' is not known"),
+    "gemv": ("awq", nothing, {"version": "gemv"}, "version 'gemv' of 4 bits is not known"),
+    "bitsandbytes": ("awq", nothing, {"quant_method": "bitsandbytes"}, "quantized by bitsandbytes are not supported"),
+    "nvfp4": ("W4A16", nothing, {"format": "nvfp4-pack-quantized"}, "'nvfp4-pack-quantized' is not supported"),
+    "sparse": ("W4A16", nothing, {"sparsity_config": {"format": "sparse-24"}}, "sparsity or transforms"),
+    "static rows": ("W8A8", nothing, {"config_groups": STATIC}, "with a factor for each token"),
+    "no group": ("W8A8", nothing, {"config_groups": {}}, "no group, or several groups"),
+    "a missing weight": ("awq", lambda state: state.pop("model.norm.weight"), {}, "model.norm.weight is in one"),
+    "a weight too many": (
+        "awq",
+        lambda state: state.update({"model.layers.0.mlp.up_proj.bias": torch.ones(9)}),
+        {},
+        "up_proj.bias is in one of them only",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_what_cannot_be_read_is_refused(case: str, tmp_path: Path) -> None:
+    layout, change, facts, why = REFUSED[case]
+    written(layout, tmp_path)
+    with pytest.raises(fuseline.UnsupportedModelError, match=why):
+        fuseline.compile(rewritten(tmp_path, change, **facts), dtype="float32", **SMALL)
+
+
+def test_a_rounded_embedding_is_refused(tmp_path: Path) -> None:
+    written("W8A16 in bytes", tmp_path)
+
+    def embedding(state: dict[str, torch.Tensor]) -> None:
+        table = state["model.embed_tokens.weight"]
+        state["model.embed_tokens.weight"] = table.clamp(-1, 1).mul(127).to(torch.int8)
+        state["model.embed_tokens.weight_scale"] = torch.ones(len(table), 1)
+
+    with pytest.raises(
+        fuseline.UnsupportedModelError, match=r"embed_tokens.weight as int8.*aten.embedding.*its numbers"
+    ):
+        fuseline.compile(rewritten(tmp_path, embedding), dtype="float32", **SMALL)
+
+
+def test_a_rounded_checkpoint_is_not_rounded_again(tmp_path: Path) -> None:
+    written("awq", tmp_path)
+    with pytest.raises(fuseline.runtime.options.OptionError, match="rounded weights already"):
+        fuseline.compile(str(tmp_path), quantization="int8", **SMALL)
+
+
+def loaded(folder: Path) -> Any:
+    """A checkpoint as transformers reads it."""
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+
+
+def unpacked_by_the_library(folder: Path, model: Any) -> Any:
+    """A model with the numbers that the format's library finds in a checkpoint. Transformers cannot load zero points: it
+    makes room for them as they are before they are packed."""
+    twin, state = copy.deepcopy(model), load_file(folder / "model.safetensors")
+    config = json.loads((folder / "config.json").read_text())["quantization_config"]["config_groups"]["group_0"]
+    scheme = QuantizationScheme(**{name: config[name] for name in ("targets", "weights")})
+    packer = BaseCompressor.get_value_from_registry(config["format"])
+    with torch.no_grad():
+        for name, module in twin.named_modules():
+            own = {
+                key.removeprefix(f"{name}."): item for key, item in state.items() if key.startswith(f"{name}.weight_")
+            }
+            if own:
+                module.weight.copy_(packer.decompress(own, scheme)["weight"])
+    return twin
+
+
+@pytest.mark.parametrize("scheme", ["int8", "int8g32", "int4g32", "uint4g32", "int8-dynamic", "fp8"])
+def test_what_is_written_is_read_as_it_was_rounded(scheme: str, tmp_path: Path) -> None:
+    """By us exactly, and by transformers with the library of the format."""
+    model = wide("llama")
+    said = fuseline.quantize(model, tmp_path, scheme, device="cpu")
+    assert said.startswith("14 matrices, rounded to nearest")
+    rounded = fuseline.compile(model, quantization=scheme, **SMALL)
+    again = fuseline.compile(str(tmp_path), dtype="float32", **SMALL)
+    assert again.report.bytes_by_type == rounded.report.bytes_by_type
+    for prompt in PROMPTS:
+        tokens = torch.tensor([prompt])
+        assert torch.equal(again(tokens).logits, rounded(tokens).logits)
+    theirs = unpacked_by_the_library(tmp_path, model) if scheme.startswith("u") else loaded(tmp_path)
+    # The library rounds the factors of rows in its own way, and some codes with them.
+    assert distance(theirs, again) < (5e-2 if scheme in ("int8-dynamic", "fp8") else 1e-4)
+
+
+def test_schemes_by_pattern_and_calibrated_weights_are_written(tmp_path: Path) -> None:
+    wide("qwen2").save_pretrained(tmp_path / "model")
+    wanted = {"*.down_proj": None, "*.o_proj": "int8", "*": "int4g32"}
+    calibration = fuseline.Calibration([[5, 3, 8, 1, 9, 40, 77] * 4, [1, 2, 3, 4] * 8])
+    options: dict[str, Any] = {"calibration": calibration, "device": "cpu", "dtype": "float32"}
+    said = fuseline.quantize(str(tmp_path / "model"), tmp_path / "out", wanted, **options)
+    assert said.startswith("12 matrices, 6 weights by GPTQ") or "by GPTQ" in said
+    rounded = fuseline.compile(
+        str(tmp_path / "model"), quantization=wanted, dtype="float32", calibration=calibration, **SMALL
+    )
+    again = fuseline.compile(str(tmp_path / "out"), dtype="float32", **SMALL)
+    assert distance(loaded(tmp_path / "out"), again) < 1e-4
+    for prompt in PROMPTS:
+        assert torch.equal(again(torch.tensor([prompt])).logits, rounded(torch.tensor([prompt])).logits)
+    with pytest.raises(fuseline.OptionError, match="not empty"):
+        fuseline.quantize(str(tmp_path / "model"), tmp_path / "out", "int8", device="cpu")
+
+
+def test_matrices_that_the_format_does_not_know_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(fuseline.UnsupportedModelError, match="computed from a weight|no matrix|not the matrix"):
+        fuseline.quantize(wide("gpt2"), tmp_path, "int8", device="cpu")
+
+
+def test_the_command_writes_a_checkpoint_that_the_others_read(tmp_path: Path) -> None:
+    wide("llama").save_pretrained(tmp_path / "model")
+    where, out = str(tmp_path / "model"), str(tmp_path / "out")
+    done = CliRunner().invoke(app, ["quantize", where, out, "--quantization", "*=int4g32", "--device", "cpu"])
+    assert done.exit_code == 0 and "14 matrices, rounded to nearest" in done.stdout, done.output
+    shown = CliRunner().invoke(app, ["dump", out, "--device", "cpu"])
+    assert shown.exit_code == 0 and "nn.cat_rows" in shown.stdout, shown.output
