@@ -1,10 +1,15 @@
 """Linear layers of mixture-of-experts blocks: each (token, choice) pair times the weight of the expert it chose."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
 
+from ..ir.schemes import Scheme
 from .grouped_linear_template import HOPPER_CHOICE, ONE_CHOICE, TEMPLATE
+from .packed_rows import PackedRows
+from .writer import Writer
 
 
 @dataclass(frozen=True)
@@ -13,6 +18,7 @@ class GroupedLinearSpec:
 
     ``per_pair``: x is [T, top_k, in_features] and gives each pair its own row, not [T, in_features].
     ``transposed``: weights are [num_experts, in_features, out_features], not [num_experts, out_features, in_features].
+    ``scheme``: weights are rows of codes, u8 [num_experts, out_features, scheme.row_bytes(in_features)].
     """
 
     num_experts: int
@@ -23,10 +29,15 @@ class GroupedLinearSpec:
     per_pair: bool = False
     transposed: bool = False
     bias: bool = False
+    scheme: Scheme | None = None
 
     def __post_init__(self) -> None:
         if self.dtype not in _TYPES:
             raise ValueError(f"grouped linear kernels exist for {[str(dtype) for dtype in _TYPES]}, not {self.dtype}")
+        if self.scheme is not None and (self.scheme.dynamic or self.transposed):
+            raise ValueError(
+                "grouped linear kernels read weights in codes row by row, and rows of activations as they are"
+            )
 
 
 @dataclass(frozen=True)
@@ -47,6 +58,11 @@ _FP32_TILES = (_Tile(16, 32, 32, 4, 3), _Tile(64, 32, 32, 4, 2), _Tile(64, 64, 3
 _HALF_ROUGH_TILES = (_Tile(16, 64, 32, 4, 2), _Tile(64, 64, 32, 8, 2), _Tile(128, 64, 32, 8, 2))
 _FP32_ROUGH_TILES = (_Tile(16, 32, 32, 4, 3), _Tile(64, 32, 16, 4, 2), _Tile(64, 64, 16, 8, 2))
 
+# A turn takes whole groups of 4-bit codes, and 16 codes of each place of their words.
+_HALF_PACKED_TILES = (_Tile(16, 64, 128, 4, 3), _Tile(64, 64, 128, 4, 3), _Tile(128, 64, 128, 8, 2))
+_HOPPER_PACKED_TILES = (_Tile(64, 128, 128, 8, 3), _Tile(128, 128, 128, 8, 2))
+_FP32_PACKED_TILES = (_Tile(16, 32, 128, 4, 2), _Tile(32, 32, 128, 8, 2), _Tile(64, 32, 128, 8, 2))
+
 
 def grouped_linear_source(spec: GroupedLinearSpec) -> str:
     """The text of a kernel file with ``sort_pairs``, ``launch`` and ``VARIANTS``; equal specs give equal texts."""
@@ -61,9 +77,10 @@ def grouped_linear_source(spec: GroupedLinearSpec) -> str:
         "SHAPE": repr(shape).replace("'", '"'),
         "X_ROW": "pair" if spec.per_pair else "pair // TOP_K",
         "X_SHAPE": "[T, TOP_K, IN]" if spec.per_pair else "[T, IN]",
-        "N_ROW": "" if spec.transposed else _N_ROW,
-        "W_TILE": _W_TILES[spec.transposed],
-        "W_SHAPE": "[NUM_EXPERTS, IN, OUT]" if spec.transposed else "[NUM_EXPERTS, OUT, IN]",
+        "LOOP": _packed_loop(spec, spec.scheme) if spec.scheme else _plain_loop(spec),
+        "W_EXPERT": str(spec.scheme.row_bytes(spec.in_features) * spec.out_features) if spec.scheme else "IN * OUT",
+        "W_SHAPE": _weight_shape(spec),
+        "W_TYPE": "*u8" if spec.scheme else f"*{_TYPES[spec.dtype]}",
         "BIAS_ARG": " bias_ptr," if spec.bias else "",
         "BIAS_ADD": _BIAS_ADD if spec.bias else "",
         "BIAS_PARAMETER": " bias," if spec.bias else "",
@@ -74,8 +91,9 @@ def grouped_linear_source(spec: GroupedLinearSpec) -> str:
     }
     tiles = _tiles(spec)
     words |= {name: _tile_text(tile) for name, tile in zip(("FEW", "SOME", "MANY"), tiles)}
-    if tiles == _HALF_TILES:
-        some, many = map(_tile_text, _HOPPER_TILES)
+    hopper = {_HALF_TILES: _HOPPER_TILES, _HALF_PACKED_TILES: _HOPPER_PACKED_TILES}.get(tiles)
+    if hopper is not None:
+        some, many = map(_tile_text, hopper)
         words |= {"CHOICE": HOPPER_CHOICE.replace("$SOME$", some).replace("$MANY$", many).rstrip()}
     else:
         words |= {"CHOICE": ONE_CHOICE.rstrip()}
@@ -86,6 +104,8 @@ def grouped_linear_source(spec: GroupedLinearSpec) -> str:
 
 
 def _tiles(spec: GroupedLinearSpec) -> tuple[_Tile, _Tile, _Tile]:
+    if spec.scheme is not None:
+        return _FP32_PACKED_TILES if spec.dtype == torch.float32 else _HALF_PACKED_TILES
     rough = spec.in_features % 64 != 0 or (spec.transposed and spec.out_features % 8 != 0)
     if spec.dtype == torch.float32:
         return _FP32_ROUGH_TILES if rough else _FP32_TILES
@@ -96,15 +116,53 @@ def _tile_text(tile: _Tile) -> str:
     return f"{tile.block_m}, {tile.block_n}, {tile.block_k}, num_warps={tile.num_warps}, num_stages={tile.num_stages}"
 
 
-_N_ROW = """\
-    n_row = tl.where(n < OUT, n, 0) * IN  # likewise for a feature past the last
-"""
-_W_TILES = {
-    False: """\
-        w = tl.load(expert_ptr + n_row[:, None] + k[None, :], mask=(k < IN)[None, :], other=0.0).trans()""",
-    True: """\
-        w_mask = (k < IN)[:, None] & (n < OUT)[None, :]
-        w = tl.load(expert_ptr + k[:, None] * OUT + n[None, :], mask=w_mask, other=0.0)""",
-}
+def _weight_shape(spec: GroupedLinearSpec) -> str:
+    if spec.scheme is not None:
+        return f"[NUM_EXPERTS, OUT, {spec.scheme.row_bytes(spec.in_features)}] in {spec.scheme.name}"
+    return "[NUM_EXPERTS, IN, OUT]" if spec.transposed else "[NUM_EXPERTS, OUT, IN]"
+
+
+def _plain_loop(spec: GroupedLinearSpec) -> str:
+    """The loop over the depth, with weights in the type of the rows."""
+    writer = Writer()
+    if not spec.transposed:
+        writer.line("n_row = tl.where(n < OUT, n, 0) * IN  # likewise for a feature past the last")
+    with writer.block("for k0 in range(0, IN, BLOCK_K):"):
+        writer.line("k = k0 + tl.arange(0, BLOCK_K)")
+        writer.line(f"x = {_ROWS}")
+        if spec.transposed:
+            writer.line("w_mask = (k < IN)[:, None] & (n < OUT)[None, :]")
+            writer.line("w = tl.load(expert_ptr + k[:, None] * OUT + n[None, :], mask=w_mask, other=0.0)")
+        else:
+            writer.line(
+                "w = tl.load(expert_ptr + n_row[:, None] + k[None, :], mask=(k < IN)[None, :], other=0.0).trans()"
+            )
+        writer.line('acc = tl.dot(x, w, acc, input_precision="ieee")')
+    return writer.text().rstrip()
+
+
+def _packed_loop(spec: GroupedLinearSpec, scheme: Scheme) -> str:
+    """The loop over the depth, with weights in codes that become numbers on their way."""
+    writer, packed = Writer(), PackedRows("expert_ptr", scheme, spec.in_features)
+
+    @contextmanager
+    def rows() -> Iterator[str]:
+        writer.line(f"x = {_ROWS}")
+        yield "x"
+
+    def product(weight: str, given: str, total: str) -> str:
+        writer.line(f"w = {weight}.to(x_ptr.dtype.element_ty)")
+        return f'tl.dot({given}, w, {total}input_precision="ieee")'
+
+    writer.line("n_ok = n < OUT")
+    with writer.block("for k0 in range(0, IN, BLOCK_K):"):
+        packed.print_turn(writer, [("acc", "n")], "n_ok", ("[None, :]", "[:, None]"), rows, product)
+    if not scheme.group:
+        packed.print_column_factors(writer, "acc", "n", "n_ok")
+        writer.line("acc *= acc_factors[None, :]")
+    return writer.text().rstrip()
+
+
+_ROWS = "tl.load(x_ptr + x_row[:, None] + k[None, :], mask=(k < IN)[None, :], other=0.0)"
 _BIAS_ADD = """
     acc += tl.load(bias_ptr + expert * OUT + n, mask=n < OUT, other=0.0).to(tl.float32)[None, :]"""

@@ -57,13 +57,9 @@ def grouped_linear(
 
     n = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
     x_row = ($X_ROW$).to(tl.int64) * IN
-$N_ROW$    expert_ptr = weight_ptr + expert.to(tl.int64) * (IN * OUT)
+    expert_ptr = weight_ptr + expert.to(tl.int64) * ($W_EXPERT$)
     acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-    for start in range(0, IN, BLOCK_K):
-        k = start + tl.arange(0, BLOCK_K)
-        x = tl.load(x_ptr + x_row[:, None] + k[None, :], mask=(k < IN)[None, :], other=0.0)
-$W_TILE$
-        acc = tl.dot(x, w, acc, input_precision="ieee")$BIAS_ADD$
+$LOOP$$BIAS_ADD$
     out_row = pair.to(tl.int64) * OUT
     mask = live[:, None] & (n < OUT)[None, :]
     tl.store(out_ptr + out_row[:, None] + n[None, :], acc.to(out_ptr.dtype.element_ty), mask=mask)
@@ -84,7 +80,7 @@ def tile(block_m, block_n, block_k, num_warps, num_stages, capabilities=(80, 90)
     return {
         "kernel": grouped_linear,
         "signature": {
-            "x_ptr": "$TYPE$", "weight_ptr": "$TYPE$", "order_ptr": "*i32", "starts_ptr": "*i32"$BIAS_TYPE$,
+            "x_ptr": "$TYPE$", "weight_ptr": "$W_TYPE$", "order_ptr": "*i32", "starts_ptr": "*i32"$BIAS_TYPE$,
             "out_ptr": "$TYPE$",
         },
         "constexprs": {**SHAPE, "BLOCK_M": block_m, "BLOCK_N": block_n, "BLOCK_K": block_k},

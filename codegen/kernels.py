@@ -11,6 +11,7 @@ from torch.fx import Node
 from ..ir.dump import dump
 from ..ir.graph import Graph, Region, type_of
 from ..ir.ops import op_name
+from ..ir.schemes import scheme_of
 from ..ir.types import DTYPES
 from .grouped_linear import GroupedLinearSpec, grouped_linear_source
 from .matmul import matmul_source
@@ -137,6 +138,7 @@ def grouped_spec(node: Node) -> GroupedLinearSpec:
         per_pair=type_of(x).rank == 3,
         transposed=bool(transposed),
         bias=bias is not None,
+        scheme=scheme_of(type_of(weight).dtype),
     )
 
 

@@ -2,22 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
 
 from .columns import Plan
 from .matmul_loop import print_rows
 from .matmul_tile import MatmulTile
-from .weights import (
-    codes_at,
-    element,
-    print_group_values,
-    print_inputs,
-    print_words,
-    raw_codes_at,
-    scheme,
-    words_of,
-)
+from .weights import element, packed_rows, scheme
 
 STREAMED = ', eviction_policy="evict_first"'
 """How a weight is read that is read once, as Triton text."""
@@ -26,23 +17,20 @@ STREAMED = ', eviction_policy="evict_first"'
 # well within fp32 for any row below 2^44.
 _RAISED = 84
 _LOWERED = 2.0 ** (149 - _RAISED)
-# Codes of a group whose products are summed before its factor: the smallest products of the tensor cores, of 16 codes of
-# each place; for fewer, the sums apart cost more registers than a factor for each number.
-_DEEP = 64
 
 
 def row_loads(tile: MatmulTile, layout: Plan, accumulators: Sequence[str], begin: str, suffix: str = "") -> None:
     """Print what the turn that begins at ``begin`` reads of the weight, for each lane: words, and their groups' factors."""
-    writer, how = tile.writer, scheme(layout)
+    writer, how, packed = tile.writer, scheme(layout), packed_rows(layout)
     across, along = "[:, None]", "[None, :]"
-    writer.line(f"word = ({begin}) // {how.places} + tl.arange(0, {words_of(layout)})")
+    writer.line(f"word = ({begin}) // {how.places} + tl.arange(0, {packed.words})")
     if how.group:
         writer.line(f"block = ({begin}) // {how.block} + tl.arange(0, {_blocks(layout)})")
     for name, column in zip(accumulators, _columns(layout)):
-        print_words(writer, layout, f"{name}_w{suffix}", column, "ok", across, along, STREAMED)
+        packed.print_words(writer, f"{name}_w{suffix}", column, "ok", across, along, STREAMED)
         if how.group:
             group = f"block // {how.group // how.block}"
-            print_group_values(writer, layout, f"{name}{suffix}", column, "ok", group, across, along)
+            packed.print_group_values(writer, f"{name}{suffix}", column, "ok", group, across, along)
 
 
 def begin_row(tile: MatmulTile, layout: Plan, accumulators: Sequence[str]) -> None:
@@ -51,27 +39,27 @@ def begin_row(tile: MatmulTile, layout: Plan, accumulators: Sequence[str]) -> No
         tile.writer.line(f"{name}_sums = tl.zeros((BLOCK_N, {_blocks(layout)}), tl.float32)")
     if not scheme(layout).group:
         tile.writer.line(f"row_sums = tl.zeros((1, {_blocks(layout)}), tl.float32)")
-    tile.begin_squares(words_of(layout))
+    tile.begin_squares(packed_rows(layout).words)
 
 
 def row_turn(tile: MatmulTile, layout: Plan, accumulators: Sequence[str]) -> None:
     """Print a turn for one row, while what the next reads is on its way."""
-    writer, how = tile.writer, scheme(layout)
+    writer, how, packed = tile.writer, scheme(layout), packed_rows(layout)
     ahead = f"k0 + BLOCK_K < {layout.depth}"
     with writer.block(f"if {ahead}:"):
         row_loads(tile, layout, accumulators, "k0 + BLOCK_K", "_ahead")
-    writer.line(f"word = k0 // {how.places} + tl.arange(0, {words_of(layout)})")
+    writer.line(f"word = k0 // {how.places} + tl.arange(0, {packed.words})")
     kind = "turn" if how.group else "sums"
     for place in range(how.places):
         tile.enter()
-        print_inputs(writer, layout, place)
+        packed.print_inputs(writer, place)
         value = print_rows(tile, layout)
         tile.add_squares()
         sign = "=" if how.group and place == 0 else "+="
         writer.line(f"row_{kind} {sign} {_eights(layout, '1', value)}")
         writer.line(f"scaled = {value} * {2.0 ** (_RAISED - how.bits * place)}")
         for name in accumulators:
-            products = _eights(layout, "BLOCK_N", f"{raw_codes_at(layout, f'{name}_w', place)} * scaled")
+            products = _eights(layout, "BLOCK_N", f"{packed.raw_codes_at(f'{name}_w', place)} * scaled")
             writer.line(f"{name}_{kind} {sign} {products}")
         tile.leave()
     if how.group:
@@ -116,7 +104,9 @@ def few_turn(tile: MatmulTile, layout: Plan, column: str, ok: str) -> None:
         writer.line(f"x = tl.trans({rows}.to({element(layout)}))")
         return f'tl.dot(w, x, {total}input_precision="ieee")'
 
-    _turn(tile, layout, [("acc", column)], ok, ("[:, None]", "[None, :]"), product)
+    packed_rows(layout).print_turn(
+        writer, [("acc", column)], ok, ("[:, None]", "[None, :]"), _rows_of(tile, layout), product
+    )
 
 
 def many_turn(tile: MatmulTile, layout: Plan, accumulators: Sequence[str]) -> None:
@@ -129,51 +119,16 @@ def many_turn(tile: MatmulTile, layout: Plan, accumulators: Sequence[str]) -> No
         return f'tl.dot(x, w, {total}input_precision="ieee")'
 
     sums = list(zip(accumulators, _columns(layout)))
-    _turn(tile, layout, sums, "ok", ("[None, :]", "[:, None]"), product)
+    packed_rows(layout).print_turn(writer, sums, "ok", ("[None, :]", "[:, None]"), _rows_of(tile, layout), product)
 
 
-def _turn(
-    tile: MatmulTile,
-    layout: Plan,
-    sums: Sequence[tuple[str, str]],
-    ok: str,
-    shapes: tuple[str, str],
-    product: Callable[[str, str, str], str],
-) -> None:
-    """Print a turn of small matrix products; ``sums`` are added to, each with the columns it is of.
+def _rows_of(tile: MatmulTile, layout: Plan) -> Callable[[], AbstractContextManager[str]]:
+    """Prints the rows of a place, which are unknown after it."""
 
-    Where a group is deep enough, its products are summed before the factors. Else each number gets its own.
-    """
-    writer, how = tile.writer, scheme(layout)
-    across, along = shapes
-    apart = how.group >= _DEEP
-    loop = f"for ahead in tl.static_range(0, BLOCK_K, {how.group}):"
-    with writer.block(loop) if apart else nullcontext():
-        begin, depth = ("(k0 + ahead)", str(how.group)) if apart else ("k0", "BLOCK_K")
-        writer.line(f"word = {begin} // {how.places} + tl.arange(0, {depth} // {how.places})")
-        for name, column in sums:
-            print_words(writer, layout, f"{name}_w", column, ok, across, along)
-            if apart:
-                print_group_values(writer, layout, name, column, ok, f"{begin} // {how.group}", "", "")
-            elif how.group:
-                group = f"word // {how.group // how.places}"
-                print_group_values(writer, layout, name, column, ok, group, across, along)
-        for place in range(how.places):
-            tile.enter()
-            print_inputs(writer, layout, place)
-            rows = print_rows(tile, layout)
-            for name, _ in sums:
-                weight = codes_at(layout, f"{name}_w", place)
-                if how.zeros:
-                    weight = f"({weight} - {name}_zeros{across if apart else ''})"
-                if not apart:
-                    weight = f"({weight} * {name}_factors)" if how.group else weight
-                    writer.line(f"{name} = {product(weight, rows, f'{name}, ')}")
-                elif place == 0:
-                    writer.line(f"{name}_part = {product(weight, rows, '')}")
-                else:
-                    writer.line(f"{name}_part = {product(weight, rows, f'{name}_part, ')}")
-            tile.leave()
-        if apart:
-            for name, _ in sums:
-                writer.line(f"{name} += {name}_part * {name}_factors{across}")
+    @contextmanager
+    def rows() -> Iterator[str]:
+        tile.enter()
+        yield print_rows(tile, layout)
+        tile.leave()
+
+    return rows

@@ -6,6 +6,8 @@ Norms, activations and rotary embedding compute in fp32 and round once, to the t
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -108,12 +110,24 @@ def grouped_linear(
         ``[T, J, N]``.
     """
     width = weight.shape[-1] if transposed else weight.shape[-2]
-    out = x.new_empty((*ids.shape, width))
     if x.device.type == "meta":
-        return out
+        return x.new_empty((*ids.shape, width))
+
+    def product(expert: int, rows: Tensor) -> Tensor:
+        matrix = weight[expert].t() if transposed else weight[expert]
+        return F.linear(rows, matrix, None if bias is None else bias[expert])
+
+    return by_expert(x, ids, width, product)
+
+
+def by_expert(x: Tensor, ids: Tensor, width: int, product: Callable[[int, Tensor], Tensor]) -> Tensor:
+    """``[T, J, width]``: what ``product`` makes, for each expert that is chosen, of the rows ``[pairs, K]`` that chose it.
+
+    ``x`` and ``ids`` are those of ``grouped_linear``.
+    """
+    out = x.new_empty((*ids.shape, width))
     pairs = x if x.dim() == 3 else x.unsqueeze(1).expand(-1, ids.shape[1], -1)
     for expert in torch.unique(ids).tolist():
         chosen = ids == expert
-        matrix = weight[expert].t() if transposed else weight[expert]
-        out[chosen] = F.linear(pairs[chosen], matrix, None if bias is None else bias[expert])
+        out[chosen] = product(expert, pairs[chosen])
     return out

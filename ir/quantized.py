@@ -143,6 +143,9 @@ def _rounded(matrix: Tensor, scheme: str, tries: int = 1) -> Tensor:
     found = scheme_of(scheme)
     if found is None:
         raise ValueError(f"{scheme} is no scheme of quantised weights")
+    if matrix.dim() > 2:
+        # Rounding takes several times the memory of what it rounds: one expert's matrix at a time.
+        return torch.stack([quantize(item, found, tries) for item in matrix])
     return quantize(matrix, found, tries)
 
 

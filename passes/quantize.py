@@ -11,7 +11,7 @@ from ..ir.build import insert_before
 from ..ir.errors import UnsupportedModelError
 from ..ir.graph import Graph, is_constant, type_of
 from ..ir.infer import Inference
-from ..ir.ops import POINTWISE, PROJECTIONS, op_name, resolve
+from ..ir.ops import POINTWISE, PROJECTIONS, aten, op_name, resolve
 from ..ir.quantized import is_quantised
 from ..ir.schemes import scheme_of
 from ..ir.types import TensorType
@@ -43,21 +43,26 @@ def pattern_of(weight: str, wanted: Wanted) -> str | None:
 
 
 def quantize(graph: Graph, report: PassReport) -> Graph:
-    """Round the weights of projections to nearest where a pattern asks for it, and their rows if the scheme is dynamic.
+    """Round the weights of projections and experts to nearest where a pattern asks for it, and rows of projections if the
+    scheme is dynamic.
 
-    The output projection and embeddings stay as they are, unless a pattern other than ``*`` names the projection.
+    Embeddings stay as they are, and so do the output projection and routers, unless a pattern other than ``*`` names
+    one: a router is small, and what it scores wrongly goes to another expert.
 
     Raises:
         UnsupportedModelError: a weight cannot be held in the scheme asked for, or a pattern fits no weight.
     """
     wanted = wanted_of(graph)
     used: set[str] = set()
-    last = _output_projection(graph)
+    kept = dict.fromkeys(_routers(graph), "a router") | dict.fromkeys(
+        _output_projection(graph), "the output projection"
+    )
     infer = Inference()
     for node in list(graph.calls()):
-        if op_name(node.target) not in PROJECTIONS | {"nn.grouped_linear"}:
+        grouped = op_name(node.target) == "nn.grouped_linear"
+        if not grouped and op_name(node.target) not in PROJECTIONS:
             continue
-        place = 2 if op_name(node.target) == "nn.grouped_linear" else 1
+        place = 2 if grouped else 1
         weight = node.args[place]
         assert isinstance(weight, Node)
         if not is_constant(weight):
@@ -71,12 +76,11 @@ def quantize(graph: Graph, report: PassReport) -> Graph:
             raise _refusal(patterns, "parts of one weight are asked for in several schemes", wanted)
         if scheme is None or again:
             continue
-        if node is last and "*" in patterns.values():
-            report.refuse(node.name, "the output projection stays as it is unless a pattern names it", node)
+        if node in kept and "*" in patterns.values():
+            report.refuse(node.name, f"{kept[node]} stays as it is unless a pattern names it", node)
             continue
-        if place == 2:
-            raise _refusal(patterns, "the weights of experts cannot be quantised yet", wanted)
-        why = _reason_against(weight, scheme)
+        turned = grouped and len(node.args) > 4 and bool(node.args[4])
+        why = _reason_against(weight, scheme, grouped, turned)
         if why:
             raise _refusal(patterns, why, wanted)
         if not report.allows(node.name):
@@ -85,6 +89,12 @@ def quantize(graph: Graph, report: PassReport) -> Graph:
         found = scheme_of(scheme)
         dynamic, tries = (found.dynamic, _TRIES if found.floats else 1) if found else (False, 1)
         made = known[0] if known and known[0] < node else None
+        if turned:
+            # Codes lie along the inputs, which a factor is for.
+            name = f"{weight.name}_turned"
+            turn = aten("transpose.int")
+            weight = insert_before(graph, node, infer, turn, (weight, 1, 2), name=name, source=report.name)
+            node.args = (*node.args[:4], False)
         if made is None:
             made = _rounded(graph, node, weight, scheme, infer, report, tries)
         node.args = (*node.args[:place], made, *node.args[place + 1 :])
@@ -142,12 +152,15 @@ def _matrices(value: Node) -> Iterator[Node]:
         yield from _matrices(source)
 
 
-def _reason_against(weight: Node, name: str) -> str:
+def _reason_against(weight: Node, name: str, grouped: bool, turned: bool) -> str:
+    """Why a weight cannot be held in a scheme; empty if it can. ``turned``: its rows are those of the inputs."""
     scheme, kind = scheme_of(name), type_of(weight)
     assert scheme is not None
-    depth = kind.shape[-1]
-    if kind.rank != 2 or not isinstance(depth, int) or not kind.torch_dtype.is_floating_point:
+    depth = kind.shape[-2 if turned else -1]
+    if kind.rank != 2 + grouped or not isinstance(depth, int) or not kind.torch_dtype.is_floating_point:
         return f"{kind} is no matrix of floats"
+    if grouped and scheme.dynamic:
+        return "the rows that meet experts are not rounded, so that only weights can be (int8, int4g128 and the like)"
     return scheme.reason_against(depth)
 
 
@@ -161,13 +174,33 @@ def _refusal(patterns: Mapping[str, str | None], why: str, wanted: Wanted) -> Un
     )
 
 
-def _output_projection(graph: Graph) -> Node | None:
-    """The projection that makes the graph's result, through work on single elements."""
+def _output_projection(graph: Graph) -> list[Node]:
+    """The projection that makes the graph's result, through work on single elements, if there is one."""
     value = graph.output_node().args[0]
     while isinstance(value, Node) and value.op == "call_function":
         if op_name(value.target) in PROJECTIONS:
-            return value
+            return [value]
         if op_name(value.target) not in POINTWISE | {"aten.reshape", "aten.slice.Tensor"}:
-            return None
+            return []
         value = next((item for item in value.all_input_nodes if not is_constant(item)), None)
-    return None
+    return []
+
+
+def _routers(graph: Graph) -> set[Node]:
+    """The projections whose results, one for each expert, decide which experts a token goes to."""
+    found: set[Node] = set()
+    for node in graph.calls():
+        if op_name(node.target) != "nn.grouped_linear":
+            continue
+        ids, weight = node.args[1:3]
+        assert isinstance(ids, Node) and isinstance(weight, Node)
+        seen, stack = {ids}, [ids]
+        while stack:
+            value = stack.pop()
+            if op_name(value.target) in PROJECTIONS:
+                if type_of(value).shape[-1] == type_of(weight).shape[0]:
+                    found.add(value)
+                continue
+            stack += [item for item in value.all_input_nodes if item not in seen]
+            seen.update(value.all_input_nodes)
+    return found

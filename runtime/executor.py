@@ -171,10 +171,12 @@ class Executor:
     def _reference(self, node: Node) -> Instruction:
         out = self._slots[node]
         if node in self._linears:
-            linear, source = self._linear_slots[node], self._slots[node.args[0]]
+            linear = self._linear_slots[node]
+            grouped = op_name(node.target) == "nn.grouped_linear"
+            sources = [self._slots[item] for item in node.args[: 1 + grouped]]
 
             def packed(values: list[Any], dims: Mapping[str, int]) -> None:
-                values[out] = values[linear](values[source])
+                values[out] = values[linear](*[values[source] for source in sources])
 
             return packed
         target: Any = node.target

@@ -1,4 +1,5 @@
-"""Projections on the CPU with weights laid out for it: packed for its vector units (oneDNN), or in codes (``rounded``)."""
+"""Projections and experts on the CPU with weights laid out for it: packed for its vector units (oneDNN), or in codes
+(``rounded``)."""
 
 from __future__ import annotations
 
@@ -11,12 +12,14 @@ from torch.fx import Node
 
 from ..ir.graph import type_of
 from ..ir.loop import Loop
+from ..ir.nn import by_expert
 from ..ir.ops import PROJECTIONS, op_name
 from ..ir.schemes import scheme_of
 from ..ir.types import TensorType
 from .rounded import Product, rounded_product
 
-Linear = Callable[[Tensor], Tensor]
+Linear = Callable[..., Tensor]
+"""From rows (and for experts, which ones they go to) to the result of a projection."""
 T = TypeVar("T")
 
 # Below this many elements a plain call costs less than the way to the packed one.
@@ -26,28 +29,39 @@ _SMALLEST = 1 << 16
 def pack_linears(loop: Loop, constants: dict[Node, list[Tensor]]) -> tuple[dict[Node, list[Linear]], int]:
     """Projections on the CPU by node, for each of its times (see ``at``), and the bytes of the weights laid out anew.
 
+    Of experts, those with weights in codes: they become numbers expert by expert.
+
     Weights that nothing else reads are taken out of ``constants``, which are by node and time, too.
     """
     linears: dict[Node, list[Linear]] = {}
-    products: dict[Node, list[Product]] = {}
+    products: dict[Node, list[list[Product]]] = {}
     size = 0
     for node in loop.graph.calls():
-        if op_name(node.target) not in PROJECTIONS:
+        grouped = op_name(node.target) == "nn.grouped_linear"
+        if not grouped and op_name(node.target) not in PROJECTIONS:
             continue
-        weight, bias = node.args[1], node.args[2] if len(node.args) > 2 else None
+        weight, bias, *_ = [*node.args[1 + grouped :], None]
         assert isinstance(weight, Node)
+        if grouped and scheme_of(type_of(weight).dtype) is None:
+            continue
         if isinstance(bias, Node) and bias not in constants:
             continue  # it is computed in the step
         if weight not in products:
             values, kind = constants.get(weight), type_of(weight)
             if values is None or not _is_packed(values[0], kind):
                 continue
-            products[weight] = [_product(value, kind) for value in values]
+            products[weight] = [[_product(item, kind) for item in (value if grouped else [value])] for value in values]
             size += sum(value.nbytes for value in values)
         biases: Sequence[Tensor | None] = constants[bias] if isinstance(bias, Node) else [None]
         count = max(len(products[weight]), len(biases))
         dtype = type_of(node).torch_dtype
-        linears[node] = [_linear(at(products[weight], time), at(biases, time), dtype) for time in range(count)]
+        laid = [(at(products[weight], time), at(biases, time)) for time in range(count)]
+        width = type_of(node).shape[-1]
+        assert isinstance(width, int)
+        linears[node] = [
+            _grouped(found, value, dtype, width) if grouped else _linear(found[0], value, dtype)
+            for found, value in laid
+        ]
     for weight in products:
         if all(user in linears and user.all_input_nodes.count(weight) == 1 for user in weight.users):
             del constants[weight]
@@ -84,3 +98,12 @@ def _product(weight: Tensor, kind: TensorType) -> Product:
 
 def _linear(product: Product, bias: Tensor | None, dtype: torch.dtype) -> Linear:
     return lambda x: product(x, bias, dtype)
+
+
+def _grouped(products: Sequence[Product], biases: Tensor | None, dtype: torch.dtype, width: int) -> Linear:
+    """The products of all experts as one."""
+
+    def product(expert: int, rows: Tensor) -> Tensor:
+        return products[expert](rows, None if biases is None else biases[expert], dtype)
+
+    return lambda x, ids: by_expert(x, ids, width, product)

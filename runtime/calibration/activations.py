@@ -15,7 +15,7 @@ from ...ir.interpret import bind_dims, call, read
 from ...ir.loop import Loop
 from ...ir.ops import PROJECTIONS, op_name
 from ...ir.quantized import dequantize, is_quantised, quantize
-from ...ir.schemes import scheme_of
+from ...ir.schemes import Scheme, scheme_of
 from ...ir.types import TensorType
 from ..constants import origin_of, weight_on
 from ..liveness import last_uses
@@ -24,6 +24,8 @@ from .rounding import rounded
 
 # Rows of logits that are computed: the output projection may be rounded, too.
 _ROWS = 512
+# Rows that an expert must have been sent: what fewer of them say is worth less than rounding to nearest.
+_FEWEST = 16
 
 
 @dataclass(frozen=True)
@@ -127,23 +129,35 @@ class _Calibration:
             self._origins[node] = origin_of(node, self._origins)
             if name == "nn.quantize":
                 return None  # until it is known what it is multiplied with
-        if name in PROJECTIONS:
+        if name in PROJECTIONS or name == "nn.grouped_linear":
             self._round(node)
         return call(node, lambda item: read(item, self._values, self._dims), self._device)
 
     def _round(self, projection: Node) -> None:
-        """Round the weight of a projection, if it is to be."""
-        x, weight = projection.args[:2]
+        """Round the weight of a projection, if it is to be; that of experts, each by the rows that are sent to it."""
+        grouped = op_name(projection.target) == "nn.grouped_linear"
+        x, weight = projection.args[0], projection.args[1 + grouped]
         assert isinstance(x, Node) and isinstance(weight, Node)
         if self._values.get(weight) is not None or op_name(weight.target) != "nn.quantize":
             return
         matrix, scheme = self._values[weight.args[0]], scheme_of(str(weight.args[1]))  # type: ignore[index]
         assert scheme is not None
-        kind = type_of(weight)
         rows = dequantize(self._values[x], type_of(x), torch.float32) if is_quantised(x) else self._values[x].float()
-        hessian = rows.t() @ rows
-        made = rounded(matrix, hessian, scheme)
+        if grouped:
+            ids = self._values[projection.args[1]]  # type: ignore[index]
+            sent = rows if rows.dim() == 3 else rows.unsqueeze(1).expand(-1, ids.shape[1], -1)
+            parts = [self._rounded(item, sent[ids == expert], scheme) for expert, item in enumerate(matrix)]
+            made = torch.stack(parts)
+        else:
+            made = self._rounded(matrix, rows, scheme)
         self._values[weight] = self._made[self._origins[weight]] = made
-        for place, found in enumerate((made, quantize(matrix, scheme))):
+
+    def _rounded(self, matrix: Tensor, rows: Tensor, scheme: Scheme) -> Tensor:
+        """A matrix rounded by the rows that it is multiplied with, to nearest if they are too few to tell."""
+        plain, hessian = quantize(matrix, scheme), rows.t() @ rows
+        made = rounded(matrix, hessian, scheme) if len(rows) >= _FEWEST else plain
+        kind = TensorType(scheme.name, tuple(matrix.shape))
+        for place, found in enumerate((made, plain)):
             wrong = dequantize(found, kind, torch.float32) - matrix.float()
             self._errors[place] += float(((wrong @ hessian) * wrong).sum())
+        return made
