@@ -84,6 +84,8 @@ def fake_quantised(
 ) -> PreTrainedModel:
     """A copy of a model whose projections (those in layers that ``chosen`` accepts) have the numbers of rounded weights.
 
+    Experts are chosen by the names of their parameters, and routers are left as they are.
+
     They read rounded activations if the scheme is one that rounds them, too.
     """
     twin = copy.deepcopy(model)
@@ -91,6 +93,13 @@ def fake_quantised(
     for name, module in twin.named_modules():
         weight = getattr(module, "weight", None)
         kind = type(module).__name__
+        if name.endswith("experts"):
+            for part, values in module.named_parameters():
+                if values.dim() == 3 and chosen(f"{name}.{part}"):
+                    for matrix in values.detach():
+                        rows = matrix.T if module.is_transposed else matrix
+                        found = torch.from_numpy(restored(*rounded(np.ascontiguousarray(rows.numpy()), scheme)))
+                        matrix.copy_(found.T if module.is_transposed else found)
         if kind not in ("Linear", "Conv1D") or module is head or not chosen(name):
             continue
         rows = weight.detach().numpy().T if kind == "Conv1D" else weight.detach().numpy()

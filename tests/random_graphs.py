@@ -66,8 +66,7 @@ def build(recipe: Recipe) -> Graph:
         b.stream.append(h)
         h = FRAGMENTS[kind](b, choices(number), h)
     b.graph.output(head(b, choices(-2), h))
-    experts = any(op_name(node.target) == "nn.grouped_linear" for node in b.graph.calls())
-    if recipe.rounded and not experts:
+    if recipe.rounded:
         b.graph.options[QUANTIZATION] = spelled({"*": "int8"})
     if recipe.cache:
         b.graph.options[KV_DTYPE] = recipe.cache

@@ -11,6 +11,9 @@ from triton_interpreter import interpreter
 
 from fuseline.codegen.grouped_linear import GroupedLinearSpec, grouped_linear_source
 from fuseline.codegen.offline import check_file, load_kernel_file
+from fuseline.ir.quantized import dequantize, quantize
+from fuseline.ir.schemes import scheme_of
+from fuseline.ir.types import TensorType
 
 SPEC = GroupedLinearSpec(8, 2, 40, 24, torch.float32)
 UNLUCKY = GroupedLinearSpec(5, 3, 67, 71, torch.float32)
@@ -27,6 +30,12 @@ CASES = {
     "all three": (replace(UNLUCKY, per_pair=True, transposed=True, bias=True), 31),
     "one expert": (replace(UNLUCKY, num_experts=1, top_k=1), 19),
     "more experts than pairs": (replace(SPEC, num_experts=130, top_k=4), 5),
+    "int8": (replace(UNLUCKY, scheme=scheme_of("int8"), bias=True), 17),
+    "int8, one expert": (replace(UNLUCKY, scheme=scheme_of("int8"), num_experts=1, top_k=1), 19),
+    "int4g32, a row per pair": (replace(UNLUCKY, scheme=scheme_of("int4g32"), in_features=96, per_pair=True), 29),
+    "int4g64": (replace(UNLUCKY, scheme=scheme_of("int4g64"), in_features=192, num_experts=3), 131),
+    "uint4g32": (replace(UNLUCKY, scheme=scheme_of("uint4g32"), in_features=160, bias=True), 7),
+    "uint4g128, fp16": (replace(UNLUCKY, scheme=scheme_of("uint4g128"), in_features=256, dtype=torch.float16), 1),
     "fp16": (replace(UNLUCKY, dtype=torch.float16, bias=True), 37),
 }
 
@@ -53,8 +62,9 @@ def inputs(spec: GroupedLinearSpec, tokens: int, device: str = "cpu") -> list[to
     x = torch.randn(x_shape, generator=generator)
     weight = torch.randn(spec.num_experts, *features, generator=generator)
     bias = [torch.randn(spec.num_experts, spec.out_features, generator=generator)] if spec.bias else []
-    x, weight, *bias = (t.to(device, spec.dtype) for t in (x, weight, *bias))
-    return [x, ids.to(device), weight, *bias]
+    held = weight.to(spec.dtype) if spec.scheme is None else quantize(weight, spec.scheme)
+    x, *bias = (t.to(device, spec.dtype) for t in (x, *bias))
+    return [x, ids.to(device), held.to(device), *bias]
 
 
 def run_case(spec: GroupedLinearSpec, tokens: int, folder: str, device: str = "cpu") -> tuple[float, float]:
@@ -64,6 +74,9 @@ def run_case(spec: GroupedLinearSpec, tokens: int, folder: str, device: str = "c
     x, ids, weight, *bias = inputs(spec, tokens, device)
     out = torch.full((tokens, spec.top_k, spec.out_features), torch.nan, dtype=spec.dtype, device=device)
     load_kernel_file(path).launch(x, ids, weight, out, *bias)
+    if spec.scheme is not None:
+        kind = TensorType(spec.scheme.name, (spec.num_experts, spec.out_features, spec.in_features))
+        weight = dequantize(weight, kind, torch.float32)
     expected = grouped_linear_reference(spec, x, ids, weight, *bias)
     scale = expected.square().mean()
     rounding = (expected.to(spec.dtype).double() - expected).square().mean() / scale
@@ -125,6 +138,10 @@ GPU_SPECS = [
     GroupedLinearSpec(32, 4, 2880, 5760, torch.bfloat16, transposed=True, bias=True),
     GroupedLinearSpec(6, 2, 1000, 1407, torch.float16, bias=True),
     GroupedLinearSpec(6, 2, 1001, 1407, torch.bfloat16, transposed=True),
+    GroupedLinearSpec(8, 2, 4096, 28672, torch.bfloat16, scheme=scheme_of("int8")),
+    GroupedLinearSpec(128, 8, 768, 2048, torch.bfloat16, per_pair=True, scheme=scheme_of("int4g128")),
+    GroupedLinearSpec(32, 4, 2880, 5760, torch.bfloat16, bias=True, scheme=scheme_of("uint4g32")),
+    GroupedLinearSpec(8, 2, 1024, 1408, torch.float32, scheme=scheme_of("uint4g64")),
     GroupedLinearSpec(8, 2, 1024, 3584, torch.float32),
     GroupedLinearSpec(8, 2, 1001, 1407, torch.float32, per_pair=True, transposed=True, bias=True),
 ]
@@ -132,7 +149,8 @@ GPU_SPECS = [
 
 def _name(spec: GroupedLinearSpec) -> str:
     layout = "transposed-" if spec.transposed else ""
-    return f"{spec.num_experts}x{spec.in_features}x{spec.out_features}-{layout}{str(spec.dtype)[6:]}"
+    held = f"-{spec.scheme.name}" if spec.scheme else ""
+    return f"{spec.num_experts}x{spec.in_features}x{spec.out_features}-{layout}{str(spec.dtype)[6:]}{held}"
 
 
 @pytest.mark.parametrize("spec", GPU_SPECS, ids=_name)
@@ -141,7 +159,7 @@ def test_compiles_without_spills(spec: GroupedLinearSpec, tmp_path: Path) -> Non
     path.write_text(grouped_linear_source(spec))
     vectors = spec.in_features % 8 == 0 and (spec.out_features % 8 == 0 or not spec.transposed)
     for resources in check_file(path):
-        if vectors and resources.kernel == "grouped_linear":
+        if vectors and spec.scheme is None and resources.kernel == "grouped_linear":
             assert "cp.async.cg.shared.global" in resources.ptx, "operands are not loaded 16 bytes at a time"
 
 

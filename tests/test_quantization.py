@@ -186,14 +186,58 @@ def test_the_report_counts_bytes_by_scheme() -> None:
     assert "int4g32" in str(compiled.report) and compiled.report.as_dict()["weight_bytes_by_type"] == held
 
 
-def test_experts_are_refused_unless_they_are_left_out() -> None:
-    model = wide("mixtral")
-    with pytest.raises(fuseline.UnsupportedModelError, match="experts cannot be quantised yet"):
-        fuseline.compile(model, quantization="int8", device="cpu")
-    wanted = {"*.experts*": None, "*.gate": None, "*": "int8"}
+@pytest.mark.parametrize("scheme", ["int8", "int4g32", "uint4g32"])
+@pytest.mark.parametrize("family, seed", [("mixtral", 0), ("qwen3_moe", 1), ("gpt_oss", 2)])
+def test_experts_are_those_of_weights_rounded_by_numpy(family: str, seed: int, scheme: str) -> None:
+    """Those of gpt_oss lie the other way round and have biases. Routers stay as they are."""
+    model = wide(family, seed)
+    compiled = fuseline.compile(model, quantization=scheme, device="cpu", max_batch_size=2, max_step_tokens=32)
+    twin = fake_quantised(model, scheme)
+    assert distance(twin, compiled) < 1e-4 < distance(model, compiled)
+    held, kind = compiled.report.bytes_by_type, scheme_of(scheme)
+    assert kind is not None and held[scheme] > held.get("f32", 0) / 20
+    with torch.no_grad():
+        for name, values in model.named_parameters():
+            if ".experts." in name and values.dim() == 3 and f'"{name}"' in str(compiled.graph):
+                return
+    raise AssertionError("no weight of experts is in the graph by its name")
+
+
+def test_a_pattern_reaches_one_weight_of_experts() -> None:
+    model = wide("mixtral", 3)
+    wanted = {"*.experts.gate_up_proj": "int4g32"}
     compiled = fuseline.compile(model, quantization=wanted, device="cpu", max_batch_size=2, max_step_tokens=32)
-    twin = fake_quantised(model, "int8", lambda name: "self_attn" in name)
-    assert distance(twin, compiled) < 1e-4
+    assert distance(fake_quantised(model, "int4g32", lambda name: "gate_up" in name), compiled) < 1e-4
+    text = str(compiled.graph)
+    assert "experts_gate_up_proj_int4g32" in text and "down_proj_int4g32" not in text
+
+
+def test_a_router_is_rounded_only_if_it_is_named() -> None:
+    model = wide("mixtral")
+    choices: dict[str, Any] = {"device": "cpu", "max_batch_size": 2, "max_step_tokens": 32}
+    assert "gate_weight_int8" not in str(fuseline.compile(model, quantization="int8", **choices).graph)
+    named = fuseline.compile(model, quantization={"*.gate": "int8", "*": None}, **choices)
+    assert "gate_weight_int8" in str(named.graph) and "experts_gate_up_proj_int8" not in str(named.graph)
+
+
+@pytest.mark.parametrize(
+    ("scheme", "why"),
+    [
+        ("fp8", "the rows that meet experts are not rounded.*'\\*.experts': None"),
+        ("int8-dynamic", "only weights can be"),
+        ("int4g128", "rows of 96 are no multiple of the group of 128"),
+    ],
+)
+def test_what_experts_cannot_be_held_in_is_refused(scheme: str, why: str) -> None:
+    with pytest.raises(fuseline.UnsupportedModelError, match=why):
+        fuseline.compile(wide("mixtral"), quantization={"*.experts*": scheme}, device="cpu")
+
+
+def test_every_pass_and_kernel_keeps_the_numbers_of_experts() -> None:
+    compiled = fuseline.compile(
+        wide("mixtral"), quantization="int4g32", device="cpu", max_batch_size=2, max_step_tokens=32, verify=True
+    )
+    assert "every pass keeps the numbers" in compiled.report.verification
 
 
 @pytest.mark.parametrize("scheme", ["int8", "int8g32", "int4g32", "uint4g32"])

@@ -24,8 +24,6 @@ from .rounding import rounded
 
 # Rows of logits that are computed: the output projection may be rounded, too.
 _ROWS = 512
-# Rows that an expert must have been sent: what fewer of them say is worth less than rounding to nearest.
-_FEWEST = 16
 
 
 @dataclass(frozen=True)
@@ -146,16 +144,20 @@ class _Calibration:
         if grouped:
             ids = self._values[projection.args[1]]  # type: ignore[index]
             sent = rows if rows.dim() == 3 else rows.unsqueeze(1).expand(-1, ids.shape[1], -1)
-            parts = [self._rounded(item, sent[ids == expert], scheme) for expert, item in enumerate(matrix)]
+            parts = [self._expert(item, sent[ids == expert], scheme) for expert, item in enumerate(matrix)]
             made = torch.stack(parts)
         else:
             made = self._rounded(matrix, rows, scheme)
         self._values[weight] = self._made[self._origins[weight]] = made
 
+    def _expert(self, matrix: Tensor, rows: Tensor, scheme: Scheme) -> Tensor:
+        """An expert's matrix. Rounding by fewer rows than it has inputs makes products with other rows worse."""
+        return self._rounded(matrix, rows, scheme) if len(rows) >= matrix.shape[1] else quantize(matrix, scheme)
+
     def _rounded(self, matrix: Tensor, rows: Tensor, scheme: Scheme) -> Tensor:
-        """A matrix rounded by the rows that it is multiplied with, to nearest if they are too few to tell."""
+        """A matrix rounded by the rows that it is multiplied with."""
         plain, hessian = quantize(matrix, scheme), rows.t() @ rows
-        made = rounded(matrix, hessian, scheme) if len(rows) >= _FEWEST else plain
+        made = rounded(matrix, hessian, scheme)
         kind = TensorType(scheme.name, tuple(matrix.shape))
         for place, found in enumerate((made, plain)):
             wrong = dequantize(found, kind, torch.float32) - matrix.float()
