@@ -61,7 +61,7 @@ _FP32_ROUGH_TILES = (_Tile(16, 32, 32, 4, 3), _Tile(64, 32, 16, 4, 2), _Tile(64,
 # A turn takes whole groups of 4-bit codes, and 16 codes of each place of their words.
 _HALF_PACKED_TILES = (_Tile(16, 64, 128, 4, 3), _Tile(64, 64, 128, 4, 3), _Tile(128, 64, 128, 8, 2))
 _HOPPER_PACKED_TILES = (_Tile(64, 128, 128, 8, 3), _Tile(128, 128, 128, 8, 2))
-_FP32_PACKED_TILES = (_Tile(16, 32, 128, 4, 2), _Tile(32, 32, 128, 8, 2), _Tile(64, 32, 128, 8, 2))
+_FP32_PACKED_TILES = (_Tile(16, 32, 128, 8, 2), _Tile(32, 32, 128, 8, 2), _Tile(64, 32, 128, 8, 2))
 
 
 def grouped_linear_source(spec: GroupedLinearSpec) -> str:
