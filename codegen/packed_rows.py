@@ -9,8 +9,9 @@ from dataclasses import dataclass
 from ..ir.schemes import Scheme
 from .writer import Writer
 
-# The depth of the smallest product of two operands that the tensor cores take.
-_DEPTH = 16
+# Codes of a group whose products are summed before its factor. For fewer, which also are not 16 of each place as the
+# tensor cores take them, the sums apart cost more registers than a factor for each number.
+_DEEP = 64
 
 
 @dataclass(frozen=True)
@@ -111,7 +112,7 @@ class PackedRows:
                 nothing, before its options.
         """
         how, (across, along) = self.how, shapes
-        apart = how.group >= _DEPTH * how.places
+        apart = how.group >= _DEEP
         loop = f"for ahead in tl.static_range(0, BLOCK_K, {how.group}):"
         with writer.block(loop) if apart else nullcontext():
             begin, depth = ("(k0 + ahead)", str(how.group)) if apart else ("k0", "BLOCK_K")
