@@ -140,3 +140,25 @@ def test_what_cannot_be_calibrated_on_is_refused(wanted: fuseline.Calibration, w
         fuseline.compile(model, device="cpu", max_seq_len=64, quantization="int8", calibration=wanted)
     with pytest.raises(OptionError, match="ask for a scheme"):
         fuseline.compile(model, device="cpu", calibration=wanted)
+
+
+def test_experts_are_rounded_by_the_rows_sent_to_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With few rows, every expert is rounded to nearest; with many, the model is nearer to the one in fp32."""
+    model, seen = wide("mixtral"), []
+
+    def watched(*arguments: Any) -> Any:
+        seen.append(calibrate(*arguments))
+        return seen[-1]
+
+    monkeypatch.setattr(compile_module, "calibrate", watched)
+    tokens = torch.randint(0, model.config.vocab_size, (48, 48), generator=torch.Generator().manual_seed(3))
+    choices: dict[str, Any] = {"device": "cpu", "max_seq_len": 64, "quantization": {"*.experts*": "int4g32"}}
+    plain = fuseline.compile(model, **choices)
+    few = fuseline.compile(model, calibration=fuseline.Calibration(tokens[:1].tolist()), **choices)
+    many = fuseline.compile(model, calibration=fuseline.Calibration(tokens.tolist()), **choices)
+    ids = tokens[:4]
+    assert torch.equal(few(ids).logits, plain(ids).logits)
+    with torch.no_grad():
+        exact = model(ids).logits
+    assert (many(ids).logits - exact).norm() < 0.95 * (plain(ids).logits - exact).norm()
+    assert len(seen[-1].values) == 2 * model.config.num_hidden_layers and seen[-1].error < 0.9
