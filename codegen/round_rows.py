@@ -17,6 +17,11 @@ def store_codes(tile: Tile, output: Node, at: Position) -> None:
     assert isinstance(source, Node) and isinstance(depth, int) and how is not None
     row, column = at.coords
     x = tile.value(source, at)
+    if len(output.args) > 3:
+        divisors = output.args[3]
+        assert isinstance(divisors, Node)
+        columns = tile.value(divisors, at.at((column,)))
+        x = writer.assign("smoothed", f"tl.div_rn({x}, {columns} + tl.zeros_like({x}))")
     most = writer.assign("most", f"tl.max(tl.where({at.mask}, tl.abs({x}), 0.0), 1)[:, None]")
     steps = f"tl.full({most}.shape, {how.largest}, tl.float32)"
     factor = writer.assign("factor", f"tl.where({most} > 0, tl.div_rn({most}, {steps}), 1.0)")

@@ -10,8 +10,9 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.fx import Node
 
+from .build import insert_before
 from .graph import Graph, is_constant, type_of
-from .infer import TypeInferenceError
+from .infer import Inference, TypeInferenceError
 from .ops import Op, aten, op_name, register
 from .schemes import Scheme, scheme_of
 from .types import TensorType
@@ -138,19 +139,25 @@ def _element(scheme: Scheme) -> torch.dtype:
     return torch.float8_e4m3fn if scheme.floats else torch.int8
 
 
-def _rounded(matrix: Tensor, scheme: str, tries: int = 1) -> Tensor:
-    """A matrix in the bytes of a scheme, rounded to nearest. What reads it reads the numbers that they stand for."""
+def _rounded(matrix: Tensor, scheme: str, tries: int = 1, divisors: Tensor | None = None) -> Tensor:
+    """A matrix ``[N, K]`` in the bytes of a scheme, rounded to nearest. What reads it reads the numbers that they stand for.
+
+    With ``divisors f32 [K]`` it is the matrix over them, in fp32, that is rounded.
+    """
     found = scheme_of(scheme)
     if found is None:
         raise ValueError(f"{scheme} is no scheme of quantised weights")
+    matrix = matrix if divisors is None else matrix.float() / divisors
     if matrix.dim() > 2:
         # Rounding takes several times the memory of what it rounds: one expert's matrix at a time.
         return torch.stack([quantize(item, found, tries) for item in matrix])
     return quantize(matrix, found, tries)
 
 
-def _type_of_rounded(matrix: Node, scheme: str, tries: int = 1) -> TensorType:
+def _type_of_rounded(matrix: Node, scheme: str, tries: int = 1, divisors: Node | None = None) -> TensorType:
     found, kind = scheme_of(scheme), type_of(matrix)
+    if divisors is not None and type_of(divisors) != TensorType("f32", kind.shape[-1:]):
+        raise TypeInferenceError(f"the columns of {kind} cannot be divided by {type_of(divisors)}")
     depth = kind.shape[-1] if kind.rank > 1 else None
     if found is None or tries < 1 or not isinstance(depth, int) or not kind.torch_dtype.is_floating_point:
         raise TypeInferenceError(f"{kind} cannot be quantised as {scheme}")
@@ -161,6 +168,16 @@ def _type_of_rounded(matrix: Node, scheme: str, tries: int = 1) -> TensorType:
 
 
 quantize_op: Op = register("nn.quantize", infer_type=_type_of_rounded)(_rounded)
+
+
+@register("nn.smoothing")
+def smoothing(weight: Tensor) -> Tensor:
+    """What each column of ``weight [N, K]`` is multiplied with, and of the rows that meet it divided by: ``f32 [K]``.
+
+    The product stays the same, but rows with a few large columns lose less when they are rounded (SmoothQuant, Xiao et
+    al. 2023). The numbers come from a calibration; without one they are 1.
+    """
+    return torch.ones(weight.shape[-1], dtype=torch.float32, device=weight.device)
 
 
 @register("nn.scaled_linear")
@@ -208,12 +225,22 @@ def without_rounding(graph: Graph, rows_only: bool = False) -> Graph:
 
     With ``rows_only`` the weights stay rounded, and only the activations are themselves.
     """
-    plain = graph.copy()
+    plain, infer = graph.copy(), Inference()
     for node in list(plain.calls()):
         if op_name(node.target) == "nn.quantize" and not (rows_only and is_constant(node)):
-            source = node.args[0]
+            source, *_, divisors = *node.args, *[None] * (4 - len(node.args))
             assert isinstance(source, Node)
+            if divisors is not None:
+                name = f"{node.name}_numbers"
+                source = insert_before(plain, node, infer, aten("div.Tensor"), (source, divisors), name=name)
             node.replace_all_uses_with(source)
+            plain.erase_node(node)
+        elif op_name(node.target) == "nn.smoothing" and not rows_only:
+            # Any numbers but 0 give the same product; ones would not tell whether rows or weights have them twice.
+            sizes = insert_before(plain, node, infer, aten("abs"), node.args)
+            made = insert_before(plain, node, infer, aten("amax"), (sizes, [0]))
+            wide = insert_before(plain, node, infer, aten("to.dtype"), (made, torch.float32))
+            node.replace_all_uses_with(insert_before(plain, node, infer, aten("add.Tensor"), (wide, 0.5)))
             plain.erase_node(node)
         elif op_name(node.target) == "nn.scaled_linear":
             node.target = aten("linear")

@@ -4,7 +4,7 @@ from .cache_rounding import OPTION as KV_DTYPE
 from .ledger import PassReport, Refusal
 from .pipeline import NEEDED, PASSES, RULES, Step, apply, run, steps
 from .quantize import OPTION as QUANTIZATION
-from .quantize import spelled, wanted_of
+from .quantize import SMOOTHING, spelled, wanted_of
 from .registry import GraphPass, UnknownPassError
 from .rule import Reject, Rule, rule
 from .switches import Switches, switches
@@ -18,6 +18,7 @@ __all__ = [
     "PASSES",
     "QUANTIZATION",
     "RULES",
+    "SMOOTHING",
     "GraphPass",
     "PassReport",
     "Refusal",

@@ -18,6 +18,7 @@ from ..ir.types import TensorType
 from .ledger import PassReport
 
 OPTION = "quantization"
+SMOOTHING = "smoothing"
 # Factors that are tried for each row of a weight in E4M3; twice as many lessen the squared error by 2 %.
 _TRIES = 16
 Wanted = Mapping[str, str | None]
@@ -46,6 +47,8 @@ def quantize(graph: Graph, report: PassReport) -> Graph:
     """Round the weights of projections and experts to nearest where a pattern asks for it, and rows of projections if the
     scheme is dynamic.
 
+    With the option ``smoothing`` (there will be a calibration) rows that become whole codes are divided by a vector, and the
+    weight is multiplied by it.
     Embeddings stay as they are, and so do the output projection and routers, unless a pattern other than ``*`` names
     one: a router is small, and what it scores wrongly goes to another expert.
 
@@ -88,6 +91,10 @@ def quantize(graph: Graph, report: PassReport) -> Graph:
         known = [item for item in weight.users if op_name(item.target) == "nn.quantize" and item.args[1] == scheme]
         found = scheme_of(scheme)
         dynamic, tries = (found.dynamic, _TRIES if found.floats else 1) if found else (False, 1)
+        divisors: Node | None = None
+        if graph.options.get(SMOOTHING) and dynamic and tries == 1:
+            weight, divisors = _smoothed(graph, node, weight, infer, report)
+            known = [item for item in weight.users if op_name(item.target) == "nn.quantize"]
         made = known[0] if known and known[0] < node else None
         if turned:
             # Codes lie along the inputs, which a factor is for.
@@ -99,7 +106,7 @@ def quantize(graph: Graph, report: PassReport) -> Graph:
             made = _rounded(graph, node, weight, scheme, infer, report, tries)
         node.args = (*node.args[:place], made, *node.args[place + 1 :])
         if dynamic:
-            round_rows(graph, node, scheme, infer, report)
+            round_rows(graph, node, scheme, infer, report, divisors)
         report.fused.append(node.name)
     unused = [pattern for pattern in wanted if pattern not in used and pattern != "*"]
     if unused:
@@ -107,7 +114,9 @@ def quantize(graph: Graph, report: PassReport) -> Graph:
     return graph
 
 
-def round_rows(graph: Graph, linear: Node, scheme: str, infer: Inference, report: PassReport) -> None:
+def round_rows(
+    graph: Graph, linear: Node, scheme: str, infer: Inference, report: PassReport, divisors: Node | None = None
+) -> None:
     """Let a projection whose weight is in a dynamic scheme round its rows: a product of codes.
 
     Each projection rounds its rows itself: they are no value of their own, but the first part of its kernel.
@@ -115,16 +124,37 @@ def round_rows(graph: Graph, linear: Node, scheme: str, infer: Inference, report
     rows, weight, bias = linear.args[0], linear.args[1], linear.args[2] if len(linear.args) > 2 else None
     assert isinstance(rows, Node)
     linear.target = resolve("nn.scaled_linear")
-    linear.args = (_rounded(graph, linear, rows, scheme, infer, report), weight, bias, type_of(linear).torch_dtype)
+    rounded = _rounded(graph, linear, rows, scheme, infer, report, divisors=divisors)
+    linear.args = (rounded, weight, bias, type_of(linear).torch_dtype)
 
 
 def _rounded(
-    graph: Graph, user: Node, value: Node, scheme: str, infer: Inference, report: PassReport, tries: int = 1
+    graph: Graph,
+    user: Node,
+    value: Node,
+    scheme: str,
+    infer: Inference,
+    report: PassReport,
+    tries: int = 1,
+    divisors: Node | None = None,
 ) -> Node:
     """A value in codes, in front of its user."""
     name, call = f"{value.name}_{scheme}", resolve("nn.quantize")
-    args = (value, scheme, tries) if tries > 1 else (value, scheme)
-    return insert_before(graph, user, infer, call, args, name=name, source=report.name)
+    more = (tries, divisors) if divisors is not None else (tries,) if tries > 1 else ()
+    return insert_before(graph, user, infer, call, (value, scheme, *more), name=name, source=report.name)
+
+
+def _smoothed(
+    graph: Graph, user: Node, weight: Node, infer: Inference, report: PassReport
+) -> tuple[Node, Node]:
+    """A weight times its smoothing, and the smoothing, in front of a user; those of an earlier user if there are."""
+    for vector in weight.users:
+        if op_name(vector.target) == "nn.smoothing" and vector < user:
+            return next(item for item in vector.users if op_name(item.target) == "aten.mul.Tensor"), vector
+    name, call = f"{weight.name}_smoothing", resolve("nn.smoothing")
+    vector = insert_before(graph, user, infer, call, (weight,), name=name, source=report.name)
+    name, call = f"{weight.name}_smoothed", resolve("aten.mul.Tensor")
+    return insert_before(graph, user, infer, call, (weight, vector), name=name, source=report.name), vector
 
 
 def same_scheme(linears: Sequence[Node], graph: Graph) -> bool:

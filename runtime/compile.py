@@ -153,6 +153,7 @@ def compile(
     options = replace(
         resolve(config, place, kind, max_batch_size, max_seq_len, max_step_tokens, kv_cache),
         quantization=wanted,
+        smoothing=calibration is not None and "int8d" in wanted.values(),
         graphs=gpu if graphs is None else graphs,
         lookahead=gpu if lookahead is None else lookahead,
     )

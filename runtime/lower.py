@@ -80,6 +80,8 @@ def lower(source: Skeleton | Graph, options: Options, wishes: Wishes, report: Re
                 choices[passes.KV_DTYPE] = options.kv_dtype
             if options.quantization:
                 choices[passes.QUANTIZATION] = passes.spelled(options.quantization)
+            if options.smoothing:
+                choices[passes.SMOOTHING] = True
             # A pattern with numbers may tell equal layers apart.
             fold = fold and not any(re.search(r"[0-9?\[]", pattern) for pattern in options.quantization)
             graph = capture(source, choices, options.max_seq_len, fold)

@@ -46,6 +46,7 @@ class Options:
     kv_cache: KVCacheConfig
     kv_dtype: str | None = None
     quantization: Mapping[str, str | None] = field(default_factory=dict)
+    smoothing: bool = False
     graphs: bool = False
     lookahead: bool = False
 

@@ -21,6 +21,7 @@ from ..constants import origin_of, weight_on
 from ..liveness import last_uses
 from ..selfcheck import step_of
 from .rounding import rounded
+from .smoothing import smoothing
 
 # Rows of logits that are computed: the output projection may be rounded, too.
 _ROWS = 512
@@ -28,16 +29,20 @@ _ROWS = 512
 
 @dataclass(frozen=True)
 class Calibrated:
-    """``values`` are rounded weights by what they are computed from, as ``fold_constants`` takes them. ``error`` is the
-    squared error of all projections' results over that of rounding to nearest."""
+    """``values`` are rounded weights, and the vectors that ``smoothed`` of them were multiplied with before, by what they
+    are computed from, as ``fold_constants`` takes them. ``error`` is the squared error of all projections' results over
+    that of rounding to nearest."""
 
     values: dict[str, Tensor]
+    smoothed: int
     error: float
 
     @property
     def summary(self) -> str:
         """What came of it, for a report."""
-        return f"{len(self.values)} weights by GPTQ: {self.error:.0%} of the squared error of rounding to nearest"
+        count = len(self.values) - self.smoothed
+        smoothed = f", {self.smoothed} of them smoothed" if self.smoothed else ""
+        return f"{count} weights by GPTQ{smoothed}: {self.error:.0%} of the squared error of rounding to nearest"
 
 
 def calibrate(
@@ -48,7 +53,7 @@ def calibrate(
     device: torch.device,
     progress: Callable[[list[Any]], Iterable[Any]] = iter,
 ) -> Calibrated:
-    """Round the weights that a graph rounds, in the order in which the model uses them.
+    """Round the weights that a graph rounds, in the order in which the model uses them, and smooth rows where it says so.
 
     All windows go through each operator before the next one, and what follows a projection reads what its rounded
     weight gives: later weights make up for errors of earlier ones. One layer's weights are on the device at a time.
@@ -75,6 +80,7 @@ class _Calibration:
         self._origins: dict[Node, str] = {}
         self._caches: dict[tuple[str, TensorType], Tensor] = {}
         self._made: dict[str, Tensor] = {}
+        self._smoothed = 0
         self._errors = [0.0, 0.0]
 
     def run(self, progress: Callable[[list[Any]], Iterable[Any]]) -> Calibrated:
@@ -106,7 +112,7 @@ class _Calibration:
                         for carry, later in self._loop.carries.items()
                     }
         ours, plain = self._errors
-        return Calibrated(self._made, ours / plain if plain else 1.0)
+        return Calibrated(self._made, self._smoothed, ours / plain if plain else 1.0)
 
     def _value(self, node: Node, time: int) -> Any:
         name = op_name(node.target)
@@ -125,11 +131,30 @@ class _Calibration:
             return self._caches[key]
         if is_constant(node):
             self._origins[node] = origin_of(node, self._origins)
-            if name == "nn.quantize":
+            if name in ("nn.quantize", "nn.smoothing") or any(self._values[item] is None for item in node.all_input_nodes):
                 return None  # until it is known what it is multiplied with
-        if name in PROJECTIONS or name == "nn.grouped_linear":
+        elif name in PROJECTIONS or name == "nn.grouped_linear":
             self._round(node)
+        elif name == "nn.quantize" and len(node.args) > 3:
+            self._smooth(node)
+        return self._called(node)
+
+    def _called(self, node: Node) -> Any:
         return call(node, lambda item: read(item, self._values, self._dims), self._device)
+
+    def _smooth(self, rounding: Node) -> None:
+        """Find what the rows of a projection are divided by, and multiply its weight with it."""
+        rows, vector = rounding.args[0], rounding.args[3]
+        assert isinstance(rows, Node) and isinstance(vector, Node)
+        if self._values[vector] is None:
+            origin, scheme = self._origins[vector], scheme_of(type_of(rounding).dtype)
+            assert scheme is not None
+            if origin not in self._made:
+                self._made[origin] = smoothing(self._values[rows], self._values[vector.args[0]], scheme)  # type: ignore[index]
+                self._smoothed += 1
+            self._values[vector] = self._made[origin]
+            for user in filter(is_constant, vector.users):
+                self._values[user] = self._called(user)
 
     def _round(self, projection: Node) -> None:
         """Round the weight of a projection, if it is to be; that of experts, each by the rows that are sent to it."""
