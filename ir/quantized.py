@@ -228,11 +228,11 @@ def without_rounding(graph: Graph, rows_only: bool = False) -> Graph:
     plain, infer = graph.copy(), Inference()
     for node in list(plain.calls()):
         if op_name(node.target) == "nn.quantize" and not (rows_only and is_constant(node)):
-            source, *_, divisors = *node.args, *[None] * (4 - len(node.args))
+            source = node.args[0]
             assert isinstance(source, Node)
-            if divisors is not None:
+            if len(node.args) > 3:
                 name = f"{node.name}_numbers"
-                source = insert_before(plain, node, infer, aten("div.Tensor"), (source, divisors), name=name)
+                source = insert_before(plain, node, infer, aten("div.Tensor"), (source, node.args[3]), name=name)
             node.replace_all_uses_with(source)
             plain.erase_node(node)
         elif op_name(node.target) == "nn.smoothing" and not rows_only:

@@ -144,9 +144,7 @@ def _rounded(
     return insert_before(graph, user, infer, call, (value, scheme, *more), name=name, source=report.name)
 
 
-def _smoothed(
-    graph: Graph, user: Node, weight: Node, infer: Inference, report: PassReport
-) -> tuple[Node, Node]:
+def _smoothed(graph: Graph, user: Node, weight: Node, infer: Inference, report: PassReport) -> tuple[Node, Node]:
     """A weight times its smoothing, and the smoothing, in front of a user; those of an earlier user if there are."""
     for vector in weight.users:
         if op_name(vector.target) == "nn.smoothing" and vector < user:

@@ -99,7 +99,8 @@ def compile(
             (``{"*.down_proj": "int8", "*.lm_head": None, "*": "int4"}``). Embeddings stay as they are, and so does
             the output projection unless a pattern other than ``"*"`` fits it.
         calibration: round weights by GPTQ instead of to nearest, so that what the model computes on this text changes
-            least; ``Calibration()`` takes sources of Python's library. Needs ``quantization``.
+            least; ``Calibration()`` takes sources of Python's library. With ``"int8-dynamic"`` rows are smoothed as well
+            (SmoothQuant). Needs ``quantization``.
         graphs: run steps that only decode as CUDA graphs, recorded here for a few batch sizes that others are padded
             to; the default on a GPU. On the CPU the same padded steps are plain calls, for tests.
         lookahead: launch each step before the tokens of the last are known to the host; the default on a GPU.

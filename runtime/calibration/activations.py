@@ -131,7 +131,9 @@ class _Calibration:
             return self._caches[key]
         if is_constant(node):
             self._origins[node] = origin_of(node, self._origins)
-            if name in ("nn.quantize", "nn.smoothing") or any(self._values[item] is None for item in node.all_input_nodes):
+            if name in ("nn.quantize", "nn.smoothing") or any(
+                self._values[item] is None for item in node.all_input_nodes
+            ):
                 return None  # until it is known what it is multiplied with
         elif name in PROJECTIONS or name == "nn.grouped_linear":
             self._round(node)
