@@ -71,7 +71,7 @@ def capture(
     fix_frequencies(model, max_seq_len)
     flat = _FlatTokens(model)
     names = (name for name, _ in model.named_parameters(remove_duplicate=False))
-    folded = _fold(flat, source) if fold and alike(source.schemes, names) else None
+    folded = _fold(flat, source) if fold and alike(source.schemes, source.ordered, names) else None
     try:
         with shortened(model, folded) if folded else nullcontext():
             trace = export(flat, source.mode, name, MAX_STEP_TOKENS)
@@ -86,7 +86,7 @@ def capture(
     if not masks_of:
         raise UnsupportedModelError(f"{name} has no attention through transformers' AttentionInterface")
     check_against_eager(trace.calls, masks_of)
-    state_rounded(graph, source.schemes)
+    state_rounded(graph, source.schemes, source.ordered)
     try:
         verify(graph)
     except VerificationError as error:  # an operator whose result has another type than the trace says

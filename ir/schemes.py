@@ -21,9 +21,8 @@ _NAME = re.compile(r"int8d?|fp8|(?:int8|u?int4)g(32|64|128)")
 _ALIGNMENT = 16
 ALIASES = {"int4": "int4g128", "int8-dynamic": "int8d"}
 """Names that a caller may use for schemes which have others in types."""
-NAMES = (
-    *("int8", "int8g128", "int8g64", "int8g32", "int4", "int4g128", "int4g64", "int4g32", "uint4g128", "uint4g64", "uint4g32"),
-    *("int8-dynamic", "fp8"),
+NAMES = tuple(
+    "int8 int8g128 int8g64 int8g32 int4 int4g128 int4g64 int4g32 uint4g128 uint4g64 uint4g32 int8-dynamic fp8".split()
 )
 """What a caller may ask for."""
 

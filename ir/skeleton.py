@@ -37,6 +37,7 @@ class Skeleton:
     called after ``load`` and until ``forget``.
 
     ``schemes`` are those of the matrices that the checkpoint holds rounded, by name; their values are rows of bytes.
+    The inputs of the ``ordered`` ones stand in an order of their own, which is a value, too (see ``state_rounded``).
     ``score`` reads the numbers that they stand for. ``held`` says in words what the checkpoint holds.
     """
 
@@ -48,6 +49,7 @@ class Skeleton:
     score: Callable[[Sequence[Sequence[int]], Fold | None], list[torch.Tensor]]
     forget: Callable[[], None]
     schemes: Mapping[str, str] = field(default_factory=dict)
+    ordered: frozenset[str] = frozenset()
     held: str = ""
 
 
@@ -231,15 +233,21 @@ def _from_path(path: str | Path, dtype: torch.dtype, trust_remote_code: bool) ->
     def load() -> dict[str, torch.Tensor]:
         named = [*full().named_parameters(remove_duplicate=False), *full().named_buffers(remove_duplicate=False)]
         traced = model.named_buffers(remove_duplicate=False)
-        rows = {name: item.rows() for name, item in rounded.matrices.items()} if rounded else {}
-        return {**dict(traced), **{name: item.detach() for name, item in named}, **rows}
+        return {
+            **dict(traced),
+            **{name: item.detach() for name, item in named},
+            **(rounded.values() if rounded else {}),
+        }
 
     def score(prompts: Sequence[Sequence[int]], fold: Fold | None = None) -> list[torch.Tensor]:
         return _score(full(), prompts, fold)
 
-    schemes = {name: item.scheme for name, item in rounded.matrices.items()} if rounded else {}
-    held = summary(rounded) if rounded else ""
-    return Skeleton(model, mode, dtype, dtype, load, score, kept.clear, schemes, held)
+    bones = Skeleton(model, mode, dtype, dtype, load, score, kept.clear)
+    if rounded:
+        bones.schemes = {name: item.scheme for name, item in rounded.matrices.items()}
+        bones.ordered = frozenset(name for name, item in rounded.matrices.items() if item.order is not None)
+        bones.held = summary(rounded)
+    return bones
 
 
 def _checkpoint(path: str | Path, config: PretrainedConfig, model: PreTrainedModel) -> Checkpoint | None:

@@ -156,9 +156,11 @@ def _smoothed(graph: Graph, user: Node, weight: Node, infer: Inference, report: 
 
 
 def same_scheme(linears: Sequence[Node], graph: Graph) -> bool:
-    """Whether the weights of projections are held in one scheme, or asked for in one."""
+    """Whether the weights of projections are held in one scheme, in one order of inputs, or asked for in one."""
     wanted = wanted_of(graph)
     weights = [node.args[1] for node in linears]
+    if any(isinstance(item, Node) and op_name(item.target) == "aten.index_add" for item in weights):
+        return False  # the graph does not say whether two orders are equal
     found: set[str | None] = set()
     for leaf in (leaf for item in weights if isinstance(item, Node) and is_constant(item) for leaf in _matrices(item)):
         pattern = pattern_of(str(leaf.args[0]), wanted)

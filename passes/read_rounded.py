@@ -8,7 +8,7 @@ from ..ir.build import insert_before
 from ..ir.errors import UnsupportedModelError
 from ..ir.graph import Graph, is_constant, type_of
 from ..ir.infer import Inference
-from ..ir.ops import op_name, resolve
+from ..ir.ops import aten, op_name, resolve
 from ..ir.quantized import is_quantised
 from ..ir.schemes import scheme_of
 from .ledger import PassReport
@@ -16,7 +16,8 @@ from .quantize import round_rows
 
 
 def read_rounded(graph: Graph, report: PassReport) -> Graph:
-    """``linear(x, to(codes))`` is ``linear(x, codes)``; where weights are joined, so are their codes.
+    """``linear(x, to(codes))`` is ``linear(x, codes)``; where weights are joined, so are their codes. Where the columns of a
+    weight have an order of their own, the columns of the rows get it, too.
 
     Raises:
         UnsupportedModelError: something else than a projection reads a rounded weight: it would be held in full.
@@ -24,13 +25,19 @@ def read_rounded(graph: Graph, report: PassReport) -> Graph:
     infer, off = Inference(), False
     for node in list(graph.calls()):
         weight = node.args[1] if op_name(node.target) == "aten.linear" else None
+        order: Node | None = None
+        if isinstance(weight, Node) and op_name(weight.target) == "aten.index_add":
+            order, weight = weight.args[2:4]  # type: ignore[assignment]
         codes = _codes(graph, weight, node, infer) if isinstance(weight, Node) and is_constant(weight) else None
         if codes is None:
             continue
         if not report.allows(node.name):
             off = True
             continue
-        node.args = (node.args[0], codes, *node.args[2:])
+        rows = node.args[0]
+        if order is not None:
+            rows = insert_before(graph, node, infer, aten("index_select"), (rows, -1, order), source=report.name)
+        node.args = (rows, codes, *node.args[2:])
         scheme = scheme_of(type_of(codes).dtype)
         if scheme and scheme.dynamic:
             round_rows(graph, node, scheme.name, infer, report)

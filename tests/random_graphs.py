@@ -18,6 +18,9 @@ from torch import Tensor
 from fuseline.ir import Graph
 from fuseline.ir.graph import type_of
 from fuseline.ir.ops import op_name
+from fuseline.ir.quantized import quantize
+from fuseline.ir.rounded_weights import state_rounded
+from fuseline.ir.schemes import scheme_of
 from fuseline.passes import KV_DTYPE, QUANTIZATION, spelled
 
 
@@ -35,6 +38,8 @@ class Recipe:
     tokens: int = 5
     rounded: bool = False
     cache: str = ""
+    held: str = ""
+    ordered: bool = False
 
 
 def recipe(seed: int) -> Recipe:
@@ -51,6 +56,8 @@ def recipe(seed: int) -> Recipe:
         tokens=c.of(*range(1, 10)),
         rounded=c.of(True, False),
         cache=c.of("", "", "", "", "i8", "f8e4m3"),
+        held=c.of("", "", "", "", "int8", "int8d"),
+        ordered=c.of(True, False, False),
     )
 
 
@@ -70,7 +77,21 @@ def build(recipe: Recipe) -> Graph:
         b.graph.options[QUANTIZATION] = spelled({"*": "int8"})
     if recipe.cache:
         b.graph.options[KV_DTYPE] = recipe.cache
+    if recipe.held and not recipe.rounded:
+        names = _of_projections(b.graph)
+        state_rounded(b.graph, dict.fromkeys(names, recipe.held), names if recipe.ordered else ())
     return b.graph
+
+
+def _of_projections(graph: Graph) -> set[str]:
+    """The names of weights that only projections read."""
+    found: dict[str, bool] = {}
+    for node in graph.calls():
+        if op_name(node.target) == "weight":
+            name = str(node.args[0])
+            only = all(op_name(user.target) == "aten.linear" and user.args[0] is not node for user in node.users)
+            found[name] = found.get(name, True) and only and type_of(node).rank == 2
+    return {name for name, only in found.items() if only}
 
 
 def shrink(recipe: Recipe, fails: Callable[[Recipe], bool]) -> Recipe:
@@ -90,7 +111,13 @@ def shrink(recipe: Recipe, fails: Callable[[Recipe], bool]) -> Recipe:
     return recipe
 
 
-_SIMPLE: tuple[tuple[str, Any], ...] = (("dtype", "f32"), ("batched", False), ("rounded", False))
+_SIMPLE: tuple[tuple[str, Any], ...] = (
+    ("dtype", "f32"),
+    ("batched", False),
+    ("rounded", False),
+    ("ordered", False),
+    ("held", ""),
+)
 
 
 def draw_weights(graph: Graph, seed: int) -> dict[str, Tensor]:
@@ -99,7 +126,12 @@ def draw_weights(graph: Graph, seed: int) -> dict[str, Tensor]:
     weights: dict[str, Tensor] = {}
     for node in graph.calls():
         if op_name(node.target) == "weight" and str(node.args[0]) not in weights:
-            shape = type_of(node).concrete({})
+            kind, shape = type_of(node), type_of(node).concrete({})
+            if kind.dtype == "i64":
+                weights[str(node.args[0])] = torch.randperm(shape[0], generator=generator)
+                continue
             drawn = torch.randn(shape, generator=generator)
-            weights[str(node.args[0])] = drawn if len(shape) < 2 else drawn * shape[-1] ** -0.5
+            drawn = drawn if len(shape) < 2 else drawn * shape[-1] ** -0.5
+            scheme = scheme_of(kind.dtype)
+            weights[str(node.args[0])] = quantize(drawn, scheme) if scheme else drawn
     return weights

@@ -50,18 +50,23 @@ def numbers(codes: np.ndarray, factors: np.ndarray, zeros: Any) -> np.ndarray:
     return (parts * factors[..., None].astype(np.float32)).reshape(codes.shape)
 
 
-def gptq(shape: tuple[int, int], seed: int, bits: int, group: int, sym: bool, less: int = 1) -> Written:
-    """GPTQ's layout; zero points are stored ``less`` one (``gptq_v2``: 0)."""
+def gptq(
+    shape: tuple[int, int], seed: int, bits: int, group: int, sym: bool, less: int = 1, mixed: bool = False
+) -> Written:
+    """GPTQ's layout; zero points are stored ``less`` one (``gptq_v2``: 0). ``mixed``: the inputs of a group lie anywhere."""
     codes, factors, zeros = drawn(shape, bits, group, seed)
     zeros = np.full_like(zeros, 1 << bits - 1) if sym else zeros
     index = np.arange(shape[1]) // (shape[1] // factors.shape[1])
+    if mixed:
+        np.random.default_rng(seed).shuffle(index)
     held = {
         "qweight": words(codes.T, bits, 0),
         "qzeros": words((zeros.T - less) & (1 << bits) - 1, bits, 1),
         "scales": torch.from_numpy(np.ascontiguousarray(factors.T)),
         "g_idx": torch.from_numpy(index.astype(np.int32)),
     }
-    return held, numbers(codes, factors, zeros)
+    values = (codes - zeros[:, index]).astype(np.float32) * factors[:, index].astype(np.float32)
+    return held, values
 
 
 def awq(shape: tuple[int, int], seed: int, group: int) -> Written:

@@ -11,6 +11,7 @@ from typing import Any
 import families
 import pytest
 import torch
+from quantized_models import wide
 from transformers import PreTrainedModel
 
 import fuseline
@@ -239,6 +240,15 @@ def test_the_floor_of_a_llama_is_its_weights_and_its_cache() -> None:
     matrices = sum(item.numel() for name, item in model.named_parameters() if "layers" in name and item.dim() == 2)
     attention = config.num_hidden_layers * config.num_attention_heads * config.head_dim * (1 + 2 + 3 + 4)
     assert prefill_operations(graph, 3, 4) == 3 * 2 * (4 * matrices + model.lm_head.weight.numel() + 2 * attention)
+
+
+def test_the_floor_counts_the_bytes_of_codes() -> None:
+    model = wide("llama")
+    plain, rounded = (
+        fuseline.compile(model, quantization=scheme, device="cpu", max_batch_size=2) for scheme in (None, "int4g32")
+    )
+    saved = plain.report.weight_bytes - rounded.report.weight_bytes
+    assert decode_bytes(plain.graph, 3, 8) - decode_bytes(rounded.graph, 3, 8) == saved > 0
 
 
 def test_the_floor_counts_only_the_experts_and_the_keys_that_are_read() -> None:

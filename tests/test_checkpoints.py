@@ -59,6 +59,11 @@ LAYOUTS: dict[str, tuple[str, dict[str, Any], Callable[..., Written]]] = {
         gptq_config(4, 32, False, checkpoint_format="gptq_v2"),
         partial(gptq, bits=4, group=32, sym=False, less=0),
     ),
+    "gptq, act-order": (
+        "uint4g32",
+        gptq_config(4, 32, False, desc_act=True),
+        partial(gptq, bits=4, group=32, sym=False, mixed=True),
+    ),
     "gptq, 8 bits": ("int8g32", gptq_config(8, 32, True), partial(gptq, bits=8, group=32, sym=True)),
     "gptq, 8 bits by row": ("int8", gptq_config(8, -1, True), partial(gptq, bits=8, group=-1, sym=True)),
     "gptq by row": ("int4g32", gptq_config(4, -1, True), partial(gptq, bits=4, group=-1, sym=True)),
@@ -118,7 +123,7 @@ def test_a_layout_is_read_as_it_is(layout: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("family", ["qwen2", "qwen3", "gemma2", "phi3", "opt"])
-@pytest.mark.parametrize("layout", ["awq", "W8A8"])
+@pytest.mark.parametrize("layout", ["awq", "W8A8", "gptq, act-order"])
 def test_other_families_are_read(family: str, layout: str, tmp_path: Path) -> None:
     twin = written(layout, tmp_path, family)
     compiled = fuseline.compile(str(tmp_path), dtype="float32", **SMALL)
@@ -154,21 +159,21 @@ def test_patterns_and_layers_choose_the_scheme(tmp_path: Path) -> None:
     assert distance(twin, compiled) < 1e-4
 
 
-@pytest.mark.parametrize("rounded", [0, 2])
-def test_layers_that_are_held_alike_are_folded(rounded: int, tmp_path: Path) -> None:
+@pytest.mark.parametrize("layout, rounded", [("awq", 0), ("awq", 2), ("gptq, act-order", 0)])
+def test_layers_that_are_held_alike_are_folded(layout: str, rounded: int, tmp_path: Path) -> None:
     model = make_deep("llama", 9, hidden_size=96, intermediate_size=160, head_dim=32)
 
     def chosen(name: str) -> bool:
         return int(name.split(".")[2]) >= rounded
 
-    twin = write(tmp_path, model, *LAYOUTS["awq"][1:], chosen)
+    twin = write(tmp_path, model, *LAYOUTS[layout][1:], chosen)
     compiled = fuseline.compile(str(tmp_path), dtype="float32", dump=tmp_path / "dump", **SMALL)
     assert distance(twin, compiled) < 1e-4
     captured = next((tmp_path / "dump").glob("*_capture.txt")).read_text()
     assert ("fold_layers" in captured) == (rounded == 0)
 
 
-@pytest.mark.parametrize("layout", ["gptq, zero points", "W8A8"])
+@pytest.mark.parametrize("layout", ["gptq, zero points", "gptq, act-order", "W8A8"])
 def test_passes_keep_the_numbers_and_a_dump_is_read_again(layout: str, tmp_path: Path) -> None:
     written(layout, tmp_path / "model")
     where = str(tmp_path / "model")
@@ -177,7 +182,7 @@ def test_passes_keep_the_numbers_and_a_dump_is_read_again(layout: str, tmp_path:
     scheme = LAYOUTS[layout][0]
     for stage, stated in (
         ("capture", "aten.to.dtype(l0_self_attn_q_proj_weight, f32)"),
-        ("ReadRounded", "nn.cat_rows"),
+        ("ReadRounded", "aten.index_select(" if "order" in layout else "nn.cat_rows("),
     ):
         text = next((tmp_path / "dump").glob(f"*_{stage}.txt")).read_text()
         assert f'{scheme}[96, 96] = weight("model.layers.0.self_attn.q_proj.weight")' in text and stated in text
@@ -200,14 +205,14 @@ def nothing(state: dict[str, torch.Tensor]) -> None:
     """Leaves the tensors as they are."""
 
 
-def permuted(state: dict[str, torch.Tensor]) -> None:
+def uneven(state: dict[str, torch.Tensor]) -> None:
     name = next(name for name in state if name.endswith("g_idx"))
-    state[name] = state[name].flip(0)
+    state[name][0] = 1
 
 
 STATIC = {"group_0": {"targets": ["Linear"], "weights": {"num_bits": 8}, "input_activations": {"dynamic": False}}}
 REFUSED: dict[str, tuple[str, Any, dict[str, Any], str]] = {
-    "act-order": ("gptq", permuted, {}, "do not follow each other"),
+    "groups of other sizes": ("gptq", uneven, {}, "groups of inputs differ in size"),
     "marlin": ("gptq", nothing, {"checkpoint_format": "marlin"}, "'marlin' is not known"),
     "gemv": ("awq", nothing, {"version": "gemv"}, "version 'gemv' of 4 bits is not known"),
     "bitsandbytes": ("awq", nothing, {"quant_method": "bitsandbytes"}, "quantized by bitsandbytes are not supported"),

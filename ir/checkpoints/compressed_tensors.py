@@ -19,7 +19,7 @@ from ..errors import UnsupportedModelError
 from ..quantized import unpack
 from ..schemes import Scheme, scheme_of
 from .files import Tensors
-from .held import Codes, Held, integer_scheme, refuse_permuted, unsupported
+from .held import Codes, Held, integer_scheme, order_of, unsupported
 from .words import packed, unpacked
 
 METHOD = "compressed-tensors"
@@ -92,10 +92,11 @@ def _held(module: str, group: Mapping[str, Any], tensors: Tensors, rows: int, de
     words, bits = tensors.shape(f"{module}.weight_packed")[1], int(weights.get("num_bits", 0))
     if bits not in (4, 8) or words != -(-depth * bits // 32):
         raise unsupported(module, f"codes of {bits} bits; there are 4 and 8")
-    if f"{module}.weight_g_idx" in tensors:
-        refuse_permuted(module, tensors[f"{module}.weight_g_idx"], groups)
+    name, order = f"{module}.weight_g_idx", None
+    if name in tensors and bool((tensors[name] >= 0).all()):  # -1 stands for none
+        order = order_of(module, tensors[name], groups)
     scheme = integer_scheme(module, bits, depth, groups, not symmetric)
-    return Held(scheme, partial(_read, module, bits, rows, depth, symmetric, tensors))
+    return Held(scheme, partial(_read, module, bits, rows, depth, symmetric, tensors), order)
 
 
 def _groups(module: str, shape: tuple[int, ...], rows: int) -> int:

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from .files import Tensors
-from .held import Codes, Held, integer_scheme, refuse_permuted, unsupported
+from .held import Codes, Held, integer_scheme, order_of, unsupported
 from .words import unpacked
 
 
@@ -36,9 +36,8 @@ def held(config: Mapping[str, Any], tensors: Tensors, shapes: Mapping[str, tuple
     for module in modules:
         depth, groups = shapes[f"{module}.weight"][1], tensors.shape(f"{module}.scales")[0]
         scheme = integer_scheme(module, bits[module], depth, groups, not symmetric)
-        if f"{module}.g_idx" in tensors:
-            refuse_permuted(module, tensors[f"{module}.g_idx"], groups)
-        found[module] = Held(scheme, partial(_read, module, bits[module], less, symmetric, tensors))
+        order = order_of(module, tensors[f"{module}.g_idx"], groups) if f"{module}.g_idx" in tensors else None
+        found[module] = Held(scheme, partial(_read, module, bits[module], less, symmetric, tensors), order)
     return found
 
 

@@ -28,32 +28,40 @@ class Codes(NamedTuple):
 
 @dataclass(frozen=True)
 class Held:
-    """One rounded matrix ``[N, K]``; ``read`` reads its codes."""
+    """One rounded matrix ``[N, K]``; ``read`` reads its codes.
+
+    Where the inputs of a group do not follow each other, ``order i64 [K]`` are the inputs in the order of their groups.
+    """
 
     scheme: str
     read: Callable[[], Codes]
+    order: Tensor | None = None
 
     def rows(self) -> Tensor:
-        """The matrix in the bytes of its scheme, ``u8 [N, row bytes]``; codes and factors are those of the checkpoint."""
+        """The matrix in the bytes of its scheme, ``u8 [N, row bytes]``, its inputs in ``order``; codes and factors are
+        those of the checkpoint."""
         scheme = scheme_of(self.scheme)
         assert scheme is not None
-        codes, factors, zeros = self.read()
-        count = scheme.groups(codes.shape[-1])
-        factors = factors.float().reshape(-1, 1) if factors.dim() < 2 else factors.float()
-        factors = factors.expand(len(codes), -1)
-        repeats = count // factors.shape[1]
+        codes, factors, zeros = self._ordered()
+        repeats = scheme.groups(codes.shape[-1]) // factors.shape[1]
         if zeros is not None:
             zeros = zeros.repeat_interleave(repeats, 1)
         return pack(codes, factors.repeat_interleave(repeats, 1), zeros, scheme)
 
     def numbers(self, dtype: torch.dtype) -> Tensor:
         """The numbers that the codes stand for, ``[N, K]``."""
-        codes, factors, zeros = self.read()
-        factors = factors.float().reshape(-1, 1) if factors.dim() < 2 else factors.float()
-        groups = codes.float().reshape(len(codes), factors.shape[1], -1)
+        codes, factors, zeros = self._ordered()
+        groups = codes.float().reshape(*factors.shape, -1)
         if zeros is not None:
             groups = groups - zeros.float().unsqueeze(-1)
-        return (groups * factors.unsqueeze(-1)).flatten(-2).to(dtype)
+        found = (groups * factors.unsqueeze(-1)).flatten(-2).to(dtype)
+        return found if self.order is None else found[:, self.order.argsort()]
+
+    def _ordered(self) -> Codes:
+        """Codes by group, with factors ``f32 [N, groups]``."""
+        codes, factors, zeros = self.read()
+        factors = factors.float().reshape(-1, 1) if factors.dim() < 2 else factors.float()
+        return Codes(codes if self.order is None else codes[:, self.order], factors.expand(len(codes), -1), zeros)
 
 
 @dataclass(frozen=True)
@@ -63,6 +71,16 @@ class Checkpoint:
     method: str
     matrices: Mapping[str, Held]
     others: Mapping[str, Tensor]
+
+    def values(self) -> dict[str, Tensor]:
+        """The rounded matrices in the bytes of their schemes, and the orders of inputs, by name."""
+        orders = {order_name(name): item.order for name, item in self.matrices.items() if item.order is not None}
+        return {**{name: item.rows() for name, item in self.matrices.items()}, **orders}
+
+
+def order_name(name: str) -> str:
+    """The name of the order of a matrix's inputs."""
+    return f"{name}.order"
 
 
 def integer_scheme(module: str, bits: int, depth: int, groups: int, zeros: bool) -> str:
@@ -89,12 +107,13 @@ def unsupported(module: str, why: str) -> UnsupportedModelError:
     return UnsupportedModelError(f"the checkpoint's {module} is held in a way that cannot be run: {why}")
 
 
-def refuse_permuted(module: str, index: Tensor, groups: int) -> None:
-    """Refuse groups of inputs that do not follow each other.
+def order_of(module: str, index: Tensor, groups: int) -> Tensor | None:
+    """The inputs in the order of their groups, ``i64 [K]``; nothing if they are in it. ``index [K]`` is the group of each.
 
     Raises:
-        UnsupportedModelError: ``index [K]``, the group of each input, is not in order.
+        UnsupportedModelError: the groups differ in size.
     """
-    depth = len(index)
-    if not torch.equal(index.long(), torch.arange(depth) // (depth // groups)):
-        raise unsupported(module, "inputs of a group do not follow each other (act-order); use one with static groups")
+    order = index.long().argsort(stable=True)
+    if not torch.equal(index.long()[order], torch.arange(len(index)) // (len(index) // groups)):
+        raise unsupported(module, f"its {groups} groups of inputs differ in size")
+    return None if torch.equal(order, torch.arange(len(index))) else order

@@ -141,7 +141,7 @@ def _numel(node: object, sizes: dict[str, int], last: bool = False) -> int:
 
 
 def _bytes(node: Node) -> int:
-    return _numel(node, {}) * type_of(node).torch_dtype.itemsize
+    return type_of(node).nbytes({})
 
 
 def _row_bytes(cache: object) -> int:
