@@ -94,7 +94,9 @@ LOWERING: tuple[str, ...] = (
 PASSES = Registry(_OWN, CANONICAL + LOWERING)
 # Without these a graph does not run over a paged cache.
 NEEDED = frozenset({"PageAttention", "SelectRows"})
-# Passes that must not fail where an option of the graph asks for what they do.
+# Without these it runs, but not as asked for, or in more memory: they must not fail unseen.
+_NOT_UNSEEN = NEEDED | {"ReadRounded"}
+# The same, where an option of the graph asks for what they do.
 _ASKED_FOR = {"Quantize": QUANTIZATION, "QuantizeCache": KV_DTYPE}
 
 
@@ -149,7 +151,7 @@ def apply(name: str, graph: Graph, report: PassReport, check: bool = False) -> G
         if check:
             raise
         why = f"{type(error).__name__}: {error}"
-        if name in NEEDED or graph.options.get(_ASKED_FOR.get(name, "")):
+        if name in _NOT_UNSEEN or graph.options.get(_ASKED_FOR.get(name, "")):
             raise UnsupportedModelError(f"{name} cannot handle this model: {why}") from error
         report.refuse("graph", why)
         after = graph

@@ -96,8 +96,9 @@ def compile(
             and with zero points ``"uint4g128"``, ``"uint4g64"``, ``"uint4g32"``; or weights and activations, these with
             a factor for each token, in ``"int8-dynamic"`` or ``"fp8"`` (E4M3; on GPUs of compute capability 8.9 and on
             the CPU); or schemes by pattern over weight names, of which the first that fits decides
-            (``{"*.down_proj": "int8", "*.lm_head": None, "*": "int4"}``). Embeddings stay as they are, and so does
-            the output projection unless a pattern other than ``"*"`` fits it.
+            (``{"*.down_proj": "int8", "*.lm_head": None, "*": "int4"}``). Embeddings stay as they are, and so do the
+            output projection and routers unless a pattern other than ``"*"`` fits. A checkpoint that is quantized
+            already is read as it is.
         calibration: round weights by GPTQ instead of to nearest, so that what the model computes on this text changes
             least; ``Calibration()`` takes sources of Python's library. With ``"int8-dynamic"`` rows are smoothed as well
             (SmoothQuant). Needs ``quantization``.

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -11,7 +13,7 @@ import torch
 from huggingface_hub import save_torch_state_dict
 from torch import Tensor
 from torch.fx import Node
-from transformers import AutoTokenizer, PreTrainedModel
+from transformers import PreTrainedModel
 
 from ..ir.checkpoints.compressed_tensors import config_of, written
 from ..ir.errors import UnsupportedModelError
@@ -24,6 +26,7 @@ from .calibration.activations import calibrate
 from .calibration.texts import Calibration, windows_of
 from .constants import fold_constants
 from .lower import Wishes, lower
+from .models import tokenizer_of
 from .options import KVCacheConfig, OptionError, resolve, resolve_device, resolve_dtype, resolve_quantization
 from .progress import Progress
 from .report import Report
@@ -121,7 +124,7 @@ def _matrices(loop: Loop, constants: Mapping[Node, list[Tensor]]) -> Iterator[tu
             for part in parts:
                 if op_name(part.target) != "weight":
                     raise UnsupportedModelError(
-                        f"{part.name}, which is rounded, is computed from a weight, and no weight"
+                        f"{part.name} is computed from a weight before it is rounded, and the format holds weights only"
                     )
             sizes = [type_of(part).concrete({})[0] for part in parts]
             for place, time in enumerate(stage.times):
@@ -139,17 +142,15 @@ def _write(
     folder.mkdir(parents=True, exist_ok=True)
     named = {name for name, item in bones.model.named_modules() if isinstance(item, torch.nn.Linear)}
     save_torch_state_dict(state, folder, metadata={"format": "pt"})
-    config = bones.model.config
+    config = copy.deepcopy(bones.model.config)
     config.quantization_config = config_of(schemes, named - set(schemes))
-    try:
-        config.save_pretrained(folder)
-    finally:
-        del config.quantization_config
+    if any(bones.model.get_submodule(name) is bones.model.get_output_embeddings() for name in schemes):
+        # The table of embeddings stays, and what is no longer the same cannot be tied to it.
+        config.get_text_config().tie_word_embeddings = config.tie_word_embeddings = False
+    config.save_pretrained(folder)
     if bones.model.generation_config is not None:
         bones.model.generation_config.save_pretrained(folder)
     if isinstance(model, PreTrainedModel):
         return
-    try:
-        AutoTokenizer.from_pretrained(str(model)).save_pretrained(folder)
-    except (OSError, ValueError, KeyError, ImportError):  # the model came without one
-        return
+    with suppress(UnsupportedModelError):  # the model came without one
+        tokenizer_of(str(model)).save_pretrained(folder)

@@ -315,8 +315,47 @@ def test_schemes_by_pattern_and_calibrated_weights_are_written(tmp_path: Path) -
         fuseline.quantize(str(tmp_path / "model"), tmp_path / "out", "int8", device="cpu")
 
 
+def test_a_rounded_output_projection_is_no_longer_tied(tmp_path: Path) -> None:
+    model = make_deep("llama", 2, tie_word_embeddings=True, hidden_size=96, intermediate_size=160, head_dim=32)
+    wanted = {"*.lm_head": "int8", "*": "int4g32"}
+    fuseline.quantize(model, tmp_path, wanted, device="cpu", dtype="float32")
+    assert not json.loads((tmp_path / "config.json").read_text())["tie_word_embeddings"]
+    assert model.config.tie_word_embeddings
+    rounded = fuseline.compile(model, quantization=wanted, **SMALL)
+    again = fuseline.compile(str(tmp_path), dtype="float32", **SMALL)
+    assert torch.equal(again(torch.tensor([PROMPTS[0]])).logits, rounded(torch.tensor([PROMPTS[0]])).logits)
+    assert distance(loaded(tmp_path), again) < 1e-4
+
+
+def test_several_files_narrow_types_and_models_with_experts_are_read(tmp_path: Path) -> None:
+    """Experts stay as they are there: attention alone is rounded."""
+    config, made = LAYOUTS["awq"][1:]
+    twin = write(tmp_path, wide("mixtral"), config, made, lambda name: "self_attn" in name)
+    state = load_file(tmp_path / "model.safetensors")
+    (tmp_path / "model.safetensors").unlink()
+    for number in range(2):
+        part = {name: item for place, (name, item) in enumerate(sorted(state.items())) if place % 2 == number}
+        save_file(part, tmp_path / f"model-{number}.safetensors", {"format": "pt"})
+    assert distance(twin, fuseline.compile(str(tmp_path), dtype="float32", **SMALL)) < 1e-4
+    narrow = fuseline.compile(str(tmp_path), dtype="bfloat16", **SMALL)
+    assert narrow.report.bytes_by_type["uint4g32"] > 0 and distance(twin, narrow) < 0.1
+
+
+def test_a_pass_that_fails_on_rounded_weights_is_not_passed_over(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    written("awq", tmp_path)
+
+    def fails(*_: object) -> None:
+        raise IndexError("out of range")
+
+    monkeypatch.setattr("fuseline.passes.read_rounded._codes", fails)
+    with pytest.raises(fuseline.UnsupportedModelError, match="ReadRounded cannot handle this model: IndexError"):
+        fuseline.compile(str(tmp_path), dtype="float32", **SMALL)
+
+
 def test_matrices_that_the_format_does_not_know_are_refused(tmp_path: Path) -> None:
-    with pytest.raises(fuseline.UnsupportedModelError, match="computed from a weight|no matrix|not the matrix"):
+    with pytest.raises(fuseline.UnsupportedModelError, match="computed from a weight before it is rounded"):
         fuseline.quantize(wide("gpt2"), tmp_path, "int8", device="cpu")
 
 
