@@ -177,7 +177,7 @@ def resolve(
     if limit is not None and 0 < limit < max_seq_len:
         raise OptionError(f"max_seq_len={max_seq_len} is more than the model's max_position_embeddings={limit}")
     if max_step_tokens is None:
-        max_step_tokens = 2048 if device.type == "cuda" else 512
+        max_step_tokens = 8192 if device.type == "cuda" else 512
     batch = positive("max_batch_size", max_batch_size)
     if positive("max_step_tokens", max_step_tokens) > MAX_STEP_TOKENS:
         raise OptionError(f"max_step_tokens={max_step_tokens} is more than {MAX_STEP_TOKENS}")
