@@ -87,14 +87,19 @@ def silu(x):
 """,
     "code": """@triton.jit
 def code(x, factor, LARGEST: tl.constexpr, WHOLE: tl.constexpr):
-    scaled = tl.minimum(tl.maximum(tl.div_rn(x, factor + tl.zeros_like(x)), -LARGEST), LARGEST)
+    # The quotient as a division rounds it (Markstein 1990), with one division for a whole row and none for its numbers.
+    whole = factor + tl.zeros_like(x)
+    inverse = tl.div_rn(tl.full(factor.shape, 1.0, tl.float32), factor) + tl.zeros_like(x)
+    near = x * inverse
+    scaled = tl.fma(tl.fma(-near, whole, x), inverse, near)
+    scaled = tl.minimum(tl.maximum(scaled, -LARGEST), LARGEST)
     if WHOLE:
         # So large a number leaves no place for fractions: adding it rounds to the nearest, ties to even.
         return (scaled + 12582912.0) - 12582912.0
     # To three binary places, or (small ones) to whole 512ths. A cast does the same, but not in the interpreter.
     bits = scaled.to(tl.int32, bitcast=True)
-    near = ((bits + 524287 + ((bits >> 20) & 1)) & -1048576).to(tl.float32, bitcast=True)
-    return tl.where(tl.abs(scaled) < 0.015625, (scaled + 24576.0) - 24576.0, near)
+    coarse = ((bits + 524287 + ((bits >> 20) & 1)) & -1048576).to(tl.float32, bitcast=True)
+    return tl.where(tl.abs(scaled) < 0.015625, (scaled + 24576.0) - 24576.0, coarse)
 """,
     "code_factor": """@triton.jit
 def code_factor(x, LARGEST: tl.constexpr, WHOLE: tl.constexpr, TRIES: tl.constexpr):

@@ -9,6 +9,7 @@ from .few_rows import few_rows
 from .matmul_launch import launch_text
 from .matmul_loop import accumulators_of, body_writer, print_lookups, print_rows, wait, weight_loads
 from .matmul_tile import MatmulTile
+from .numbers import numbers_kernel
 from .parts import finish_parts, product_part, rows_part, without_rows
 from .placement import place_columns
 from .rows import rows_kernel
@@ -50,8 +51,10 @@ def matmul_source(graph: Graph) -> str:
         ),
     ]
     host = []
-    for extra in [*([first] if first else []), *finish]:
-        kernel, launch = rows_kernel(extra, f"launch_{extra.name}")
+    more = [rows_kernel(extra, f"launch_{extra.name}") for extra in [*([first] if first else []), *finish]]
+    if is_rounded(layout):
+        more.append(numbers_kernel(graph.name, layout))
+    for kernel, launch in more:
         kernels.append(kernel)
         host.append(launch)
     return file_text(kernels, *host, launch_text(graph, core, first, inner, finish))

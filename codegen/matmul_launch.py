@@ -96,6 +96,7 @@ def launch_text(graph: Graph, core: Graph, first: Graph | None, inner: Graph, fi
         configs.append("    LIBRARY,")
         library = f"{scaled}{library[:-1]}; the product of the library comes without a kernel.\nLIBRARY = {{}}"
     extra = [item.name.upper() for item in [*([first] if first else []), *finish]]
+    extra += [f"{graph.name.upper()}_NUMBERS"] if is_rounded(layout) else []
     count = {"num_rows": "i32"}
     words = {
         "COUNTERS": COUNTERS,
@@ -151,8 +152,8 @@ def _body(graph: Graph, core: Graph, first: Graph | None, inner: Graph, finish: 
 
 
 def _has_library(layout: Plan) -> bool:
-    """Whether the library multiplies such operands."""
-    return bool(scaled_product(layout)) if in_codes(layout) else not is_rounded(layout)
+    """Whether the library multiplies such operands, or the numbers that they stand for."""
+    return bool(scaled_product(layout)) if in_codes(layout) else True
 
 
 def _returned(call: str, done: list[str]) -> list[str]:
@@ -168,7 +169,7 @@ def _library(inner: Graph, finish: list[Graph], given: bool, device: str) -> lis
     """The lines for the library's product. Its place is there already if no device is named; ``given`` if it is wanted."""
     anchor = next(node for node in inner.calls() if op_name(node.target) in PROJECTIONS)
     x, weight, *bias = anchor.args[:3]
-    product = f"{x}, {weight}.t()"
+    product = f"{x}, numbers_of({weight}).t()" if is_rounded(plan(inner)) else f"{x}, {weight}.t()"
     added = bias[0] if bias and bias[0] is not None else None
     codes = op_name(anchor.target) == "nn.scaled_linear"
     if added is None and len(finish) == 1 and not given and not codes:

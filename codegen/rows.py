@@ -19,6 +19,8 @@ from .writer import Writer
 
 # Elements of a tile that keep a program of four warps well within its registers.
 _TILE = 4096
+# Elements of a tile that each thread has, where there are so many.
+_OWN = 16
 
 
 class RowTile(Tile):
@@ -130,7 +132,8 @@ def rows_kernel(graph: Graph, function: str) -> tuple[str, str]:
             place = Position((*coords, column), "row_ok", _below(column, shape[-1]))
         store(tile, output, result, place)
     block = padded_width(max(1, min(32, _TILE // (tile.widest * len(outputs)))))
-    warps = 4 if block * tile.widest <= _TILE else 8
+    # Few rows are not many programs: more threads for each make them short.
+    warps = max(4, min(16, block * tile.widest // (32 * _OWN)))
     rows = (
         f"{results[0].name}.numel() // {_width(type_of(results[0]).stored.shape)}"
         if outputs[0] is results[0]

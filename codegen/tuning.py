@@ -22,6 +22,9 @@ Arguments = Callable[[int], Sequence[Sequence[Tensor]]]
 ROWS = (1, 2, 4, 8, 16, 32, 64, 128, 256)
 """Numbers of rows that are measured: those of decoding. Others take the next larger, or what the file says itself."""
 
+LIBRARY_ROWS = 32
+"""From how many rows on the library's product is measured, too."""
+
 
 @dataclass(frozen=True)
 class Timing:
@@ -38,7 +41,7 @@ def candidates(module: ModuleType, rows: int) -> list[int]:
     for index, config in enumerate(module.CONFIGS):
         blocks = config.get("constexprs")
         if blocks is None:  # the library's product
-            fits = rows >= 32
+            fits = rows >= LIBRARY_ROWS
         elif "BLOCK_M" in blocks:
             fits = rows > 1 and min(rows, 64) <= blocks["BLOCK_M"] <= max(16, 2 * rows)
         else:

@@ -11,9 +11,11 @@ from torch import Tensor, device
 from torch.fx import Node
 
 from ..codegen.region import RegionView, regions_of
+from ..codegen.tuning import LIBRARY_ROWS
 from ..ir.graph import Region, flat_types, is_constant, type_of
 from ..ir.loop import Loop
 from ..ir.ops import PROJECTIONS, op_name
+from ..ir.schemes import scheme_of
 from .caches import cache_bytes_per_token
 from .liveness import last_uses, overwritten
 from .options import OptionError
@@ -206,10 +208,15 @@ def activation_bytes(loop: Loop, launched: Collection[Region], dims: Mapping[str
 
 
 def _between_kernels(view: RegionView, dims: Mapping[str, int]) -> int:
-    """Bytes that the launcher of a matmul takes for itself: for the rows of the product, and for its result."""
+    """Bytes that the launcher of a matmul takes for itself: for the rows of the product, for its result, and for the
+    numbers of a quantised weight, which the library may multiply."""
     size = 0
     for node in view.nodes:
         if op_name(node.target) in PROJECTIONS:
+            rows, weight = node.all_input_nodes[:2]
+            how = scheme_of(type_of(weight).dtype)
+            if how is not None and not how.dynamic and type_of(rows).concrete(dims)[0] >= LIBRARY_ROWS:
+                size += prod(type_of(weight).concrete({})) * type_of(rows).torch_dtype.itemsize
             size += sum(_size(item, dims) for item in node.all_input_nodes[:1] if item in view.nodes)
             size += _size(node, dims) if node not in view.outputs else 0
     return size
