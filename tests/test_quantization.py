@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -10,11 +11,13 @@ import numpy as np
 import pytest
 import torch
 from quantized_models import fake_quantised, restored, rounded, wide
+from triton_interpreter import interpreter
 from typer.testing import CliRunner
 
 import fuseline
-from fuseline.codegen.kernels import Kernel
-from fuseline.codegen.offline import check_file
+from fuseline.codegen.check import errors, random_case
+from fuseline.codegen.kernels import Kernel, emit_kernels
+from fuseline.codegen.offline import check_file, load_kernel_file
 from fuseline.ir.parse import ParseError, parse
 from fuseline.ir.quantized import dequantize, quantize, unpack
 from fuseline.ir.schemes import scheme_of
@@ -294,3 +297,34 @@ def test_a_product_of_activations_is_no_projection() -> None:
     report = PassReport("Quantize")
     fuseline.ir.verify(PASSES["Quantize"](parse(text), report))
     assert report.fused == ["h"]
+
+
+PROJECTION = """\
+def {name}(x: f32[T, {depth}], w: {scheme}[48, {depth}], r: f32[T, 48], *, T: dim(1, 64)):
+    with kernel("{name}"):
+        n: f32[T, {depth}] = nn.rms_norm(x, None, 1e-06)
+        y: f32[T, 48] = aten.linear(n, w)
+        z: f32[T, 48] = aten.add.Tensor(y, r)
+    return z
+"""
+
+
+def library_error(path: str, text: str) -> float:
+    """The error of the library's product of a weight in codes; runs where Triton interprets."""
+    graph, module = parse(text), load_kernel_file(path)
+    launch = partial(module.launch, choices=((None, len(module.CONFIGS)),))
+    module.CONFIGS.append(module.LIBRARY)
+    case = random_case(graph, 3, 3, seed=7, device="cpu")
+    return max(errors(graph, launch, Kernel(graph.name, "", graph).order, case))
+
+
+@pytest.mark.parametrize(
+    ("scheme", "depth"), [("int8", 520), ("int8", 72), ("int8g32", 544), ("int4g32", 1056), ("uint4g64", 128)]
+)
+def test_the_library_multiplies_the_numbers_of_a_weight(scheme: str, depth: int, tmp_path: Path) -> None:
+    graph = run(parse(PROJECTION.format(name=f"project_{scheme}", scheme=scheme, depth=depth)), [])
+    (kernel,) = emit_kernels(graph)
+    path = tmp_path / f"{kernel.name}.py"
+    path.write_text(kernel.source)
+    with interpreter() as pool:
+        assert pool.submit(library_error, str(path), str(kernel.graph)).result() <= 1e-5
