@@ -69,6 +69,16 @@ def test_codes_and_factors_are_those_of_the_definition(name: str, seed: int) -> 
     assert bool(((found - values).abs() <= limit * spread * 1.0001).all())
 
 
+@pytest.mark.parametrize("name", [*SCHEMES, "int8d", "fp8"])
+def test_long_rows_begin_at_cache_lines(name: str) -> None:
+    scheme = scheme_of(name)
+    assert scheme is not None
+    for depth in (4096, 5120, 8192, 11008, 14336):
+        length, used = scheme.row_bytes(depth), scheme.zeros_at(depth) + scheme.zeros * scheme.groups(depth)
+        assert length % 64 == 0 and 0 <= length - used <= used // 32
+    assert scheme_of("fp8").row_bytes(4096) % 128 == 0  # type: ignore[union-attr]
+
+
 @pytest.mark.parametrize("name", SCHEMES)
 def test_a_matrix_of_zeros_stays_one(name: str) -> None:
     scheme = scheme_of(name)
