@@ -1,7 +1,10 @@
 """The graph of a model: its operators, types and text, and the capture from Hugging Face."""
 
 from . import attention as _attention
+from . import dist as _dist
 from . import nn as _operators
+from . import placement_rules as _placement_rules
+from . import placement_shapes as _placement_shapes
 from . import quantized as _quantized
 from .dump import dump
 from .errors import (
@@ -31,4 +34,4 @@ __all__ = [
     "parse",
     "verify",
 ]
-del _attention, _operators, _quantized
+del _attention, _dist, _operators, _placement_rules, _placement_shapes, _quantized

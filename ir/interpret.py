@@ -9,8 +9,10 @@ import torch
 from torch import Tensor
 from torch.fx import Node
 
+from .dist import ALONE, Group
 from .graph import Graph, type_of
 from .infer import reading_dtype, target_makes_tensor
+from .ops import is_collective
 from .quantized import dequantize, is_quantised, quantised_inputs, quantize
 from .schemes import scheme_of
 from .types import Dim, Size, TensorType
@@ -18,13 +20,16 @@ from .types import Dim, Size, TensorType
 Values = Mapping[str, Tensor]
 
 
-def interpret(graph: Graph, inputs: Values, weights: Values, caches: Values | None = None) -> tuple[Tensor, ...]:
+def interpret(
+    graph: Graph, inputs: Values, weights: Values, caches: Values | None = None, group: Group = ALONE
+) -> tuple[Tensor, ...]:
     """The results of a graph.
 
     Args:
         inputs: by input name. The dims take the sizes found in them.
         weights: by the name in ``weight(...)``.
         caches: by ``"k0"``, ``"v0"``, ...: role and layer of ``cache(...)``; written in place.
+        group: the ranks that run the graph together; this call is that of one of them.
 
     Raises:
         KeyError: an input, weight or cache is missing.
@@ -43,11 +48,11 @@ def interpret(graph: Graph, inputs: Values, weights: Values, caches: Values | No
         elif str(node.target) == "cache":
             values[node] = (caches or {})[f"{node.args[0]}{node.args[1]}"]
         else:
-            values[node] = call(node, lambda item: read(item, values, dims), some.device)
+            values[node] = call(node, lambda item: read(item, values, dims), some.device, group)
     raise AssertionError("a graph has an output")
 
 
-def call(node: Node, convert: Callable[[Any], Any], device: torch.device) -> Any:
+def call(node: Node, convert: Callable[[Any], Any], device: torch.device, group: Group = ALONE) -> Any:
     """Call a node's operator on its converted arguments; quantised ones are read as the numbers that they stand for."""
     if any(quantised_inputs(node)):
         plain, dtype = convert, reading_dtype(node.args)
@@ -57,6 +62,8 @@ def call(node: Node, convert: Callable[[Any], Any], device: torch.device) -> Any
             return dequantize(value, type_of(item), dtype) if isinstance(item, Node) and is_quantised(item) else value
 
     kwargs = {name: convert(item) for name, item in node.kwargs.items()}
+    if is_collective(node.target):
+        kwargs["group"] = group
     if target_makes_tensor(node.target) or str(node.target) == "const":
         with torch.device(device):
             return node.target(*map(convert, node.args), **kwargs)  # type: ignore[operator]

@@ -109,6 +109,11 @@ def is_pure(target: Any) -> bool:
     return target.pure if isinstance(target, Op) else True
 
 
+def is_collective(target: Any) -> bool:
+    """Whether the operator is one of a group of ranks, which it is given as ``group``; see ``dist``."""
+    return isinstance(target, Op) and target.name.startswith("dist.")
+
+
 PROJECTIONS = frozenset({"aten.linear", "nn.scaled_linear"})
 """Products of rows with a matrix ``[N, K]``, their first two operands; the third, if there is one, is a bias."""
 

@@ -204,6 +204,23 @@ def cat_rows(parts: Sequence[Tensor]) -> Tensor:
     return torch.cat(list(parts))
 
 
+def _type_of_repeated(x: Node, sizes: Sequence[int], times: Sequence[int], width: int) -> TensorType:
+    kind = type_of(x)
+    if kind.shape[:1] != (sum(sizes),) or len(sizes) != len(times) or any(size % width for size in sizes):
+        raise TypeInferenceError(f"{kind} has no rows {list(sizes)} in units of {width}")
+    return TensorType(kind.dtype, (sum(size * count for size, count in zip(sizes, times)), *kind.shape[1:]))
+
+
+@register("nn.repeat_rows", infer_type=_type_of_repeated)
+def repeat_rows(x: Tensor, sizes: Sequence[int], times: Sequence[int], width: int) -> Tensor:
+    """Of the rows ``x [sum(sizes), ...]``, quantised ones too, each ``width`` of a section stated ``times`` in a row."""
+    parts = [
+        part.unflatten(0, (-1, width)).repeat_interleave(count, 0).flatten(0, 1)
+        for part, count in zip(x.split(list(sizes)), times)
+    ]
+    return torch.cat(parts)
+
+
 def quantised_inputs(node: Node) -> Iterator[Node]:
     """The operands of a node that it reads through ``dequantize``; what makes codes of codes reads their bytes."""
     return (item for item in node.all_input_nodes if is_quantised(item) and not is_quantised(node))

@@ -6,16 +6,17 @@ from torch.fx import Node
 
 from .dump import dump, line_of
 from .errors import VerificationError
-from .graph import Graph, Region, dims_of, node_inputs
+from .graph import Graph, Region, dims_of, flat_types, node_inputs
 from .infer import Inference, TypeInferenceError
 from .parse import parse
+from .placement import OPTION, Needs, Placement, check_result, placement_of
 from .types import TensorType, Type, type_text
 
 _LEAVES = frozenset({"weight", "cache", "const"})
 
 
 def verify(graph: Graph, infer: Inference | None = None) -> None:
-    """Recompute every type from the operators and compare; then check names, regions and the text round trip.
+    """Recompute every type and placement from the operators and compare; then check names, regions and the text round trip.
 
     Raises:
         VerificationError: says what is wrong and shows the line with its neighbours.
@@ -53,6 +54,7 @@ def verify(graph: Graph, infer: Inference | None = None) -> None:
             region = inside
         if node.op == "call_function" and str(node.target) not in _LEAVES:
             _check_type(graph, node, stated, infer)
+    _check_placements(graph)
     text = dump(graph)
     if dump(parse(text)) != text:
         raise VerificationError("the text of the graph does not survive a round trip through parse")
@@ -67,8 +69,30 @@ def _check_type(graph: Graph, node: Node, stated: Type, infer: Inference) -> Non
         raise _error(graph, node, f"stated type {type_text(stated)}, computed type {type_text(found)}")
 
 
+def _check_placements(graph: Graph) -> None:
+    """A graph that states placements states those of the table, for as many ranks as its option says."""
+    stated = {node: flat_types(node.meta["type"]) for node in graph.nodes if node.op != "output"}
+    if not any(kind.placement for kinds in stated.values() for kind in kinds):
+        return
+    ranks = graph.options.get(OPTION, 1)
+    known: dict[Node, Placement] = {}
+    for node in graph.nodes:
+        try:
+            if node.op == "output":
+                check_result(node, known.__getitem__)
+                continue
+            found = placement_of(node, known.__getitem__, ranks) if node.op == "call_function" else None
+        except Needs as need:
+            wanted = need.wanted or "whole"
+            raise _error(graph, node, f"{need.operand.name} must be {wanted} there: {need}") from need
+        known[node] = found
+        text = "" if found is None else str(found)
+        if any(kind.placement != text for kind in stated[node]):
+            raise _error(graph, node, f"stated placement {stated[node]}, computed placement {text or 'whole'}")
+
+
 def same_type(left: Type, right: Type) -> bool:
-    """Whether two types agree in element type and shape (placements are stated, not computed)."""
+    """Whether two types agree in element type and shape (placements are checked by themselves)."""
     if isinstance(left, TensorType) and isinstance(right, TensorType):
         return left.dtype == right.dtype and left.shape == right.shape
     if isinstance(left, tuple) and isinstance(right, tuple):

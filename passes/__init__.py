@@ -2,11 +2,12 @@
 
 from .cache_rounding import OPTION as KV_DTYPE
 from .ledger import PassReport, Refusal
-from .pipeline import NEEDED, PASSES, RULES, Step, apply, run, steps
+from .pipeline import NEEDED, PASSES, RULES, TENSOR_PARALLEL, Step, apply, run, steps
 from .quantize import OPTION as QUANTIZATION
 from .quantize import SMOOTHING, spelled, wanted_of
 from .registry import GraphPass, UnknownPassError
 from .rule import Reject, Rule, rule
+from .shard import WHOLE
 from .switches import Switches, switches
 from .verification import verified
 
@@ -19,6 +20,8 @@ __all__ = [
     "QUANTIZATION",
     "RULES",
     "SMOOTHING",
+    "TENSOR_PARALLEL",
+    "WHOLE",
     "GraphPass",
     "PassReport",
     "Refusal",

@@ -9,6 +9,7 @@ from typing import Any
 
 from ..ir.errors import FuselineError, UnsupportedModelError
 from ..ir.graph import Graph
+from ..ir.placement import OPTION as TENSOR_PARALLEL
 from ..ir.verify import verify
 from . import activations, norms, outer, rotary
 from .batch_dim import drop_batch_dim
@@ -17,6 +18,7 @@ from .cache_rounding import quantize_cache
 from .duplicates import merge_duplicates
 from .grouping import group_kernels
 from .ledger import PassReport
+from .localize import localize
 from .merge import merge_gate_up, merge_qkv
 from .paging import page_attention
 from .quantize import OPTION as QUANTIZATION
@@ -26,6 +28,7 @@ from .registry import GraphPass, Registry
 from .rule import Rule
 from .scales import fold_norm_scales
 from .select_rows import select_rows
+from .shard import shard
 from .switches import Switches
 from .transposes import sink_transposes
 
@@ -62,6 +65,8 @@ _OWN: dict[str, GraphPass] = {
     "Quantize": quantize,
     "ReadRounded": read_rounded,
     "FoldNormScales": fold_norm_scales,
+    "Shard": shard,
+    "Localize": localize,
     "PageAttention": page_attention,
     "QuantizeCache": quantize_cache,
     "SelectRows": select_rows,
@@ -85,6 +90,8 @@ LOWERING: tuple[str, ...] = (
     "Quantize",
     "ReadRounded",
     "FoldNormScales",
+    "Shard",
+    "Localize",
     "PageAttention",
     "QuantizeCache",
     "SelectRows",
@@ -97,7 +104,7 @@ NEEDED = frozenset({"PageAttention", "SelectRows"})
 # Without these it runs, but not as asked for, or in more memory: they must not fail unseen.
 _NOT_UNSEEN = NEEDED | {"ReadRounded"}
 # The same, where an option of the graph asks for what they do.
-_ASKED_FOR = {"Quantize": QUANTIZATION, "QuantizeCache": KV_DTYPE}
+_ASKED_FOR = {"Quantize": QUANTIZATION, "QuantizeCache": KV_DTYPE, "Shard": TENSOR_PARALLEL, "Localize": TENSOR_PARALLEL}
 
 
 @dataclass(frozen=True)

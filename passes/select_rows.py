@@ -14,7 +14,9 @@ from ..ir.types import Dim, TensorType
 from .ledger import PassReport
 
 # Operators whose row t of the result depends on row t of their rows alone.
-_ROWWISE = POINTWISE | PROJECTIONS | {"nn.quantize", "nn.rms_norm", "nn.layer_norm"}
+_ROWWISE = (
+    POINTWISE | PROJECTIONS | {"nn.quantize", "nn.rms_norm", "nn.layer_norm", "dist.all_reduce", "dist.all_gather"}
+)
 
 
 def select_rows(graph: Graph, report: PassReport) -> Graph:

@@ -12,9 +12,9 @@ from .caches import cache_bytes_per_token
 from .choices import Choices
 from .decode import DecodeSteps
 from .engine import Engine
-from .executor import Executor
 from .memory import Load, MemoryPlan
 from .options import Options
+from .parts import RankModel
 from .rehearsal import rehearse
 from .replay import GraphReplay, NotCapturable
 from .report import Report
@@ -49,7 +49,7 @@ def pool_limits(loop: Loop, options: Options, block_size: int) -> tuple[int, int
 
 
 def assemble(
-    executor: Executor,
+    executor: RankModel,
     plan: MemoryPlan,
     options: Options,
     block_size: int,

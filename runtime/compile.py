@@ -21,14 +21,12 @@ from ..ir.period import fold_of
 from ..ir.quantized import rounds_rows
 from ..ir.skeleton import skeleton
 from .assemble import assemble, load_of, pool_limits
-from .caches import new_caches
 from .calibration.activations import calibrate
 from .calibration.texts import Calibration, windows_of
 from .compiled import CompiledModel
-from .constants import fold_constants
 from .dumps import Dump
-from .executor import Executor
 from .garbage import rarely_searched_for_garbage
+from .groups import groups_of
 from .lower import Wishes, lower
 from .memory import plan_memory
 from .options import (
@@ -41,7 +39,7 @@ from .options import (
     resolve_dtype,
     resolve_quantization,
 )
-from .packed import pack_linears
+from .parts import model_on, place_parts
 from .progress import Progress
 from .rehearsal import Meter
 from .report import Report
@@ -69,6 +67,7 @@ def compile(
     quantization: str | Mapping[str, str | None] | None = None,
     calibration: Calibration | None = None,
     tensor_parallel: int = 1,
+    simulate: bool = False,
     schedule: str = "auto",
     graphs: bool | None = None,
     lookahead: bool | None = None,
@@ -102,6 +101,8 @@ def compile(
         calibration: round weights by GPTQ instead of to nearest, so that what the model computes on this text changes
             least; ``Calibration()`` takes sources of Python's library. With ``"int8-dynamic"`` rows are smoothed as well
             (SmoothQuant). Needs ``quantization``.
+        tensor_parallel: so many ranks divide the model among them, each with its part of the weights and of the KV cache.
+        simulate: run all ranks in this process, on the CPU, each in a thread.
         graphs: run steps that only decode as CUDA graphs, recorded here for a few batch sizes that others are padded
             to; the default on a GPU. On the CPU the same padded steps are plain calls, for tests.
         lookahead: launch each step before the tokens of the last are known to the host; the default on a GPU.
@@ -126,10 +127,13 @@ def compile(
     """
     kv_cache = kv_cache or KVCacheConfig()
     wanted = resolve_quantization(quantization)
-    refuse_later(tensor_parallel, schedule, kv_cache)
+    refuse_later(schedule, kv_cache)
     if calibration and not wanted and not isinstance(model, Graph):
         raise OptionError("calibration is for the weights that quantization rounds: ask for a scheme, or leave it out")
     place = resolve_device(device)
+    groups = groups_of(tensor_parallel, simulate, place)
+    if len(groups) > 1 and (verify or calibration):
+        raise OptionError("verify and calibration are not available with tensor_parallel yet: leave them out")
     refuse_schemes(passes.wanted_of(model) if isinstance(model, Graph) else wanted, place)
     kind = resolve_dtype(dtype, place)
     meter = Meter(place) if place.type == "cuda" else None
@@ -155,6 +159,7 @@ def compile(
     options = replace(
         resolve(config, place, kind, max_batch_size, max_seq_len, max_step_tokens, kv_cache),
         quantization=wanted,
+        tensor_parallel=tensor_parallel,
         smoothing=calibration is not None and "int8d" in wanted.values(),
         graphs=gpu if graphs is None else graphs,
         lookahead=gpu if lookahead is None else lookahead,
@@ -189,11 +194,10 @@ def compile(
             found = calibrate(loop, values, texts, block, place, lambda items: show.bar(items, "calibrate"))
             rounded, report.calibration = found.values, found.summary
     with report.timed("place weights"):
-        placed: dict[str, torch.Tensor] = dict(rounded)
-        constants = fold_constants(loop, values, place, placed, lambda items: show.bar(items, "weights"))
-        few_constants = constants if few is loop else fold_constants(few, values, place, placed)
-        del values, placed, rounded
-        linears = pack_linears(loop, constants)[0]
+        parts, few_parts = place_parts(
+            loop, few, values, place, rounded, groups, lambda items: show.bar(items, "weights")
+        )
+        del values, rounded
     launches = None
     if gpu:
         with report.timed("tuning"):
@@ -201,6 +205,7 @@ def compile(
             if isinstance(tuning, (str, Path)):
                 choices = replayed(tuning, kernels)
             elif tuning:
+                constants, few_constants = parts[0].constants, few_parts[0].constants
                 until, batch = time.perf_counter() + TUNING_SECONDS, options.max_batch_size
                 measured = tune_kernels(
                     kernels, loop, constants, place, batch, until, lambda items: show.bar(items, "tuning")
@@ -209,13 +214,10 @@ def compile(
             report.tilings = listed(choices, kernels)
             launches = load_launches(kernels, choices)
 
-    def on_cache(num_slots: int) -> Executor:
-        return Executor(loop, constants, new_caches(loop, num_slots, place), place, launches, linears)
-
     with report.timed("self-check"), show.line("self-check"):
-        whole = sample = on_cache(most_slots(block))
+        whole = sample = model_on(parts, most_slots(block), place, launches)
         if few is not loop:
-            sample = Executor(few, few_constants, new_caches(few, most_slots(block), place), place, launches)
+            sample = model_on(few_parts, most_slots(block), place, launches)
         exact = kind == torch.float32 and not codes
         tolerance = max(_CHECK_TOLERANCE[kind], _CODES_TOLERANCE[kind] if codes else 0.0)
         report.self_check = check_concatenation(
@@ -225,13 +227,13 @@ def compile(
         tolerance = max(tolerance, _CHECK_TOLERANCE.get(own, 0.0))
         check_source(sample.poisoned, yardstick.few, block, place, tolerance)
         check_source(whole.poisoned, yardstick.whole, block, place, tolerance)
-        del whole, sample, few_constants
+        del whole, sample, few_parts
     if gpu:
         gc.collect()  # what tuning leaves behind refers to itself
         torch.cuda.empty_cache()  # what merging left behind lies in pieces too small for the KV cache
     with report.timed("graphs"), show.line("graphs"):
         logits = (vocab, type_of(_result(loop.graph)).torch_dtype)
-        engine, decode = assemble(on_cache((plan.blocks + 1) * block), plan, options, block, logits, report)
+        engine, decode = assemble(model_on(parts, (plan.blocks + 1) * block, place, launches), plan, options, block, logits, report)
     if meter:
         report.measured_bytes = meter.peak() + plan.shared + report.graph_bytes
     config_of = (options, bones.model.generation_config, config)

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.fx import Node
 
+from ..ir.dist import ALONE, Group
 from ..ir.graph import is_constant, type_of
 from ..ir.interpret import call, read
 from ..ir.loop import Loop
@@ -22,11 +23,13 @@ def fold_constants(
     device: torch.device,
     placed: dict[str, Tensor],
     progress: Callable[[list[Any]], Iterable[Any]] = iter,
+    group: Group = ALONE,
 ) -> dict[Node, list[Tensor]]:
     """The values that depend on weights alone, for each time that a node is run; only those that a step reads are kept.
 
     They are on the device and contiguous. ``placed`` are values there by what they are computed from, read as well as
-    added to, so that nothing is placed twice.
+    added to, so that nothing is placed twice. ``group`` is the one that the graph runs in: of what is cut, its rank's part
+    is kept.
 
     Raises:
         KeyError: a weight is missing. ValueError: a weight has another shape than the graph says.
@@ -59,7 +62,7 @@ def fold_constants(
             if made is None and weight:
                 made = weight_on(weights, loop.weight(node, time), type_of(node), device)
             elif made is None:
-                made = call(node, lambda item: read(item, values, {}), device)
+                made = call(node, lambda item: read(item, values, {}), device, group)
             made = made.contiguous() if isinstance(made, Tensor) and (node in kept or not weight) else made
             if node in kept:
                 placed[origin] = made

@@ -11,11 +11,12 @@ from torch import Tensor
 from torch.fx import Node
 
 from ..codegen.region import RegionView, regions_of
+from ..ir.dist import ALONE, Group
 from ..ir.graph import Region, is_constant, node_inputs, type_of
 from ..ir.infer import target_makes_tensor
 from ..ir.interpret import bind_dims, call, read
 from ..ir.loop import Loop, Stage
-from ..ir.ops import op_name
+from ..ir.ops import is_collective, op_name
 from ..ir.quantized import quantised_inputs
 from ..ir.types import Dim
 from .liveness import last_uses, overwritten
@@ -48,6 +49,7 @@ class Executor:
         caches: ``[C, kv_heads, head_dim]`` by role and layer (``"k0"``); written in place.
         launches: the launcher of every kernel region; without them, the reference implementations run.
         linears: projections that run on packed weights instead of their reference, for each of their times.
+        group: the ranks that run the graph together, as this one sees them.
     """
 
     def __init__(
@@ -58,7 +60,9 @@ class Executor:
         device: torch.device,
         launches: Mapping[Region, Launch] | None = None,
         linears: Mapping[Node, Sequence[Linear]] | None = None,
+        group: Group = ALONE,
     ) -> None:
+        self._group = group
         self._graph = graph = loop.graph
         self._linears = linears or {}
         self._device = device
@@ -183,16 +187,17 @@ class Executor:
         target = getattr(target, "reference", target)
         if (
             node.kwargs
+            or is_collective(node.target)
             or any(quantised_inputs(node))
             or target_makes_tensor(node.target)
             or _has_dims(node.args, lone=op_name(node.target) == "aten.reshape")
             or any(isinstance(item, (list, tuple)) and any(node_inputs(item)) for item in node.args)
         ):
-            device, slots = self._device, self._slots
+            device, slots, group = self._device, self._slots, self._group
 
             def general(values: list[Any], dims: Mapping[str, int]) -> None:
                 lookup = {item: values[slots[item]] for item in node.all_input_nodes}
-                values[out] = call(node, lambda item: read(item, lookup, dims), device)
+                values[out] = call(node, lambda item: read(item, lookup, dims), device, group)
 
             return general
         fixed = [_row_count(item) if not isinstance(item, Node) else None for item in node.args]

@@ -82,8 +82,13 @@ def lower(source: Skeleton | Graph, options: Options, wishes: Wishes, report: Re
                 choices[passes.QUANTIZATION] = passes.spelled(options.quantization)
             if options.smoothing:
                 choices[passes.SMOOTHING] = True
+            if options.tensor_parallel > 1:
+                choices[passes.TENSOR_PARALLEL] = options.tensor_parallel
+            if options.whole:
+                choices[passes.WHOLE] = ", ".join(options.whole)
             # A pattern with numbers may tell equal layers apart.
-            fold = fold and not any(re.search(r"[0-9?\[]", pattern) for pattern in options.quantization)
+            patterns = [*options.quantization, *options.whole]
+            fold = fold and not any(re.search(r"[0-9?\[]", pattern) for pattern in patterns)
             graph = capture(source, choices, options.max_seq_len, fold)
     captured = graph
     if wishes.dump:

@@ -47,6 +47,8 @@ class Options:
     kv_dtype: str | None = None
     quantization: Mapping[str, str | None] = field(default_factory=dict)
     smoothing: bool = False
+    tensor_parallel: int = 1
+    whole: tuple[str, ...] = ()
     graphs: bool = False
     lookahead: bool = False
 
@@ -128,10 +130,8 @@ def quantization_of(text: str) -> str | dict[str, str | None]:
     return {pattern: None if scheme == "none" else scheme for pattern, _, scheme in pairs}
 
 
-def refuse_later(tensor_parallel: int, schedule: str, kv_cache: KVCacheConfig) -> None:
+def refuse_later(schedule: str, kv_cache: KVCacheConfig) -> None:
     """Options whose place in the signature is fixed but which are not built yet."""
-    if tensor_parallel != 1:
-        raise OptionError(f"tensor_parallel={tensor_parallel} is not available yet; leave it at 1")
     if schedule not in ("auto", "split"):
         raise OptionError(f"schedule={schedule!r} is not available yet; use 'auto' or 'split'")
     if kv_cache.block_size not in (8, 16, 32, 64, 128, 256):

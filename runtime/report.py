@@ -218,7 +218,7 @@ class Report:
     __repr__ = __str__
 
 
-_QUIET = frozenset({"MergeDuplicates", "SinkTransposes", "DropBatchDim", "GroupKernels", "SelectRows"})
+_QUIET = frozenset({"MergeDuplicates", "SinkTransposes", "DropBatchDim", "GroupKernels", "SelectRows", "Localize"})
 
 
 def two_columns(rows: Sequence[tuple[str, str]]) -> Table:

@@ -1,0 +1,82 @@
+"""Shard: the graph says which part of each value a rank holds, and where ranks have to meet."""
+
+from __future__ import annotations
+
+from torch.fx import Node
+
+from ..ir.build import insert_before
+from ..ir.errors import UnsupportedModelError
+from ..ir.graph import Graph, type_of
+from ..ir.infer import Inference
+from ..ir.ops import is_collective, resolve
+from ..ir.placement import OPTION, PARTIAL, Placement, Shard, annotate
+from ..ir.quantized import is_quantised
+from .heads import repeat_heads
+from .ledger import PassReport
+from .partition import Plan, Site, plan_for
+
+WHOLE = "tensor_parallel_whole"
+"""The option that lists patterns of weights that are not to be cut."""
+
+
+def shard(graph: Graph, report: PassReport) -> Graph:
+    """Divide the graph among as many ranks as its option ``tensor_parallel`` says (Shoeybi et al. 2019, "Megatron-LM").
+
+    Shapes stay whole; types say after ``@`` what a rank holds. Weights are cut by ``dist.shard``; a sum of parts that
+    something else than a sum reads goes through ``dist.all_reduce``, and parts of the result through ``dist.all_gather``.
+    What cannot be divided is computed whole by every rank, and the report says why.
+
+    Raises:
+        UnsupportedModelError: a pattern of weights that are not to be cut fits none.
+    """
+    ranks = graph.options.get(OPTION, 1)
+    if ranks == 1 or any(is_collective(node.target) for node in graph.calls()):
+        return graph
+    repeat_heads(graph, ranks)
+    patterns = [item for item in str(graph.options.get(WHOLE, "")).split(", ") if item]
+    plan = plan_for(graph, ranks, {item: f"{item!r} is not to be cut" for item in patterns}, report)
+    unused = [item for item in patterns if f"{item!r} is not to be cut" not in plan.kept.values()]
+    if unused:
+        raise UnsupportedModelError(f"tensor_parallel: {unused[0]!r} fits the name of no projection's weight")
+    for node, why in plan.kept.items():
+        if why:
+            report.refuse(node.name, f"every rank computes it whole: {why}", node)
+    report.fused += [node.name for node in graph.calls() if node in {*plan.column, *plan.row}]
+    _write(graph, plan)
+    return graph
+
+
+def _write(graph: Graph, plan: Plan) -> None:
+    """State the placements, and put in the operators that change them."""
+    infer = Inference()
+    made: dict[tuple[Node, Placement], Node] = {}
+    for node, placement in plan.placed.items():
+        for site in plan.moves.get(node, ()):
+            if site not in made:
+                made[site] = _moved(graph, node, site, plan, infer)
+            node.replace_input_with(site[0], made[site])
+        if node.op == "call_function":
+            annotate(node, placement)
+
+
+def _moved(graph: Graph, user: Node, site: Site, plan: Plan, infer: Inference) -> Node:
+    """An operand, placed as a user needs it, in front of that user."""
+    operand, wanted = site
+    before = plan.placed[operand]
+    args: tuple[object, ...] = (operand,)
+    if isinstance(wanted, Shard):
+        name, suffix, args = "dist.shard", "part", (operand, wanted.dim, list(wanted.sections))
+        kind = type_of(operand)
+        if is_quantised(operand) and wanted.dim == kind.rank - 1:
+            name, args = "dist.shard_columns", (operand, kind.dtype, list(wanted.sections))
+    elif wanted == PARTIAL:
+        name, suffix = "dist.on_first", "once"
+    elif isinstance(before, Shard):
+        name, suffix, args = "dist.all_gather", "gathered", (operand, before.dim)
+    else:
+        name, suffix = "dist.all_reduce", "reduced"
+    node = insert_before(graph, user, infer, resolve(name), args, name=f"{operand.name}_{suffix}", source="Shard")
+    annotate(node, wanted)
+    return node
+
+

@@ -1,0 +1,70 @@
+"""What each rank that this process runs holds of a model, and the model that runs on it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.fx import Node
+
+from ..ir.dist import Group
+from ..ir.graph import Region
+from ..ir.loop import Loop
+from .caches import new_caches
+from .constants import fold_constants
+from .executor import Executor, Launch
+from .groups import SimulatedGroup
+from .packed import Linear, pack_linears
+from .simulated import SimulatedRanks
+
+RankModel = Executor | SimulatedRanks
+
+
+@dataclass(frozen=True)
+class Part:
+    """One rank's ``constants`` of a loop by node and time, and the projections laid out for the CPU."""
+
+    loop: Loop
+    group: Group
+    constants: dict[Node, list[Tensor]]
+    linears: dict[Node, list[Linear]] = field(default_factory=dict)
+
+
+def place_parts(
+    loop: Loop,
+    few: Loop,
+    weights: Mapping[str, Tensor],
+    place: torch.device,
+    rounded: Mapping[str, Tensor],
+    groups: Sequence[Group],
+    progress: Callable[[list[Any]], Iterable[Any]],
+) -> tuple[list[Part], list[Part]]:
+    """Place the weights of every rank: the parts of ``loop`` and those of ``few``, which shares what it can with it.
+
+    ``rounded`` are values that are known already, by what they are computed from.
+    """
+    parts, few_parts = [], []
+    for group in groups:
+        placed = dict(rounded)
+        constants = fold_constants(loop, weights, place, placed, progress, group)
+        if few is not loop:
+            few_parts.append(Part(few, group, fold_constants(few, weights, place, placed, group=group)))
+        parts.append(Part(loop, group, constants, pack_linears(loop, constants)[0]))
+    return parts, few_parts or parts
+
+
+def model_on(
+    parts: Sequence[Part], num_slots: int, place: torch.device, launches: Mapping[Region, Launch] | None
+) -> RankModel:
+    """The model of the ranks with new caches of ``num_slots``."""
+    executors = [
+        Executor(
+            part.loop, part.constants, new_caches(part.loop, num_slots, place), place, launches, part.linears, part.group
+        )
+        for part in parts
+    ]
+    first = parts[0].group
+    return SimulatedRanks(executors, first.meeting) if isinstance(first, SimulatedGroup) else executors[0]
