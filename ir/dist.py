@@ -152,7 +152,8 @@ def all_gather(x: Tensor, dim: int, ranks: int = 1, *, group: Group = ALONE) -> 
 def _pieces(x: Tensor, dim: int, sections: Sequence[int], ranks: int, rank: int) -> list[Tensor]:
     starts = [sum(sections[:place]) for place in range(len(sections))]
     return [
-        x.narrow(dim, start + rank * (size // ranks), size // ranks) for start, size in zip(starts, sections, strict=True)
+        x.narrow(dim, start + rank * (size // ranks), size // ranks)
+        for start, size in zip(starts, sections, strict=True)
     ]
 
 

@@ -57,9 +57,7 @@ def _linear(node: Node, known: Known, ranks: int) -> Placement:
 
 @rule("nn.grouped_linear", linear=True)
 def _grouped_linear(node: Node, known: Known, ranks: int) -> Placement:
-    x, ids, weight, bias, turned = [*node.args, None, False][:5] if len(node.args) < 5 else node.args[:5]
-    if len(node.args) == 4:
-        turned = False
+    x, ids, weight, bias, turned = (*node.args, *(None, False)[len(node.args) - 3 :])
     assert isinstance(x, Node) and isinstance(weight, Node)
     whole(known, f"{node.name} sends rows where it says", ids)
     return _product(node, x, weight, bias, *((2, 1) if turned else (1, 2)), known, ranks)
@@ -163,14 +161,12 @@ def _add_norm(node: Node, known: Known, ranks: int) -> Placement:
     return None
 
 
-@rule("aten.softmax.int", "aten.topk", "aten.cumsum", "aten.sort.default", "aten.argmax", "aten.log_softmax.int")
+@rule("aten.softmax.int", "aten.log_softmax.int", "aten.topk", "aten.cumsum", "aten.sort")
 def _along_dim(node: Node, known: Known, ranks: int) -> Placement:
     x = node.args[0]
     assert isinstance(x, Node)
-    found = cut_of(x, known)
-    place: Any = node.args[2 if "topk" in op_name(node.target) else 1] if len(node.args) > 1 else -1
-    if op_name(node.target) == "aten.topk":
-        place = node.args[2] if len(node.args) > 2 else -1
+    found, at = cut_of(x, known), 2 if op_name(node.target) == "aten.topk" else 1
+    place = node.args[at] if len(node.args) > at else -1
     if found is None or not isinstance(place, int) or found.dim == place % len(shape_of(x)):
         raise Needs(x, None, f"{node.name} ({op_name(node.target)}) reads whole rows")
     return found

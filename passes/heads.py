@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
 from typing import Any
 
 from torch.fx import Node
@@ -9,9 +10,9 @@ from torch.fx import Node
 from ..ir.build import insert_before
 from ..ir.graph import Graph, is_constant, type_of
 from ..ir.infer import Inference
-from ..ir.ops import POINTWISE, op_name, resolve
+from ..ir.ops import POINTWISE, PROJECTIONS, op_name, resolve
 
-_HEADWISE = POINTWISE | {"nn.rms_norm", "nn.layer_norm", "nn.rope"}
+_NORMS = frozenset({"nn.rms_norm", "nn.layer_norm"})
 
 
 def repeat_heads(graph: Graph, ranks: int) -> None:
@@ -41,21 +42,28 @@ def repeat_heads(graph: Graph, ranks: int) -> None:
 
 
 def _way(value: Node, attention: Node) -> list[Node] | None:
-    """From the projection that makes an attention's keys or values to these; nothing if others read anything on the way."""
-    way = [value]
+    """From the projection that makes an attention's keys or values to these; nothing if others read anything on the way,
+    or what is done there is not the same for all heads."""
+    way, apart = [value], True
     while way[0].op == "call_function":
         node = way[0]
         name = op_name(node.target)
-        readers = set(node.users) - {attention}
-        if name == "aten.linear":
-            constant = all(isinstance(item, Node) and is_constant(item) for item in node.args[1:] if item is not None)
-            return way if constant and all(op_name(user.target) == "aten.slice.Tensor" or user in way for user in readers) else None
-        if any(user not in way for user in readers):
-            return None
+        if name in PROJECTIONS:
+            constant = all(is_constant(item) for item in node.args[1:3] if isinstance(item, Node))
+            sliced = all(op_name(user.target) == "aten.slice.Tensor" for user in node.users if user not in way)
+            return way if constant and sliced and not apart else None
         source = node.args[0]
-        if not isinstance(source, Node) or (name not in _HEADWISE and name not in ("aten.reshape", "aten.slice.Tensor")):
+        if not isinstance(source, Node) or any(user not in way and user is not attention for user in node.users):
             return None
-        if name in POINTWISE and any(not is_constant(item) for item in node.all_input_nodes if item is not source):
+        others = [item for item in node.all_input_nodes if item is not source]
+        if name == "aten.reshape" and apart:
+            apart = False
+            if type_of(source).shape[:-1] != type_of(node).shape[:-2]:
+                return None
+        elif name in POINTWISE or (name in _NORMS and apart):
+            if any(not is_constant(item) or type_of(item).rank > apart for item in others):
+                return None
+        elif not (name == "nn.rope" and apart) and not (name == "aten.slice.Tensor" and not apart):
             return None
         way.insert(0, source)
     return None
@@ -73,7 +81,7 @@ def _repeat(graph: Graph, ways: list[list[Node]], times: int, infer: Inference) 
         total = type_of(linear).shape[-1]
         assert isinstance(total, int)
         points = sorted({0, total, *(point for bounds in ranges for point in bounds)})
-        parts = list(zip(points, points[1:]))
+        parts = list(pairwise(points))
         counts = [times if bounds in ranges else 1 for bounds in parts]
         sizes = [stop - start for start, stop in parts]
         for place, operand in enumerate(linear.args):

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
+from itertools import pairwise
 
 from torch.fx import Node
 
@@ -170,7 +171,7 @@ def _sections(node: Node) -> tuple[int, ...]:
         elif user.op == "call_function" and len(user.all_input_nodes) == 1 and shape_of(user) == shape_of(node):
             readers += user.users
     ordered = sorted(points)
-    return tuple(stop - start for start, stop in zip(ordered, ordered[1:]))
+    return tuple(stop - start for start, stop in pairwise(ordered))
 
 
 def _fits(pattern: str, weights: set[str]) -> bool:

@@ -104,7 +104,12 @@ NEEDED = frozenset({"PageAttention", "SelectRows"})
 # Without these it runs, but not as asked for, or in more memory: they must not fail unseen.
 _NOT_UNSEEN = NEEDED | {"ReadRounded"}
 # The same, where an option of the graph asks for what they do.
-_ASKED_FOR = {"Quantize": QUANTIZATION, "QuantizeCache": KV_DTYPE, "Shard": TENSOR_PARALLEL, "Localize": TENSOR_PARALLEL}
+_ASKED_FOR = {
+    "Quantize": QUANTIZATION,
+    "QuantizeCache": KV_DTYPE,
+    "Shard": TENSOR_PARALLEL,
+    "Localize": TENSOR_PARALLEL,
+}
 
 
 @dataclass(frozen=True)

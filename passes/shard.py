@@ -78,5 +78,3 @@ def _moved(graph: Graph, user: Node, site: Site, plan: Plan, infer: Inference) -
     node = insert_before(graph, user, infer, resolve(name), args, name=f"{operand.name}_{suffix}", source="Shard")
     annotate(node, wanted)
     return node
-
-

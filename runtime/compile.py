@@ -233,7 +233,9 @@ def compile(
         torch.cuda.empty_cache()  # what merging left behind lies in pieces too small for the KV cache
     with report.timed("graphs"), show.line("graphs"):
         logits = (vocab, type_of(_result(loop.graph)).torch_dtype)
-        engine, decode = assemble(model_on(parts, (plan.blocks + 1) * block, place, launches), plan, options, block, logits, report)
+        engine, decode = assemble(
+            model_on(parts, (plan.blocks + 1) * block, place, launches), plan, options, block, logits, report
+        )
     if meter:
         report.measured_bytes = meter.peak() + plan.shared + report.graph_bytes
     config_of = (options, bones.model.generation_config, config)

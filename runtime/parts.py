@@ -62,7 +62,13 @@ def model_on(
     """The model of the ranks with new caches of ``num_slots``."""
     executors = [
         Executor(
-            part.loop, part.constants, new_caches(part.loop, num_slots, place), place, launches, part.linears, part.group
+            part.loop,
+            part.constants,
+            new_caches(part.loop, num_slots, place),
+            place,
+            launches,
+            part.linears,
+            part.group,
         )
         for part in parts
     ]
