@@ -7,7 +7,7 @@ from .quantize import OPTION as QUANTIZATION
 from .quantize import SMOOTHING, spelled, wanted_of
 from .registry import GraphPass, UnknownPassError
 from .rule import Reject, Rule, rule
-from .shard import WHOLE
+from .shard import REPLICATED
 from .switches import Switches, switches
 from .verification import verified
 
@@ -18,10 +18,10 @@ __all__ = [
     "NEEDED",
     "PASSES",
     "QUANTIZATION",
+    "REPLICATED",
     "RULES",
     "SMOOTHING",
     "TENSOR_PARALLEL",
-    "WHOLE",
     "GraphPass",
     "PassReport",
     "Refusal",

@@ -15,7 +15,7 @@ from .heads import repeat_heads
 from .ledger import PassReport
 from .partition import Plan, Site, plan_for
 
-WHOLE = "tensor_parallel_whole"
+REPLICATED = "replicated"
 """The option that lists patterns of weights that are not to be cut."""
 
 
@@ -33,7 +33,7 @@ def shard(graph: Graph, report: PassReport) -> Graph:
     if ranks == 1 or any(is_collective(node.target) for node in graph.calls()):
         return graph
     repeat_heads(graph, ranks)
-    patterns = [item for item in str(graph.options.get(WHOLE, "")).split(", ") if item]
+    patterns = [item for item in str(graph.options.get(REPLICATED, "")).split(", ") if item]
     plan = plan_for(graph, ranks, {item: f"{item!r} is not to be cut" for item in patterns}, report)
     unused = [item for item in patterns if f"{item!r} is not to be cut" not in plan.kept.values()]
     if unused:

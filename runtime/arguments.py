@@ -24,3 +24,6 @@ Quantization = Annotated[
         metavar="SCHEME", help="Hold weights in fewer bits: int8, int4, ..., or PATTERN=SCHEME,PATTERN=none,..."
     ),
 ]
+TensorParallel = Annotated[
+    int, typer.Option(metavar="N", help="Divide the model among so many ranks, which mpirun -n N starts for run.")
+]

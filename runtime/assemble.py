@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from dataclasses import replace
 
 import torch
 
+from ..ir.dist import ALONE, Group
 from ..ir.loop import Loop
 from .caches import cache_bytes_per_token
 from .choices import Choices
@@ -55,11 +57,13 @@ def assemble(
     block_size: int,
     logits: tuple[int, torch.dtype],
     report: Report,
+    groups: Sequence[Group] = (ALONE,),
 ) -> tuple[Engine, DecodeSteps]:
     """The engine of an executor whose cache has the planned blocks and one more, and its decode steps.
 
     ``logits`` are the width and type of what it returns. On a GPU the largest step is run once, and decode steps are
-    recorded as CUDA graphs if that is asked for and can be; what came of it is noted in ``report``.
+    recorded as CUDA graphs if that is asked for and can be; what came of it is noted in ``report``. ``groups`` are the ranks
+    that this process runs: if it is one of several, they choose one token together.
     """
     vocab, dtype = logits
     batch, device, scratch = options.max_batch_size, options.device, plan.blocks
@@ -84,6 +88,7 @@ def assemble(
         device=device,
         decode=decode if recorded else None,
         lookahead=options.lookahead,
+        group=groups[0] if len(groups) == 1 else ALONE,
     )
     return engine, decode
 

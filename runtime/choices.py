@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from ..codegen.launch import load_greedy
+from ..ir.dist import Group
 from .layout import ALIGNMENT, Layout
 from .sampler import draw_sampled
 from .sequence import SamplingParams
@@ -45,6 +46,11 @@ class Choices:
     def draw(self, logits: Tensor, params: list[SamplingParams], indices: list[int]) -> None:
         """After ``greedy``: draw the tokens of the rows with a temperature instead (see ``sample``)."""
         draw_sampled(logits, params, indices, self.tokens)
+
+    def agree(self, group: Group) -> None:
+        """Take the choices of the first rank, if there are several."""
+        if group.size > 1:
+            self._store.copy_(group.all_gather(self._store)[0])
 
     def send(self, count: int) -> Pending:
         """Copy the first ``count`` choices to the host, without waiting for them."""

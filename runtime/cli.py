@@ -15,7 +15,7 @@ from rich.console import Console
 from .. import ir, passes
 from ..ir.errors import FuselineError, InvalidRequestError
 from ..ir.skeleton import skeleton
-from .arguments import CacheDtype, Device, Dtype, MaxSeqLen, Model, Quantization
+from .arguments import CacheDtype, Device, Dtype, MaxSeqLen, Model, Quantization, TensorParallel
 from .bench.command import bench
 from .calibration.texts import Calibration
 from .compile import compile
@@ -26,11 +26,20 @@ from .events import TokenEvent
 from .explain import explain as explanation
 from .lower import Lowered, Wishes, lower
 from .models import resolve, tokenizer_of
-from .options import KVCacheConfig, OptionError, quantization_of, resolve_device, resolve_dtype, resolve_quantization
+from .mpi import one_job
+from .options import (
+    KVCacheConfig,
+    OptionError,
+    positive,
+    quantization_of,
+    resolve_device,
+    resolve_dtype,
+    resolve_quantization,
+)
 from .options import resolve as resolve_sizes
 from .progress import Progress, quiet_transformers
 from .quantize import quantize
-from .ranks import path_of_rank
+from .ranks import path_of_rank, rank_of
 from .report import Report, two_columns
 from .sequence import SamplingParams
 from .streaming import TextStream
@@ -62,27 +71,34 @@ def run(
     quantization: Quantization = None,
     calibrate: Annotated[bool, typer.Option("--calibrate", help="Round the weights by GPTQ.")] = False,
     kv_cache: CacheDtype = None,
+    tensor_parallel: TensorParallel = 1,
+    simulate: Annotated[bool, typer.Option("--simulate", help="Run all ranks in this process.")] = False,
 ) -> None:
     """Generate text. The text goes to stdout as it is made, progress and a short table to stderr."""
     params = SamplingParams(max_new_tokens, temperature, top_k, top_p, seed)
     params.validate()
     quiet_transformers()
-    path = resolve(model)
-    tokenizer = tokenizer_of(path)
-    tokens = _encode(tokenizer, prompt, chat=not no_chat)
-    compiled = compile(
-        path,
-        device=device,
-        dtype=dtype,
-        max_batch_size=1,
-        max_seq_len=max_seq_len,
-        quantization=_wanted(quantization),
-        calibration=Calibration() if calibrate else None,
-        kv_cache=KVCacheConfig(dtype=kv_cache),
-        progress=True,
-    )
-    speed = _stream(compiled, tokenizer, tokens, params)
-    Console(stderr=True).print(two_columns([*compiled.report.rows(), *speed]))
+    first = tensor_parallel == 1 or not rank_of()  # one of the ranks speaks for all
+    with one_job(tensor_parallel):
+        path = resolve(model)
+        tokenizer = tokenizer_of(path)
+        tokens = _encode(tokenizer, prompt, chat=not no_chat)
+        compiled = compile(
+            path,
+            device=device,
+            dtype=dtype,
+            max_batch_size=1,
+            max_seq_len=max_seq_len,
+            quantization=_wanted(quantization),
+            calibration=Calibration() if calibrate else None,
+            kv_cache=KVCacheConfig(dtype=kv_cache),
+            tensor_parallel=tensor_parallel,
+            simulate=simulate,
+            progress=first,
+        )
+        speed = _stream(compiled, tokenizer, tokens, params, first)
+    if first:
+        Console(stderr=True).print(two_columns([*compiled.report.rows(), *speed]))
 
 
 @app.command()
@@ -99,12 +115,13 @@ def dump(
     max_seq_len: MaxSeqLen = None,
     quantization: Quantization = None,
     kv_cache: CacheDtype = None,
+    tensor_parallel: TensorParallel = 1,
 ) -> None:
     """Show what a model is compiled to: its lowered graph on stdout, numbered files, or a page. No weights are read."""
     quiet_transformers()
     if html and html.suffix != ".html":
         raise OptionError(f"--html {html}: the name of the page must end with .html")
-    lowered, _ = _lower(model, device, dtype, max_seq_len, quantization, kv_cache, out or html)
+    lowered, _ = _lower(model, device, dtype, max_seq_len, quantization, kv_cache, tensor_parallel, out or html)
     out, html = (path and path_of_rank(path) for path in (out, html))
     if out is not None:
         last, page = max(out.glob("[0-9][0-9][0-9]_*.txt")), out / "index.html"
@@ -125,10 +142,11 @@ def explain(
     max_seq_len: MaxSeqLen = None,
     quantization: Quantization = None,
     kv_cache: CacheDtype = None,
+    tensor_parallel: TensorParallel = 1,
 ) -> None:
     """Say what was fused, what was not and why, and what almost was. No weights are read."""
     quiet_transformers()
-    lowered, report = _lower(model, device, dtype, max_seq_len, quantization, kv_cache)
+    lowered, report = _lower(model, device, dtype, max_seq_len, quantization, kv_cache, tensor_parallel)
     try:
         print(explanation(lowered.graph, report, layer), end="")
     except ValueError as error:
@@ -178,6 +196,7 @@ def _lower(
     max_seq_len: int | None,
     quantization: str | None,
     kv_cache: str | None,
+    tensor_parallel: int,
     out: Path | None = None,
 ) -> tuple[Lowered, Report]:
     """A model lowered to kernels, without its weights."""
@@ -189,7 +208,11 @@ def _lower(
     report.model = type(bones.model).__name__
     config = bones.model.config.get_text_config()
     options = resolve_sizes(config, place, kind, 1, max_seq_len, None, KVCacheConfig(dtype=kv_cache))
-    options = replace(options, quantization=resolve_quantization(_wanted(quantization)))
+    options = replace(
+        options,
+        quantization=resolve_quantization(_wanted(quantization)),
+        tensor_parallel=positive("tensor_parallel", tensor_parallel),
+    )
     wishes = Wishes(dump=Dump(out) if out else None, progress=Progress(True))
     return lower(bones, options, wishes, report), report
 
@@ -208,19 +231,21 @@ def _encode(tokenizer: Any, prompt: str, chat: bool) -> list[int]:
 
 
 def _stream(
-    compiled: CompiledModel, tokenizer: Any, tokens: list[int], params: SamplingParams
+    compiled: CompiledModel, tokenizer: Any, tokens: list[int], params: SamplingParams, speaks: bool
 ) -> list[tuple[str, str]]:
-    """Generate and print; returns the rows about speed."""
+    """Generate and print, if this process ``speaks``; returns the rows about speed."""
     text = TextStream(tokenizer, tokens)
     times = [time.perf_counter()]
 
     def show(event: TokenEvent) -> None:
         times.append(time.perf_counter())
-        print(text.add(event.token), end="", flush=True)
+        if speaks:
+            print(text.add(event.token), end="", flush=True)
 
     compiled.engine.add(tokens, replace(params, stop_token_ids=tuple(compiled.eos_token_ids)))
     compiled.engine.run(show)
-    print(flush=True)
+    if speaks:
+        print(flush=True)
     rows = [("prefill", f"{len(tokens)} tokens, {len(tokens) / (times[1] - times[0]):.1f} tokens/s")]
     if len(times) > 2:
         rows.append(("decode", f"{len(times) - 2} tokens, {(len(times) - 2) / (times[-1] - times[1]):.1f} tokens/s"))

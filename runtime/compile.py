@@ -26,7 +26,6 @@ from .calibration.texts import Calibration, windows_of
 from .compiled import CompiledModel
 from .dumps import Dump
 from .garbage import rarely_searched_for_garbage
-from .groups import groups_of
 from .lower import Wishes, lower
 from .memory import plan_memory
 from .options import (
@@ -37,9 +36,10 @@ from .options import (
     resolve,
     resolve_device,
     resolve_dtype,
+    resolve_patterns,
     resolve_quantization,
 )
-from .parts import model_on, place_parts
+from .parts import agreed, groups_of, model_on, place_parts
 from .progress import Progress
 from .rehearsal import Meter
 from .report import Report
@@ -68,6 +68,7 @@ def compile(
     calibration: Calibration | None = None,
     tensor_parallel: int = 1,
     simulate: bool = False,
+    replicated: Sequence[str] = (),
     schedule: str = "auto",
     graphs: bool | None = None,
     lookahead: bool | None = None,
@@ -103,6 +104,7 @@ def compile(
             (SmoothQuant). Needs ``quantization``.
         tensor_parallel: so many ranks divide the model among them, each with its part of the weights and of the KV cache.
         simulate: run all ranks in this process, on the CPU, each in a thread.
+        replicated: patterns of weights, as for ``quantization``, that every rank is to hold whole.
         graphs: run steps that only decode as CUDA graphs, recorded here for a few batch sizes that others are padded
             to; the default on a GPU. On the CPU the same padded steps are plain calls, for tests.
         lookahead: launch each step before the tokens of the last are known to the host; the default on a GPU.
@@ -132,7 +134,7 @@ def compile(
         raise OptionError("calibration is for the weights that quantization rounds: ask for a scheme, or leave it out")
     place = resolve_device(device)
     groups = groups_of(tensor_parallel, simulate, place)
-    if len(groups) > 1 and (verify or calibration):
+    if tensor_parallel > 1 and (verify or calibration):
         raise OptionError("verify and calibration are not available with tensor_parallel yet: leave them out")
     refuse_schemes(passes.wanted_of(model) if isinstance(model, Graph) else wanted, place)
     kind = resolve_dtype(dtype, place)
@@ -160,6 +162,7 @@ def compile(
         resolve(config, place, kind, max_batch_size, max_seq_len, max_step_tokens, kv_cache),
         quantization=wanted,
         tensor_parallel=tensor_parallel,
+        replicated=resolve_patterns("replicated", replicated),
         smoothing=calibration is not None and "int8d" in wanted.values(),
         graphs=gpu if graphs is None else graphs,
         lookahead=gpu if lookahead is None else lookahead,
@@ -184,6 +187,8 @@ def compile(
     block = loop.graph.options.get("kv_block", 16)
     launched = {region for kernel in kernels for region in kernel.regions} if gpu else set()
     most, budget = pool_limits(loop, options, block)
+    if len(groups) == 1:
+        most = agreed(groups[0], most)
     plan = plan_memory(loop, launched, values, place, load_of(options), block, most, budget)
     report.memory(plan, block)
     few = loop.short if loop.repeats else loop
@@ -234,7 +239,7 @@ def compile(
     with report.timed("graphs"), show.line("graphs"):
         logits = (vocab, type_of(_result(loop.graph)).torch_dtype)
         engine, decode = assemble(
-            model_on(parts, (plan.blocks + 1) * block, place, launches), plan, options, block, logits, report
+            model_on(parts, (plan.blocks + 1) * block, place, launches), plan, options, block, logits, report, groups
         )
     if meter:
         report.measured_bytes = meter.peak() + plan.shared + report.graph_bytes

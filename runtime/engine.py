@@ -9,6 +9,7 @@ from collections.abc import Sequence as SequenceOf
 
 import torch
 
+from ..ir.dist import ALONE, Group
 from ..ir.errors import InvalidRequestError
 from .decode import DecodeSteps
 from .events import Stats, TokenEvent
@@ -44,17 +45,19 @@ class Engine:
         device: torch.device | str,
         decode: DecodeSteps | None = None,
         lookahead: bool = False,
+        group: Group = ALONE,
     ) -> None:
         """``num_blocks`` blocks of ``block_size`` tokens are the cache that ``model`` writes to; it may hold fewer
         than ``max_seq_len`` tokens. ``max_step_tokens`` bounds the tokens of one call of the model,
-        and ``decode``, if given, computes the steps that only decode."""
+        and ``decode``, if given, computes the steps that only decode. The engines of the processes in ``group``, which are
+        given the same requests in the same order, go on with the tokens that the first of them chooses."""
         if max_seq_len < 1 or vocab_size < 1:
             raise ValueError(f"max_seq_len={max_seq_len} and vocab_size={vocab_size} must be at least 1")
         self.pool = BlockPool(num_blocks, block_size)
         self.scheduler = Scheduler(self.pool, max_batch_size, max_step_tokens)
         self.max_seq_len = max_seq_len
         self.vocab_size = vocab_size
-        self._runner = Runner(model, block_size, device, max_batch_size, max_seq_len, decode)
+        self._runner = Runner(model, block_size, device, max_batch_size, max_seq_len, decode, group)
         self._lookahead = lookahead
         self._flight: Flight | None = None
         self._live: dict[int, Sequence] = {}

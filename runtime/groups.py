@@ -1,4 +1,4 @@
-"""The ranks that run a graph together: threads of one process that meet at the collectives."""
+"""Ranks that are threads of one process and meet at the collectives."""
 
 from __future__ import annotations
 
@@ -8,8 +8,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ..ir.dist import ALONE, Group
-from .options import OptionError, positive
+from ..ir.dist import Group
 
 
 class Meeting:
@@ -57,21 +56,6 @@ class SimulatedGroup:
 
     def all_gather(self, x: Tensor) -> list[Tensor]:
         return self.meeting.exchange(self.rank, x)
-
-
-def groups_of(size: int, simulate: bool, device: torch.device) -> list[Group]:
-    """The ranks that this process runs: all of them, or its own.
-
-    Raises:
-        OptionError: the number makes no sense, or there is nobody to be the other ranks.
-    """
-    if positive("tensor_parallel", size) == 1:
-        return [ALONE]
-    if not simulate:
-        raise OptionError(f"tensor_parallel={size} needs as many ranks: simulate=True runs all of them in this process")
-    if device.type != "cpu":
-        raise OptionError(f"simulate=True runs the ranks on the CPU, not on {device}: pass device='cpu'")
-    return simulated(size)
 
 
 def simulated(size: int) -> list[Group]:

@@ -84,10 +84,10 @@ def lower(source: Skeleton | Graph, options: Options, wishes: Wishes, report: Re
                 choices[passes.SMOOTHING] = True
             if options.tensor_parallel > 1:
                 choices[passes.TENSOR_PARALLEL] = options.tensor_parallel
-            if options.whole:
-                choices[passes.WHOLE] = ", ".join(options.whole)
+            if options.replicated:
+                choices[passes.REPLICATED] = ", ".join(options.replicated)
             # A pattern with numbers may tell equal layers apart.
-            patterns = [*options.quantization, *options.whole]
+            patterns = [*options.quantization, *options.replicated]
             fold = fold and not any(re.search(r"[0-9?\[]", pattern) for pattern in patterns)
             graph = capture(source, choices, options.max_seq_len, fold)
     captured = graph

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -48,7 +48,7 @@ class Options:
     quantization: Mapping[str, str | None] = field(default_factory=dict)
     smoothing: bool = False
     tensor_parallel: int = 1
-    whole: tuple[str, ...] = ()
+    replicated: tuple[str, ...] = ()
     graphs: bool = False
     lookahead: bool = False
 
@@ -97,12 +97,25 @@ def resolve_quantization(quantization: object) -> dict[str, str | None]:
         return {}
     if not isinstance(wanted, Mapping):
         raise OptionError(f"quantization must be a scheme or schemes by name pattern, not {quantization!r}")
+    resolve_patterns("quantization", wanted)
     for pattern, scheme in wanted.items():
-        if not isinstance(pattern, str) or not pattern or not set(pattern).isdisjoint(',: "\\'):
-            raise OptionError(f"quantization: {pattern!r} is no pattern of weight names, such as '*.down_proj'")
         if scheme is not None and scheme not in SCHEMES:
             raise OptionError(f"quantization: there is no scheme {scheme!r}; use one of {', '.join(SCHEMES)}")
     return {pattern: ALIASES.get(scheme, scheme) if scheme else None for pattern, scheme in wanted.items()}
+
+
+def resolve_patterns(name: str, patterns: Iterable[object]) -> tuple[str, ...]:
+    """Patterns of weight names that a dump can state.
+
+    Raises:
+        OptionError: one is none.
+    """
+    found = []
+    for pattern in [patterns] if isinstance(patterns, str) else patterns:
+        if not isinstance(pattern, str) or not pattern or not set(pattern).isdisjoint(',: "\\'):
+            raise OptionError(f"{name}: {pattern!r} is no pattern of weight names, such as '*.down_proj'")
+        found.append(pattern)
+    return tuple(found)
 
 
 def refuse_schemes(wanted: Mapping[str, str | None], device: torch.device) -> None:

@@ -10,17 +10,37 @@ import torch
 from torch import Tensor
 from torch.fx import Node
 
-from ..ir.dist import Group
+from ..ir.dist import ALONE, Group
 from ..ir.graph import Region
 from ..ir.loop import Loop
 from .caches import new_caches
 from .constants import fold_constants
 from .executor import Executor, Launch
-from .groups import SimulatedGroup
+from .groups import SimulatedGroup, simulated
+from .mpi import world
+from .options import OptionError, positive
 from .packed import Linear, pack_linears
 from .simulated import SimulatedRanks
 
 RankModel = Executor | SimulatedRanks
+
+
+def groups_of(size: int, simulate: bool, device: torch.device) -> list[Group]:
+    """The ranks that this process runs: all of them, or its own.
+
+    Raises:
+        OptionError: the number makes no sense, or there is nobody to be the other ranks.
+    """
+    if positive("tensor_parallel", size) == 1:
+        return [ALONE]
+    if device.type != "cpu":
+        raise OptionError(f"tensor_parallel={size}: ranks run on the CPU so far, not on {device}: pass device='cpu'")
+    return simulated(size) if simulate else [world(size)]
+
+
+def agreed(group: Group, value: int) -> int:
+    """The least of what the ranks say, if each runs in a process of its own."""
+    return int(min(item.item() for item in group.all_gather(torch.tensor([value]))))
 
 
 @dataclass(frozen=True)

@@ -15,10 +15,20 @@ _VARIABLES = (
 
 def rank_of(environment: Mapping[str, str] = os.environ) -> int | None:
     """The rank of this process among those that a launcher started; nothing if it is alone."""
+    return (_found(environment) or (None, 1))[0]
+
+
+def size_of(environment: Mapping[str, str] = os.environ) -> int | None:
+    """How many processes a launcher started; nothing if this one is alone."""
+    return (_found(environment) or (0, None))[1]
+
+
+def _found(environment: Mapping[str, str]) -> tuple[int, int] | None:
+    """This process's rank, and of how many."""
     for rank, size in _VARIABLES:
         numbers = environment.get(rank, ""), environment.get(size, "")
         if all(map(str.isdecimal, numbers)) and int(numbers[1]) > 1:
-            return int(numbers[0])
+            return int(numbers[0]), int(numbers[1])
     return None
 
 

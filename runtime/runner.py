@@ -9,6 +9,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from ..ir.dist import ALONE, Group
 from .choices import Choices, Pending
 from .decode import DecodeSteps
 from .scheduler import Chunk
@@ -38,11 +39,13 @@ class Runner:
         max_batch_size: int,
         max_seq_len: int,
         decode: DecodeSteps | None = None,
+        group: Group = ALONE,
     ) -> None:
         self.model = model
         self.block_size = block_size
         self.device = torch.device(device)
         self._decode = decode
+        self._group = group
         self._tables = BlockTables(max_batch_size, table_width(max_seq_len, block_size))
         capacity = -(-max_batch_size // 8) * 8
         self._choices = decode.static.choices if decode else Choices(capacity, self.device)
@@ -63,6 +66,7 @@ class Runner:
         if any(sequence.params.temperature > 0 for sequence in sampled):
             params = [sequence.params for sequence in sampled]
             self._choices.draw(logits, params, [sequence.num_generated for sequence in sampled])
+        self._choices.agree(self._group)
         return Flight(sampled, self._choices.send(len(sampled)))
 
     def run(self, chunks: list[Chunk], *, all_rows: bool = False) -> torch.Tensor:

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from ..ir.errors import UnsupportedModelError
+from ..ir.errors import FuselineError, UnsupportedModelError
 from .step import StepInput
 from .yardstick import Expected
 
@@ -60,6 +60,8 @@ def step_of(prompts: Sequence[Sequence[int]], block_size: int, device: torch.dev
 def _logits(make: Make, step: StepInput) -> Tensor:
     try:
         return make()(step).float()
+    except FuselineError:
+        raise
     except Exception as error:  # an operator that accepted the types but not the values
         raise UnsupportedModelError(
             f"the compiled graph cannot be run on {len(step.tokens)} tokens: {type(error).__name__}: {error}"
