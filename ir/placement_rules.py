@@ -57,8 +57,8 @@ def _linear(node: Node, known: Known, ranks: int) -> Placement:
 
 @rule("nn.grouped_linear", linear=True)
 def _grouped_linear(node: Node, known: Known, ranks: int) -> Placement:
-    x, ids, weight, bias, turned = (*node.args, *(None, False)[len(node.args) - 3 :])
-    assert isinstance(x, Node) and isinstance(weight, Node)
+    arguments: list[Any] = [*node.args, *(None, False)[len(node.args) - 3 :]]
+    x, ids, weight, bias, turned = arguments
     whole(known, f"{node.name} sends rows where it says", ids)
     return _product(node, x, weight, bias, *((2, 1) if turned else (1, 2)), known, ranks)
 

@@ -60,9 +60,9 @@ def _slice(node: Node, known: Known, ranks: int) -> Placement:
 
 def _slice_arguments(node: Node) -> tuple[Node, int, int, int, int]:
     """``(x, dim, start, end, step)``, counted from the left."""
-    x, dim, start, end, step = [*node.args, None, None, None, None][:5]
-    assert isinstance(x, Node)
-    place = int(dim or 0) % len(shape_of(x))  # type: ignore[call-overload]
+    arguments: list[Any] = [*node.args, *[None] * 4][:5]
+    x, dim, start, end, step = arguments
+    place = (dim or 0) % len(shape_of(x))
     size = shape_of(x)[place]
     if not isinstance(size, int):
         return x, place, 0, 0, 1
@@ -125,22 +125,22 @@ def _squeeze(node: Node, known: Known, ranks: int) -> Placement:
 
 @rule("aten.transpose.int", linear=True)
 def _transpose(node: Node, known: Known, ranks: int) -> Placement:
-    x, *swapped = node.args[:3]
-    assert isinstance(x, Node)
+    x = _source(node)
+    swapped: Any = node.args[1:3]
     found = known(x)
     if not isinstance(found, Shard):
         return found
-    one, other = (int(item) % len(shape_of(x)) for item in swapped)  # type: ignore[call-overload]
+    one, other = (item % len(shape_of(x)) for item in swapped)
     return Shard({one: other, other: one}.get(found.dim, found.dim), found.sections)
 
 
 @rule("aten.permute", linear=True)
 def _permute(node: Node, known: Known, ranks: int) -> Placement:
-    x, dims = _source(node), node.args[1]
-    found = known(x)
+    x, found = _source(node), known(_source(node))
+    dims: Any = node.args[1]
     if not isinstance(found, Shard):
         return found
-    order = [int(item) % len(shape_of(x)) for item in dims]  # type: ignore[union-attr, arg-type]
+    order = [item % len(shape_of(x)) for item in dims]
     return Shard(order.index(found.dim), found.sections)
 
 
@@ -166,12 +166,12 @@ def _index_select(node: Node, known: Known, ranks: int) -> Placement:
 
 @rule("aten.sum.dim_IntList", "aten.mean.dim", linear=True)
 def _sum(node: Node, known: Known, ranks: int) -> Placement:
-    x, dims, keep = [*node.args, False][:3]
-    assert isinstance(x, Node) and isinstance(dims, (list, tuple))
+    arguments: list[Any] = [*node.args, *(None, False)[len(node.args) - 1 :]]
+    x, dims, keep = arguments[:3]
     found = known(x)
     if not isinstance(found, Shard):
         return found
-    places = [int(dim) % len(shape_of(x)) for dim in dims]  # type: ignore[arg-type]
+    places = [dim % len(shape_of(x)) for dim in dims or ()]
     if found.dim in places or not places:
         raise Needs(x, None, f"{node.name} ({op_name(node.target)}) sums up all of it")
     return Shard(found.dim if keep else found.dim - sum(place < found.dim for place in places), found.sections)

@@ -215,8 +215,8 @@ def _type_of_repeated(x: Node, sizes: Sequence[int], times: Sequence[int], width
 def repeat_rows(x: Tensor, sizes: Sequence[int], times: Sequence[int], width: int) -> Tensor:
     """Of the rows ``x [sum(sizes), ...]``, quantised ones too, each ``width`` of a section stated ``times`` in a row."""
     parts = [
-        part.unflatten(0, (-1, width)).repeat_interleave(count, 0).flatten(0, 1)
-        for part, count in zip(x.split(list(sizes)), times)
+        part.reshape(-1, width, *x.shape[1:]).repeat_interleave(count, 0).flatten(0, 1)
+        for part, count in zip(torch.split(x, list(sizes)), times)
     ]
     return torch.cat(parts)
 

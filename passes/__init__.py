@@ -1,8 +1,9 @@
 """Rewrites of the graph: rules, merges, paging, and grouping into kernels. ``run`` applies them by name."""
 
+from ..ir.placement import OPTION as TENSOR_PARALLEL
 from .cache_rounding import OPTION as KV_DTYPE
 from .ledger import PassReport, Refusal
-from .pipeline import NEEDED, PASSES, RULES, TENSOR_PARALLEL, Step, apply, run, steps
+from .pipeline import NEEDED, PASSES, RULES, Step, apply, run, steps
 from .quantize import OPTION as QUANTIZATION
 from .quantize import SMOOTHING, spelled, wanted_of
 from .registry import GraphPass, UnknownPassError

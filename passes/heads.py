@@ -37,8 +37,9 @@ def repeat_heads(graph: Graph, ranks: int) -> None:
             if not heads * count % ranks and not queries % (heads * count)
         )
         ways = [_way(item, node) for item in dict.fromkeys((k, v))]
-        if all(ways):
-            _repeat(graph, [way for way in ways if way], times, infer)
+        found = _ranges([way for way in ways if way]) if all(ways) else None
+        if found:
+            _repeat(graph, [way for way in ways if way], found, times, infer)
 
 
 def _way(value: Node, attention: Node) -> list[Node] | None:
@@ -69,41 +70,56 @@ def _way(value: Node, attention: Node) -> list[Node] | None:
     return None
 
 
-def _repeat(graph: Graph, ways: list[list[Node]], times: int, infer: Inference) -> None:
-    sections: dict[Node, list[tuple[int, int]]] = {}
-    width: Any = 0
+def _ranges(ways: list[list[Node]]) -> dict[Node, list[tuple[int, int]]] | None:
+    """For each projection, the outputs that the ways begin with; nothing if others read some of them."""
+    found: dict[Node, list[tuple[int, int]]] = {}
     for linear, *rest in ways:
-        total = type_of(linear).shape[-1]
-        bounds = next((item.args[2:4] for item in rest if op_name(item.target) == "aten.slice.Tensor"), (0, total))
-        sections.setdefault(linear, []).append(bounds)  # type: ignore[arg-type]
-        width = type_of(rest[-1]).shape[-1]
-    for linear, ranges in sections.items():
-        total = type_of(linear).shape[-1]
-        assert isinstance(total, int)
-        points = sorted({0, total, *(point for bounds in ranges for point in bounds)})
+        first = rest[0] if op_name(rest[0].target) == "aten.slice.Tensor" else None
+        found.setdefault(linear, []).append(_bounds(first or linear))
+    inside = {node for way in ways for node in way}
+    for linear, ranges in found.items():
+        for user in linear.users:
+            start, stop = _bounds(user) if op_name(user.target) == "aten.slice.Tensor" else (0, 0)
+            if user not in inside and any(start < end and begin < stop for begin, end in ranges):
+                return None
+        if len(ranges) > 1 and any(end > begin for (_, end), (begin, _) in pairwise(sorted(ranges))):
+            return None
+    return found
+
+
+def _bounds(node: Node) -> tuple[int, int]:
+    """The outputs that a slice takes, or all of a projection's."""
+    if op_name(node.target) != "aten.slice.Tensor":
+        width: Any = type_of(node).shape[-1]
+        return 0, width
+    start, stop, *step = node.args[2:]
+    assert isinstance(start, int) and isinstance(stop, int)
+    whole: Any = type_of(node.args[0]).shape[-1]  # type: ignore[arg-type]
+    return (start, min(stop, whole)) if not step and node.args[1] == -1 else (0, whole)
+
+
+def _repeat(
+    graph: Graph, ways: list[list[Node]], found: dict[Node, list[tuple[int, int]]], times: int, infer: Inference
+) -> None:
+    width = type_of(ways[0][-1]).shape[-1]
+    for linear, ranges in found.items():
+        points = sorted({*_bounds(linear), *(point for bounds in ranges for point in bounds)})
         parts = list(pairwise(points))
         counts = [times if bounds in ranges else 1 for bounds in parts]
         sizes = [stop - start for start, stop in parts]
-        for place, operand in enumerate(linear.args):
-            if place and isinstance(operand, Node):
-                made = insert_before(
-                    graph,
-                    linear,
-                    infer,
-                    resolve("nn.repeat_rows"),
-                    (operand, sizes, counts, width),
-                    name=f"{operand.name}_repeated",
-                    source="Shard",
-                )
+        slices = [user for user in linear.users if op_name(user.target) == "aten.slice.Tensor"]
+        for operand in linear.args[1:3]:
+            if isinstance(operand, Node):
+                args, name = (operand, sizes, counts, width), f"{operand.name}_repeated"
+                made = insert_before(graph, linear, infer, resolve("nn.repeat_rows"), args, name=name, source="Shard")
                 linear.replace_input_with(operand, made)
         linear.meta["type"] = infer(linear.target, linear.args, dict(linear.kwargs))
-        moved, at = {}, 0
-        for (start, stop), size, count in zip(parts, sizes, counts):
-            moved[start, stop] = (at, at + size * count)
-            at += size * count
-        for user in linear.users:
-            if op_name(user.target) == "aten.slice.Tensor":
-                user.args = (*user.args[:2], *moved[user.args[2], user.args[3]])  # type: ignore[index]
+        for user in slices:
+            start, stop = _bounds(user)
+            before = sum(end - begin for begin, end in ranges if end <= start)
+            own = stop - start if (start, stop) in ranges else 0
+            shift = before * (times - 1)
+            user.args = (*user.args[:2], start + shift, stop + shift + own * (times - 1))
     for _, *rest in ways:
         for node in rest:
             if op_name(node.target) == "aten.reshape":

@@ -35,7 +35,8 @@ def localize(graph: Graph, report: PassReport) -> Graph:
             kinds = tuple(_part(kind, found.dim, ranks) for kind in flat_types(node.meta["type"]))
             node.meta["type"] = kinds if isinstance(node.meta["type"], tuple) else kinds[0]
             if op_name(node.target) in _SHAPED:
-                node.args = (node.args[0], list(flat_types(node.meta["type"])[0].shape), *node.args[2:])
+                shape: Any = list(kinds[0].shape)
+                node.args = (node.args[0], shape, *node.args[2:])
         if node in slices:
             node.args = slices[node]
         if is_collective(node.target):

@@ -32,6 +32,7 @@ from .options import (
     KVCacheConfig,
     OptionError,
     refuse_later,
+    refuse_ranks,
     refuse_schemes,
     resolve,
     resolve_device,
@@ -134,8 +135,8 @@ def compile(
         raise OptionError("calibration is for the weights that quantization rounds: ask for a scheme, or leave it out")
     place = resolve_device(device)
     groups = groups_of(tensor_parallel, simulate, place)
-    if tensor_parallel > 1 and (verify or calibration):
-        raise OptionError("verify and calibration are not available with tensor_parallel yet: leave them out")
+    kept = resolve_patterns("replicated", replicated)
+    refuse_ranks(tensor_parallel, simulate, replicated, bool(verify or calibration), model)
     refuse_schemes(passes.wanted_of(model) if isinstance(model, Graph) else wanted, place)
     kind = resolve_dtype(dtype, place)
     meter = Meter(place) if place.type == "cuda" else None
@@ -162,7 +163,7 @@ def compile(
         resolve(config, place, kind, max_batch_size, max_seq_len, max_step_tokens, kv_cache),
         quantization=wanted,
         tensor_parallel=tensor_parallel,
-        replicated=resolve_patterns("replicated", replicated),
+        replicated=kept,
         smoothing=calibration is not None and "int8d" in wanted.values(),
         graphs=gpu if graphs is None else graphs,
         lookahead=gpu if lookahead is None else lookahead,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -10,6 +10,8 @@ import torch
 
 from ..ir.capture import MAX_STEP_TOKENS
 from ..ir.errors import FuselineError
+from ..ir.graph import Graph
+from ..ir.placement import OPTION as TENSOR_PARALLEL
 from ..ir.schemes import ALIASES
 from ..ir.schemes import NAMES as SCHEMES
 
@@ -98,7 +100,7 @@ def resolve_quantization(quantization: object) -> dict[str, str | None]:
     if not isinstance(wanted, Mapping):
         raise OptionError(f"quantization must be a scheme or schemes by name pattern, not {quantization!r}")
     resolve_patterns("quantization", wanted)
-    for pattern, scheme in wanted.items():
+    for scheme in wanted.values():
         if scheme is not None and scheme not in SCHEMES:
             raise OptionError(f"quantization: there is no scheme {scheme!r}; use one of {', '.join(SCHEMES)}")
     return {pattern: ALIASES.get(scheme, scheme) if scheme else None for pattern, scheme in wanted.items()}
@@ -116,6 +118,25 @@ def resolve_patterns(name: str, patterns: Iterable[object]) -> tuple[str, ...]:
             raise OptionError(f"{name}: {pattern!r} is no pattern of weight names, such as '*.down_proj'")
         found.append(pattern)
     return tuple(found)
+
+
+def refuse_ranks(ranks: int, simulate: bool, replicated: Sequence[str], checked: bool, model: object) -> None:
+    """Check the options about ranks against each other, and against a graph that was made for some.
+
+    Raises:
+        OptionError: they do not go together. ``checked`` says that numbers are to be compared or calibrated.
+    """
+    if ranks == 1 and simulate:
+        raise OptionError("simulate=True is for several ranks: pass tensor_parallel=2 or more, or leave it out")
+    if ranks == 1 and replicated:
+        raise OptionError(
+            f"replicated={replicated!r} is for several ranks: pass tensor_parallel=2 or more, or leave it out"
+        )
+    if ranks > 1 and checked:
+        raise OptionError("verify and calibration are not available with tensor_parallel yet: leave them out")
+    stated = model.options.get(TENSOR_PARALLEL, 1) if isinstance(model, Graph) else ranks
+    if stated != ranks:
+        raise OptionError(f"the graph is for {stated} ranks: pass tensor_parallel={stated}")
 
 
 def refuse_schemes(wanted: Mapping[str, str | None], device: torch.device) -> None:

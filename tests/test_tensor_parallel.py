@@ -1,0 +1,241 @@
+"""Tensor parallelism with simulated ranks: tokens of the whole model, and a stated reason for what is not divided."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from families import FAMILIES, REQUIRED, config, make, randomize
+from quantized_models import wide
+from transformers import AutoModelForCausalLM, PreTrainedModel
+
+import fuseline
+from fuseline import ir, passes
+from fuseline.ir.dist import shard_columns
+from fuseline.ir.quantized import dequantize, quantize
+from fuseline.ir.schemes import scheme_of
+from fuseline.ir.types import TensorType
+from fuseline.runtime.groups import simulated
+from fuseline.runtime.simulated import SimulatedRanks
+
+_DIVISIBLE: Mapping[str, int] = {
+    **dict.fromkeys(("num_attention_heads", "n_head"), 8),
+    **dict.fromkeys(("moe_intermediate_size", "hidden_size", "n_embd", "word_embed_proj_dim"), 64),
+    "num_key_value_heads": 2,
+    "vocab_size": 96,
+}
+
+
+def divisible(name: str, **more: Any) -> PreTrainedModel:
+    """A tiny model of a family with 8 heads (2 of keys and values, if they may differ), 64 features and 96 tokens."""
+    family = FAMILIES[name]
+    plain = config(family)
+    changes = {key: value for key, value in _DIVISIBLE.items() if getattr(plain, key, None) is not None}
+    if getattr(plain, "num_key_value_heads", None) is None:
+        changes.pop("num_key_value_heads", None)
+    torch.manual_seed(0)
+    made: PreTrainedModel = AutoModelForCausalLM.from_config(
+        config(replace(family, changes={**family.changes, **changes, **more})), attn_implementation="eager"
+    )
+    randomize(made, 0)
+    return made.eval()
+
+
+_OPTIONS: dict[str, Any] = {"device": "cpu", "max_seq_len": 64, "max_batch_size": 3}
+_PROMPTS = [[5], [7, 8, 9, 10, 11, 12, 13], list(range(20, 40))]
+
+
+def tokens(model: Any, **options: Any) -> tuple[fuseline.CompiledModel, list[list[int]]]:
+    compiled = fuseline.compile(model, **{**_OPTIONS, **options})
+    return compiled, compiled.generate(_PROMPTS, max_new_tokens=6, stop_token_ids=[])
+
+
+def cut_and_kept(compiled: fuseline.CompiledModel) -> tuple[list[str], dict[str, str]]:
+    """The projections that are cut, and those that are not with the reason."""
+    report = next(item for item in compiled.report.passes if item.name == "Shard")
+    return report.fused, {item.site: item.why for item in report.refused}
+
+
+@pytest.mark.parametrize("name", REQUIRED)
+def test_ranks_generate_the_tokens_of_the_whole_model(name: str) -> None:
+    """A cut in the wrong place, a bias added twice or heads with the keys of others would change tokens."""
+    model = divisible(name)
+    _, expected = tokens(model)
+    for ranks in (2, 4):
+        compiled, found = tokens(model, tensor_parallel=ranks, simulate=True)
+        assert found == expected
+        cut, kept = cut_and_kept(compiled)
+        assert "lm_head" in cut
+        layers = compiled.report.layers
+        assert len(cut) == 4 * layers + 1, "attention and MLP of every layer are divided"
+        assert all("router" in site or "gate" in site for site in kept), kept
+
+
+def test_every_rank_has_the_same_bits_and_its_part_of_weights_and_cache() -> None:
+    model = divisible("llama", num_hidden_layers=5)
+    whole, _ = tokens(model)
+    compiled, _ = tokens(model, tensor_parallel=4, simulate=True)
+    caches = {str(node.meta["type"]) for node in compiled.graph.calls() if str(node.target) == "cache"}
+    assert caches == {"f32[C, 1, 16]"}, "two heads of keys are shared by two ranks each"
+    assert compiled.report.cache_bytes * 2 == whole.report.cache_bytes
+    ranks = compiled.engine._runner.model
+    assert isinstance(ranks, SimulatedRanks)
+    seen: list[list[torch.Tensor]] = []
+    plain = ranks.all
+    ranks.all = lambda step, out=None: seen.append(plain(step, out)) or seen[-1]  # type: ignore[method-assign, func-returns-value]
+    compiled.generate(_PROMPTS, max_new_tokens=3)
+    assert len(seen) >= 3
+    assert all(torch.equal(logits, step[0]) for step in seen for logits in step)
+
+
+def test_what_cannot_be_divided_is_whole_for_a_reason() -> None:
+    """6 heads and 99 tokens among 4 ranks: attention and output are computed by each, the MLP is divided."""
+    model = make("llama")
+    _, expected = tokens(model)
+    compiled, found = tokens(model, tensor_parallel=4, simulate=True)
+    assert found == expected
+    cut, kept = cut_and_kept(compiled)
+    assert cut == ["l0_gate_up", "l0_down_proj", "l1_gate_up", "l1_down_proj"]
+    assert kept["l0_qkv"] == "every rank computes it whole: 6 cannot be divided among 4 ranks"
+    assert kept["lm_head"] == "every rank computes it whole: 99 outputs cannot be divided among 4 ranks"
+
+
+@pytest.mark.parametrize(
+    ("name", "ranks", "more", "site", "why"),
+    [
+        (
+            "llama",
+            3,
+            {"hidden_size": 48, "num_attention_heads": 6},
+            "l0_gate_up",
+            "64 outputs cannot be divided among 3 ranks",
+        ),
+        ("olmo2", 2, {}, "l0_qkv", "l0_mul_1 (nn.rms_norm) reads whole rows"),
+        ("deepseek_v3", 2, {"num_key_value_heads": 8}, "l0_q_a_proj", "l0_mul_3 (nn.rms_norm) reads whole rows"),
+    ],
+)
+def test_awkward_models_keep_their_tokens(name: str, ranks: int, more: dict[str, int], site: str, why: str) -> None:
+    model = divisible(name, **more)
+    _, expected = tokens(model)
+    compiled, found = tokens(model, tensor_parallel=ranks, simulate=True)
+    assert found == expected
+    cut, kept = cut_and_kept(compiled)
+    assert cut and kept[site] == f"every rank computes it whole: {why}"
+
+
+@pytest.mark.parametrize(
+    ("name", "scheme", "operator"),
+    [
+        ("llama", "int8", 'dist.shard_columns(l0_mlp_down_proj_weight_int8, "int8", [160], 2)'),
+        ("mixtral", "int8", "dist.shard_columns"),
+        ("gpt2", "int4g32", 'dist.shard_columns(transpose_3_int4g32, "int4g32", [384], 2)'),
+        ("llama", "int8-dynamic", "dist.all_gather(l0_reshape, 1, 2)"),
+    ],
+)
+def test_rounded_weights_are_cut_with_their_factors(name: str, scheme: str, operator: str) -> None:
+    model = wide(name)
+    _, expected = tokens(model, quantization=scheme)
+    compiled, found = tokens(model, quantization=scheme, tensor_parallel=2, simulate=True)
+    assert found == expected
+    assert operator in str(compiled.graph)
+
+
+@pytest.mark.parametrize("scheme", ["int8", "int8g32", "int4g32", "uint4g32", "int8d", "fp8"])
+def test_parts_of_rounded_rows_are_parts_of_their_numbers(scheme: str) -> None:
+    """Codes lie in blocks that do not end where parts do: a cut of bytes would mix them up."""
+    sections, found = [192, 64], scheme_of(scheme)
+    assert found is not None
+    matrix = torch.randn(5, 256, generator=torch.Generator().manual_seed(0))
+    rows = quantize(matrix, found)
+    whole = dequantize(rows, TensorType(scheme, (5, 256)), torch.float32)
+    for group in simulated(2):
+        part = shard_columns(rows, scheme, sections, 2, group=group)
+        numbers = dequantize(part, TensorType(scheme, (5, 128)), torch.float32)
+        first, second = whole.split(sections, 1)
+        expected = torch.cat((first.chunk(2, 1)[group.rank], second.chunk(2, 1)[group.rank]), 1)
+        assert torch.equal(numbers, expected)
+
+
+def test_groups_that_would_be_torn_are_not_cut() -> None:
+    compiled, _ = tokens(wide("llama"), quantization="int4g32", tensor_parallel=2, simulate=True)
+    cut, kept = cut_and_kept(compiled)
+    assert not cut
+    assert kept["l0_gate_up"].endswith("l0_down_proj: 80 of 160 inputs are no whole groups of int4g32")
+
+
+def test_patterns_keep_weights_whole() -> None:
+    model = divisible("llama")
+    compiled, _ = tokens(model, tensor_parallel=2, simulate=True, replicated=["lm_head", "*.gate_proj"])
+    cut, kept = cut_and_kept(compiled)
+    assert {"l0_qkv", "l0_o_proj"} <= set(cut) and not {"lm_head", "l0_gate_up", "l0_down_proj"} & set(cut)
+    assert kept["lm_head"].endswith("'lm_head' is not to be cut")
+    with pytest.raises(fuseline.UnsupportedModelError, match="'nothing' fits the name of no projection's weight"):
+        tokens(model, tensor_parallel=2, simulate=True, replicated=["nothing"])
+
+
+def test_a_rank_that_fails_is_named_and_the_others_go_on() -> None:
+    compiled, expected = tokens(divisible("llama"), tensor_parallel=2, simulate=True)
+    ranks: Any = compiled.engine._runner.model
+    whole = ranks._executors[1]
+
+    def fails(step: object, out: object = None) -> None:
+        raise ValueError("out of luck")
+
+    ranks._executors[1] = fails
+    with pytest.raises(ValueError, match="out of luck") as raised:
+        compiled.generate(_PROMPTS, max_new_tokens=6)
+    assert "on rank 1 of 2" in raised.value.__notes__
+    ranks._executors[1] = whole
+    assert compiled.generate(_PROMPTS, max_new_tokens=6, stop_token_ids=[]) == expected
+
+
+def test_dumps_replay_and_verify_finds_wrong_placements(tmp_path: Path) -> None:
+    fuseline.compile(divisible("llama"), tensor_parallel=2, simulate=True, dump=tmp_path, **_OPTIONS)
+    files = sorted(tmp_path.glob("[0-9]*.txt"))
+    for before, after in pairwise(files):
+        name = after.stem.partition("_")[2]
+        if files.index(after) > passes.PASSES.pipeline.index("Quantize"):
+            assert ir.dump(passes.run(ir.parse(before.read_text()), [name])) == after.read_text(), name
+    text = next(tmp_path.glob("*_Shard.txt")).read_text()
+    assert "l0_o_proj: f32[T, 64] @ partial = aten.linear(l0_reshape, l0_self_attn_o_proj_weight_part)" in text
+    ir.verify(ir.parse(text))
+    again = passes.run(ir.parse(text), ["Shard"])
+    assert ir.dump(again) == text, "a graph that is cut is not cut again"
+    wrong = text.replace("l0_view: f32[T, 8, 16] @ shard(1)", "l0_view: f32[T, 8, 16] @ shard(2)")
+    with pytest.raises(
+        fuseline.VerificationError, match=r"stated placement .*shard\(2\).*computed placement shard\(1\)"
+    ):
+        ir.verify(ir.parse(wrong))
+    wrong = text.replace("aten.add.Tensor(embed_tokens, l0_o_proj_reduced)", "aten.add.Tensor(embed_tokens, l0_o_proj)")
+    with pytest.raises(fuseline.VerificationError, match="l0_o_proj must be whole there: .* parts of a sum"):
+        ir.verify(ir.parse(wrong))
+    local = ir.parse(next(tmp_path.glob("*_Localize.txt")).read_text())
+    ranks = fuseline.compile(local, weights=divisible("llama"), tensor_parallel=2, simulate=True, **_OPTIONS)
+    _, expected = tokens(divisible("llama"))
+    assert ranks.generate(_PROMPTS, max_new_tokens=6, stop_token_ids=[]) == expected
+
+
+@pytest.mark.parametrize(
+    ("options", "why"),
+    [
+        ({"tensor_parallel": 0, "simulate": True}, "tensor_parallel must be a whole number of at least 1"),
+        ({"tensor_parallel": 2, "simulate": True, "verify": True}, "verify and calibration are not available"),
+        ({"tensor_parallel": 2, "simulate": True, "replicated": "a,b"}, "'a,b' is no pattern of weight names"),
+        ({"simulate": True}, "simulate=True is for several ranks"),
+        ({"replicated": "lm_head"}, "replicated=.* is for several ranks"),
+    ],
+)
+def test_options_that_make_no_sense_are_refused(options: dict[str, Any], why: str) -> None:
+    with pytest.raises(fuseline.OptionError, match=why):
+        fuseline.compile("nowhere", device="cpu", **options)
+
+
+def test_a_graph_of_other_ranks_is_refused() -> None:
+    text = "def f(x: f32[T, 4], *, T: dim(1, 8), tensor_parallel: option(4)):\n    return x\n"
+    with pytest.raises(fuseline.OptionError, match="the graph is for 4 ranks: pass tensor_parallel=4"):
+        fuseline.compile(ir.parse(text), weights="nowhere", device="cpu", tensor_parallel=2, simulate=True)
