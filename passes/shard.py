@@ -14,6 +14,7 @@ from ..ir.quantized import is_quantised
 from .heads import repeat_heads
 from .ledger import PassReport
 from .partition import Plan, Site, plan_for
+from .sink_cuts import sink_cuts
 
 REPLICATED = "replicated"
 """The option that lists patterns of weights that are not to be cut."""
@@ -43,6 +44,7 @@ def shard(graph: Graph, report: PassReport) -> Graph:
             report.refuse(node.name, f"every rank computes it whole: {why}", node)
     report.fused += [node.name for node in graph.calls() if node in {*plan.column, *plan.row}]
     _write(graph, plan)
+    sink_cuts(graph)
     return graph
 
 

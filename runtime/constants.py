@@ -13,7 +13,7 @@ from ..ir.dist import ALONE, Group
 from ..ir.graph import is_constant, type_of
 from ..ir.interpret import call, read
 from ..ir.loop import Loop
-from ..ir.ops import op_name
+from ..ir.ops import is_collective, op_name
 from ..ir.types import TensorType
 
 
@@ -63,6 +63,8 @@ def fold_constants(
                 made = weight_on(weights, loop.weight(node, time), type_of(node), device)
             elif made is None:
                 made = call(node, lambda item: read(item, values, {}), device, group)
+            if is_collective(node.target):
+                made = made.clone()  # a part must not keep the whole
             made = made.contiguous() if isinstance(made, Tensor) and (node in kept or not weight) else made
             if node in kept:
                 placed[origin] = made

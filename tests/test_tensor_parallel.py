@@ -133,7 +133,7 @@ def test_awkward_models_keep_their_tokens(name: str, ranks: int, more: dict[str,
     [
         ("llama", "int8", 'dist.shard_columns(l0_mlp_down_proj_weight_int8, "int8", [160], 2)'),
         ("mixtral", "int8", "dist.shard_columns"),
-        ("gpt2", "int4g32", 'dist.shard_columns(transpose_3_int4g32, "int4g32", [384], 2)'),
+        ("gpt2", "int4g32", 'transpose_3_int4g32_part: int4g32[96, 192] = nn.quantize(transpose_3_part, "int4g32")'),
         ("llama", "int8-dynamic", "dist.all_gather(l0_reshape, 1, 2)"),
     ],
 )
@@ -203,6 +203,10 @@ def test_dumps_replay_and_verify_finds_wrong_placements(tmp_path: Path) -> None:
             assert ir.dump(passes.run(ir.parse(before.read_text()), [name])) == after.read_text(), name
     text = next(tmp_path.glob("*_Shard.txt")).read_text()
     assert "l0_o_proj: f32[T, 64] @ partial = aten.linear(l0_reshape, l0_self_attn_o_proj_weight_part)" in text
+    assert (
+        "l0_self_attn_q_proj_weight_part: f32[128, 64] @ shard(0) = dist.shard(l0_self_attn_q_proj_weight, 0, [128])"
+        in (text)
+    ), "a rank reads its part of a weight alone"
     ir.verify(ir.parse(text))
     again = passes.run(ir.parse(text), ["Shard"])
     assert ir.dump(again) == text, "a graph that is cut is not cut again"

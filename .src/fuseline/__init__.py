@@ -12,6 +12,7 @@ from .runtime.compile import compile
 from .runtime.compiled import CompiledModel
 from .runtime.load import load
 from .runtime.calibration.texts import Calibration
+from .runtime.mpi import RankError
 from .runtime.options import KVCacheConfig, OptionError
 from .runtime.quantize import quantize
 
@@ -25,6 +26,7 @@ __all__ = [
     "Calibration",
     "KVCacheConfig",
     "OptionError",
+    "RankError",
     "UnsupportedModelError",
     "VerificationError",
     "compile",
