@@ -13,7 +13,7 @@ import torch
 from families import make
 
 import fuseline
-from fuseline.runtime import compile as compile_module
+from fuseline.runtime import parts
 from fuseline.runtime.buckets import bucket_for, decode_buckets
 from fuseline.runtime.sequence import SamplingParams, Sequence
 from fuseline.runtime.static_step import StaticStep
@@ -35,7 +35,7 @@ def prompts(vocab: int, count: int) -> list[list[int]]:
 def poisoned(monkeypatch: pytest.MonkeyPatch) -> None:
     """Padding rows read NaN from the scratch block, and every other input of them is arbitrary but in range."""
     stores: list[torch.Tensor] = []
-    new_caches, pad = compile_module.new_caches, StaticStep.pad
+    new_caches, pad = parts.new_caches, StaticStep.pad
 
     def keep(*args: Any) -> Any:
         caches = new_caches(*args)
@@ -51,7 +51,7 @@ def poisoned(monkeypatch: pytest.MonkeyPatch) -> None:
         staged.positions[rows] = np.arange(count, size) % 5
         staged.contexts[rows] = self.block_size
 
-    monkeypatch.setattr(compile_module, "new_caches", keep)
+    monkeypatch.setattr(parts, "new_caches", keep)
     monkeypatch.setattr(StaticStep, "pad", spoil)
 
 

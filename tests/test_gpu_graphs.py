@@ -13,7 +13,7 @@ from families import make
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import fuseline
-from fuseline.runtime import compile as compile_module
+from fuseline.runtime import parts
 from fuseline.runtime.engine import Engine
 from fuseline.runtime.replay import GraphReplay, NotCapturable
 from fuseline.runtime.sequence import SamplingParams
@@ -72,7 +72,7 @@ def answers(engine: Engine, given: list[list[int]], sampled: str, new: int = NEW
 def poison() -> Iterator[None]:
     """Padding rows read NaN from the scratch block, and every other input of them is arbitrary but in range."""
     stores: list[torch.Tensor] = []
-    new_caches, pad = compile_module.new_caches, StaticStep.pad
+    new_caches, pad = parts.new_caches, StaticStep.pad
 
     def keep(*args: Any) -> Any:
         caches = new_caches(*args)
@@ -89,7 +89,7 @@ def poison() -> Iterator[None]:
         staged.contexts[rows] = self.block_size
 
     patch = pytest.MonkeyPatch()
-    patch.setattr(compile_module, "new_caches", keep)
+    patch.setattr(parts, "new_caches", keep)
     patch.setattr(StaticStep, "pad", spoil)
     yield
     patch.undo()
