@@ -58,6 +58,8 @@ class Alone:
 
 
 ALONE = Alone()
+MEETINGS = frozenset({"dist.all_reduce", "dist.all_gather"})
+"""The operators in which ranks wait for each other; the others compute with what a rank has."""
 
 
 def _type_of_part(x: Node, dim: int, sections: Sequence[int], ranks: int = 1) -> TensorType:

@@ -74,7 +74,7 @@ class _Planner:
                 self.sources.pop(later, None)
             at = back
         for node, moves in self.plan.moves.items():
-            if node.op == "call_function" and op_name(node.target) in PROJECTIONS | {"nn.grouped_linear"}:
+            if _is_projection(node):
                 weight = _operands(node)[1]
                 dims = [wanted.dim for item, wanted in moves if item is weight and isinstance(wanted, Shard)]
                 if dims:
@@ -88,6 +88,12 @@ class _Planner:
         def known(item: Node) -> Placement:
             return moved[item] if item in moved else self.plan.placed[item]
 
+        if _is_projection(node):
+            x, weight = _operands(node)
+            pattern = self.pattern(weight)
+            if pattern is not None and isinstance(known(x), Shard):
+                self.plan.kept[node] = self.whole[pattern]
+                return x, f"{node.name} reads it whole, since {self.whole[pattern]}"
         seed = self.candidate(node, known)
         if seed is not None:
             moved[seed[0]] = seed[1]
@@ -126,8 +132,7 @@ class _Planner:
 
     def candidate(self, node: Node, known: Known) -> tuple[Node, Shard] | None:
         """The weight of a projection of whole rows, and how it is cut so that the outputs are."""
-        name = op_name(node.target)
-        if name not in PROJECTIONS and name != "nn.grouped_linear":
+        if not _is_projection(node):
             return None
         x, weight = _operands(node)
         if not is_constant(weight) or node in self.plan.kept or isinstance(known(x), Shard):
@@ -135,7 +140,7 @@ class _Planner:
         dim = _output_dim(node)
         sections = _sections(node)
         size = next((size for size in sections if size % self.ranks), None)
-        pattern = next((key for key in self.whole if _fits(key, matrices_of(weight))), None)
+        pattern = self.pattern(weight)
         if pattern is not None:
             self.plan.kept[node] = self.whole[pattern]
         elif size is not None:
@@ -144,6 +149,14 @@ class _Planner:
             self.plan.kept[node] = ""
         self.asked.add(node)
         return None if node in self.plan.kept else (weight, Shard(dim, sections))
+
+    def pattern(self, weight: Node) -> str | None:
+        """The pattern by which a weight is not to be cut."""
+        return next((key for key in self.whole if _fits(key, matrices_of(weight))), None)
+
+
+def _is_projection(node: Node) -> bool:
+    return node.op == "call_function" and op_name(node.target) in PROJECTIONS | {"nn.grouped_linear"}
 
 
 def _operands(node: Node) -> tuple[Node, Node]:

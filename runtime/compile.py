@@ -40,7 +40,7 @@ from .options import (
     resolve_patterns,
     resolve_quantization,
 )
-from .parts import agreed, groups_of, model_on, place_parts
+from .parts import agreed, check_alike, groups_of, model_on, place_parts
 from .progress import Progress
 from .rehearsal import Meter
 from .report import Report
@@ -172,6 +172,8 @@ def compile(
     wishes = Wishes(skip, expect, verify, record, show)
     lowered = lower(model if isinstance(model, Graph) else bones, options, wishes, report)
     loop, kernels = lowered.loop, lowered.kernels
+    if len(groups) == 1:
+        check_alike(groups[0], loop.graph)
     with report.timed("load weights"), show.line("load weights"):
         values = bones.load()
     vocab = type_of(_result(loop.graph)).shape[-1]

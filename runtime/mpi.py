@@ -24,7 +24,7 @@ _EAGER = 2000
 
 
 class RankError(FuselineError, RuntimeError):
-    """A rank did not answer in time."""
+    """Ranks do not go together: one did not answer in time, or compiled another graph."""
 
 
 class MPIGroup:
@@ -88,7 +88,7 @@ def world(size: int) -> MPIGroup:
     if everyone.Get_size() != size:
         raise OptionError(
             f"mpirun started {size} processes, but mpi4py sees {everyone.Get_size()}: it belongs to another MPI than this "
-            "mpirun; use the mpirun that pip install 'fuseline[mpi]' brings"
+            "mpirun; use the mpirun that the extra 'mpi' of fuseline installs"
         )
     return MPIGroup(everyone.Dup())
 
@@ -122,7 +122,9 @@ def _everyone() -> Any:
     try:
         from mpi4py import MPI
     except (ImportError, RuntimeError) as error:  # it is not there, or its library is not
-        raise OptionError(f"ranks meet through mpi4py: pip install 'fuseline[mpi]' ({error})") from error
+        raise OptionError(
+            f"ranks meet through mpi4py, which the extra 'mpi' of fuseline installs with mpirun ({error})"
+        ) from error
     return MPI.COMM_WORLD
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -10,14 +11,15 @@ import torch
 from torch import Tensor
 from torch.fx import Node
 
-from ..ir.dist import ALONE, Group
-from ..ir.graph import Region
+from ..ir.dist import ALONE, MEETINGS, Group
+from ..ir.graph import Graph, Region, type_of
 from ..ir.loop import Loop
+from ..ir.ops import is_collective, op_name
 from .caches import new_caches
 from .constants import fold_constants
 from .executor import Executor, Launch
 from .groups import SimulatedGroup, simulated
-from .mpi import world
+from .mpi import RankError, world
 from .options import OptionError, positive
 from .packed import Linear, pack_linears
 from .simulated import SimulatedRanks
@@ -41,6 +43,29 @@ def groups_of(size: int, simulate: bool, device: torch.device) -> list[Group]:
 def agreed(group: Group, value: int) -> int:
     """The least of what the ranks say, if each runs in a process of its own."""
     return int(min(item.item() for item in group.all_gather(torch.tensor([value]))))
+
+
+def check_alike(group: Group, graph: Graph) -> None:
+    """Check that the ranks, each of which compiles for itself, meet in the same places and hold the same parts.
+
+    Raises:
+        RankError: they do not; tokens would be wrong, or none come.
+    """
+    met: list[str] = []
+    cut: list[str] = []
+    for node in graph.calls():
+        if is_collective(node.target):
+            rest = [item for item in node.args if not isinstance(item, Node)]
+            (met if op_name(node.target) in MEETINGS else cut).append(f"{op_name(node.target)} {type_of(node)} {rest}")
+    text = "\n".join([*met, *sorted(cut)])
+    own = int.from_bytes(hashlib.sha256(text.encode()).digest()[:7], "big")
+    found = [item.item() for item in group.all_gather(torch.tensor([own]))]
+    if len(set(found)) > 1:
+        others = ", ".join(str(rank) for rank, digest in enumerate(found) if digest != own)
+        raise RankError(
+            f"rank {group.rank} of {group.size} has compiled another graph than rank {others}: start all with the same "
+            "versions, options and PYTHONHASHSEED"
+        )
 
 
 @dataclass(frozen=True)

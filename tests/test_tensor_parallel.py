@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
@@ -21,6 +22,7 @@ from fuseline.ir.quantized import dequantize, quantize
 from fuseline.ir.schemes import scheme_of
 from fuseline.ir.types import TensorType
 from fuseline.runtime.groups import simulated
+from fuseline.runtime.parts import check_alike
 from fuseline.runtime.simulated import SimulatedRanks
 
 _DIVISIBLE: Mapping[str, int] = {
@@ -174,6 +176,11 @@ def test_patterns_keep_weights_whole() -> None:
     cut, kept = cut_and_kept(compiled)
     assert {"l0_qkv", "l0_o_proj"} <= set(cut) and not {"lm_head", "l0_gate_up", "l0_down_proj"} & set(cut)
     assert kept["lm_head"].endswith("'lm_head' is not to be cut")
+    _, expected = tokens(model)
+    compiled, found = tokens(model, tensor_parallel=2, simulate=True, replicated=["*.down_proj"])
+    cut, kept = cut_and_kept(compiled)
+    assert found == expected and "l0_o_proj" in cut and not {"l0_gate_up", "l0_down_proj"} & set(cut)
+    assert kept["l0_gate_up"].endswith("l0_down_proj reads it whole, since '*.down_proj' is not to be cut")
     with pytest.raises(fuseline.UnsupportedModelError, match="'nothing' fits the name of no projection's weight"):
         tokens(model, tensor_parallel=2, simulate=True, replicated=["nothing"])
 
@@ -243,3 +250,19 @@ def test_a_graph_of_other_ranks_is_refused() -> None:
     text = "def f(x: f32[T, 4], *, T: dim(1, 8), tensor_parallel: option(4)):\n    return x\n"
     with pytest.raises(fuseline.OptionError, match="the graph is for 4 ranks: pass tensor_parallel=4"):
         fuseline.compile(ir.parse(text), weights="nowhere", device="cpu", tensor_parallel=2, simulate=True)
+
+
+def test_ranks_that_compiled_different_graphs_do_not_start() -> None:
+    graphs = [
+        fuseline.compile(divisible("llama"), tensor_parallel=2, simulate=True, replicated=kept, **_OPTIONS).graph
+        for kept in ([], ["*.down_proj"])
+    ]
+
+    def check(pairs: list[fuseline.ir.Graph]) -> list[BaseException | None]:
+        with ThreadPoolExecutor(2) as threads:
+            jobs = [threads.submit(check_alike, group, graph) for group, graph in zip(simulated(2), pairs)]
+            return [job.exception() for job in jobs]
+
+    assert check([graphs[0], graphs[0]]) == [None, None]
+    for error in check(graphs):
+        assert isinstance(error, fuseline.RankError) and "another graph" in str(error)
