@@ -164,7 +164,7 @@ def test_a_pool_too_small_for_a_request(model: torch.nn.Module) -> None:
     ("options", "message"),
     [
         ({"quantization": "int3"}, "no scheme"),
-        ({"tensor_parallel": 2}, "not available yet"),
+        ({"tensor_parallel": 2}, "needs as many processes, and this process is alone"),
         ({"schedule": "persistent"}, "not available yet"),
         ({"dtype": "int8"}, "not supported"),
         ({"device": "meta"}, "not supported"),
