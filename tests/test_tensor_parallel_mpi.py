@@ -51,7 +51,7 @@ def mpirun(count: int, *arguments: str, **more: str) -> subprocess.CompletedProc
     path = os.pathsep.join([str(_SOURCE), *filter(None, [os.environ.get("PYTHONPATH")])])
     environment = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1", **more}
     command = [str(_MPIRUN), "-n", str(count), sys.executable, *arguments]
-    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
+    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=280)
 
 
 def script(tmp_path: Path, body: str) -> str:
@@ -64,7 +64,7 @@ def script(tmp_path: Path, body: str) -> str:
 def test_run_prints_what_one_process_prints_once(tiny: str, count: int) -> None:
     arguments = ["-m", "fuseline.runtime.cli", "run", tiny, "hello", "--max-new-tokens", "12", "--device", "cpu"]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(_SOURCE), os.environ.get("PYTHONPATH", "")])}
-    alone = subprocess.run([sys.executable, *arguments], env=environment, capture_output=True, text=True, timeout=120)
+    alone = subprocess.run([sys.executable, *arguments], env=environment, capture_output=True, text=True, timeout=280)
     assert alone.returncode == 0, alone.stderr
     together = mpirun(count, *arguments, "--tensor-parallel", str(count))
     assert together.returncode == 0, together.stderr
