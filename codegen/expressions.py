@@ -89,7 +89,8 @@ def silu(x):
 def code(x, factor, LARGEST: tl.constexpr, WHOLE: tl.constexpr):
     # The quotient as a division rounds it (Markstein 1990), with one division for a whole row and none for its numbers.
     whole = factor + tl.zeros_like(x)
-    inverse = tl.div_rn(tl.full(factor.shape, 1.0, tl.float32), factor) + tl.zeros_like(x)
+    # Rows of less than 1e-35 become zeros: the inverse of their factor may not be finite.
+    inverse = tl.where(factor > 1e-37, tl.div_rn(tl.full(factor.shape, 1.0, tl.float32), factor), 0.0) + tl.zeros_like(x)
     near = x * inverse
     scaled = tl.fma(tl.fma(-near, whole, x), inverse, near)
     scaled = tl.minimum(tl.maximum(scaled, -LARGEST), LARGEST)

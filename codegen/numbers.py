@@ -4,19 +4,19 @@ from __future__ import annotations
 
 from ..ir.graph import type_of
 from .columns import Plan
-from .signature import kernel_text, types_text
+from .signature import POINTERS, kernel_text, types_text
 from .weights import element, packed_rows, rows_type, scheme
 from .writer import Writer
 
 _COLUMNS, _CODES = 16, 512
 """A program's rows of the weight, and its codes of each."""
-_POINTERS = {"f32": "*fp32", "f16": "*fp16", "bf16": "*bf16"}
 
 
 def numbers_kernel(name: str, layout: Plan) -> tuple[str, str]:
     """The kernel of the region ``name``, and the host's part: its variant, and ``numbers_of(weight)``."""
     how, packed, weight = scheme(layout), packed_rows(layout), layout.weight.name
     width, depth = type_of(layout.weight).shape[0], layout.depth
+    assert isinstance(width, int)
     across, along = "[:, None]", "[None, :]"
     writer = Writer({f"{weight}_ptr", "numbers_ptr", "n", "ok", "word", "k"})
     writer.line("n = (tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)).to(tl.int64)")
@@ -37,7 +37,7 @@ def numbers_kernel(name: str, layout: Plan) -> tuple[str, str]:
         where, mask = f"n{across} * {depth} + k{along}", f"ok{across} & (k < {depth}){along}"
         writer.line(f"tl.store(numbers_ptr + {where}, ({number}).to({element(layout)}), mask={mask})")
     kind = rows_type(layout)
-    signature = types_text({f"{weight}_ptr": "*u8", "numbers_ptr": _POINTERS[kind.dtype]})
+    signature = types_text({f"{weight}_ptr": "*u8", "numbers_ptr": POINTERS[kind.dtype]})
     host = f"""\
 {name.upper()}_NUMBERS = {{
     "kernel": {name}_numbers_kernel, "signature": {signature},
@@ -48,7 +48,7 @@ def numbers_kernel(name: str, layout: Plan) -> tuple[str, str]:
 def numbers_of({weight}):
     \"\"\"The numbers that the codes of a weight stand for.\"\"\"
     numbers = torch.empty({width}, {depth}, dtype={kind.torch_dtype}, device={weight}.device)
-    grid = ({-(-depth // _CODES)}, {-(-int(str(width)) // _COLUMNS)})
+    grid = ({-(-depth // _CODES)}, {-(-width // _COLUMNS)})
     run({name.upper()}_NUMBERS, grid, {weight}, numbers)
     return numbers
 """

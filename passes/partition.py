@@ -14,6 +14,7 @@ from itertools import pairwise
 
 from torch.fx import Node
 
+from ..ir.errors import UnsupportedModelError
 from ..ir.graph import Graph, is_constant
 from ..ir.ops import PROJECTIONS, op_name
 from ..ir.placement import PARTIAL, Known, Needs, Placement, Shard, check_result, placement_of, shape_of
@@ -65,6 +66,8 @@ class _Planner:
                 at += 1
                 continue
             operand, why = blamed
+            if operand not in self.sources:
+                raise UnsupportedModelError(f"tensor_parallel: {node.name} cannot be divided: {why}")
             for source in self.sources[operand]:
                 self.plan.kept[source] = why
             back = min(map(self.places.__getitem__, self.sources[operand]))
@@ -98,6 +101,7 @@ class _Planner:
         if seed is not None:
             moved[seed[0]] = seed[1]
         found: Placement = None
+        asked: set[Site] = set()
         while True:
             try:
                 if node.op == "output":
@@ -107,6 +111,9 @@ class _Planner:
                 break
             except Needs as need:
                 operand, wanted = need.operand, need.wanted
+                if (operand, wanted) in asked:
+                    raise UnsupportedModelError(f"tensor_parallel: {node.name} cannot be divided: {need}") from need
+                asked.add((operand, wanted))
                 current = known(operand)
                 gathers = node.op == "output" or (op_name(node.target) == "nn.quantize" and not is_constant(node))
                 if wanted is None and seed is not None and operand is seed[0]:

@@ -168,6 +168,29 @@ def tilings(path: str, text: str) -> dict[str, float]:
     return found
 
 
+def rounded_rows(path: str, text: str) -> torch.Tensor:
+    """Rows of all sizes from 1 down to where fp32 ends, in the bytes of a kernel; runs where Triton interprets."""
+    graph = parse(text)
+    x = torch.linspace(-1, 1, 64)[None] * 10.0 ** -torch.arange(0.0, 46.0)[:, None]
+    (result,) = graph.output_node().args[0]
+    packed = torch.zeros(46, result.meta["type"].stored.shape[1], dtype=torch.uint8)
+    load_kernel_file(path).launch(x, packed)
+    return packed
+
+
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_tiny_rows_stay_tiny(scheme: str, pool: ProcessPoolExecutor, tmp_path: Path) -> None:
+    body = f'        q: {scheme}[T, 64] = nn.quantize(x, "{scheme}")\n    return q\n'
+    text = f'def rows_{scheme}(x: f32[T, 64], *, T: dim(1, 64)):\n    with kernel("rows_{scheme}"):\n{body}'
+    (kernel,) = emit_kernels(run(parse(text), []))
+    path = tmp_path / f"{kernel.name}.py"
+    path.write_text(kernel.source)
+    packed = pool.submit(rounded_rows, str(path), str(kernel.graph)).result()
+    found = dequantize(packed, TensorType(scheme, (46, 64)), torch.float32).double()
+    x = (torch.linspace(-1, 1, 64)[None] * 10.0 ** -torch.arange(0.0, 46.0)[:, None]).double()
+    assert bool(((found - x).abs() <= 0.04 * x.abs().amax(1, keepdim=True) + 1e-34).all())
+
+
 @pytest.mark.parametrize("depth", [160, 72])
 @pytest.mark.parametrize("scheme", SCHEMES)
 def test_every_kind_of_tiling_is_right(scheme: str, depth: int, pool: ProcessPoolExecutor, tmp_path: Path) -> None:

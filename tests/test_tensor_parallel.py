@@ -13,7 +13,7 @@ import pytest
 import torch
 from families import FAMILIES, REQUIRED, config, make, randomize
 from quantized_models import wide
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
 import fuseline
 from fuseline import ir, passes
@@ -161,6 +161,15 @@ def test_parts_of_rounded_rows_are_parts_of_their_numbers(scheme: str) -> None:
         first, second = whole.split(sections, 1)
         expected = torch.cat((first.chunk(2, 1)[group.rank], second.chunk(2, 1)[group.rank]), 1)
         assert torch.equal(numbers, expected)
+
+
+def test_groups_of_128_are_divided() -> None:
+    torch.manual_seed(3)
+    sizes = {"hidden_size": 512, "intermediate_size": 512, "num_attention_heads": 8, "num_key_value_heads": 2}
+    model = LlamaForCausalLM(LlamaConfig(vocab_size=96, num_hidden_layers=2, **sizes)).eval()
+    _, expected = tokens(model, quantization="int4g128")
+    compiled, found = tokens(model, quantization="int4g128", tensor_parallel=4, simulate=True)
+    assert found == expected and len(cut_and_kept(compiled)[0]) == 9
 
 
 def test_groups_that_would_be_torn_are_not_cut() -> None:
