@@ -13,6 +13,7 @@ from torch.fx import Node
 from ..ir.cache_rounding import LARGEST
 from ..ir.graph import type_of
 from ..ir.ops import op_name
+from .exchange import SUM_OF_RANKS
 
 Print = Callable[[Sequence[str], Node], str]
 
@@ -27,6 +28,7 @@ _INTEGERS = {
 
 # Functions that an expression may call; a kernel file holds those that it uses.
 HELPERS = {
+    "sum_of_ranks": SUM_OF_RANKS,
     "prefetch": """@triton.jit
 def prefetch(pointers, BYTES: tl.constexpr):
     # To the L2 cache, by the copy engine: no register waits for it. Needs sm_90, and takes whole 16 bytes.

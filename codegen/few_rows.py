@@ -9,10 +9,10 @@ from __future__ import annotations
 from ..ir.graph import Graph, type_of
 from .codes import dot_options, print_row_factors, sums_type
 from .columns import Plan
+from .coordinates import padded_width
 from .matmul_loop import accumulators_of, body_writer, print_lookups, print_rows, wait
 from .matmul_tile import MatmulTile
 from .placement import place_columns
-from .rows import padded_width
 from .weights import element, is_rounded, plain_tile, print_column_factors, row_length
 from .words import few_turn
 from .writer import Writer

@@ -8,9 +8,9 @@ from ..ir.graph import Graph, type_of
 from ..ir.ops import PROJECTIONS, op_name
 from .codes import scaled_product
 from .columns import Plan, plan
+from .coordinates import padded_width
 from .matmul_tilings import tilings_of, weight_bytes
 from .placement import tile_count
-from .rows import padded_width
 from .signature import COUNTERS, fresh_outputs, parameters, pointer_types, types_text
 from .weights import in_codes, is_rounded
 

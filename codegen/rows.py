@@ -11,14 +11,13 @@ from ..ir.cache_rounding import LARGEST, TRIES
 from ..ir.graph import Graph, flat_types, type_of
 from ..ir.ops import op_name
 from ..ir.types import Dim, Size
-from .coordinates import flat_index, strides_of
+from .coordinates import TILE, flat_index, padded_width, strides_of
+from .exchange import NUMBERS, POINTERS, meeting_of, ranks_of
 from .round_rows import store_codes
-from .signature import file_text, kernel_text, parameters, pointer_types, types_text
+from .signature import TRITON_TYPES, file_text, kernel_text, parameters, pointer_types, types_text
 from .tile import Position, Tile
 from .writer import Writer
 
-# Elements of a tile that keep a program of four warps well within its registers.
-_TILE = 4096
 # Elements of a tile that each thread has, where there are so many.
 _OWN = 16
 
@@ -69,6 +68,9 @@ class RowTile(Tile):
             return " + ".join(parts)
         place = self._row(shape, at)
         x = self.value(source, place)
+        if name == "dist.all_reduce":
+            place_of = ", ".join((*POINTERS, *NUMBERS))
+            return f"sum_of_ranks({x}, {place_of}, {ranks_of(self.graph)}, {TRITON_TYPES[type_of(node).dtype]})"
         if name == "aten.amax":
             return f'tl.max(tl.where({place.mask}, {x}, float("-inf")), 1)[:, None]'
         if name == "nn.head_factors":
@@ -90,10 +92,6 @@ def _below(column: str, width: int) -> str:
     return "" if padded_width(width) == width else f"({column} < {width})"
 
 
-def padded_width(width: int) -> int:
-    return 1 << (width - 1).bit_length() if width > 1 else 1
-
-
 def norm_epsilon(node: Node) -> str:
     """The epsilon argument of a norm."""
     return repr(node.args[-1])
@@ -113,7 +111,9 @@ def rows_kernel(graph: Graph, function: str) -> tuple[str, str]:
     results = [value_written(node) for node in outputs]
     lead = leading(type_of(results[0]).shape)
     names = parameters(graph)
-    writer = Writer({node.name for node in graph.nodes} | set(names) | {"num_rows", "row_ok"})
+    meets = meeting_of(graph)
+    pointers, numbers = (POINTERS, NUMBERS) if meets else ({}, {})
+    writer = Writer({node.name for node in graph.nodes} | set(names) | {"num_rows", "row_ok", *numbers})
     writer.line("row = (tl.program_id(0) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS))[:, None].to(tl.int64)")
     writer.line("row_ok = row < num_rows")
     writer.line("if PDL:")
@@ -131,7 +131,7 @@ def rows_kernel(graph: Graph, function: str) -> tuple[str, str]:
             column = tile.columns(shape[-1])
             place = Position((*coords, column), "row_ok", _below(column, shape[-1]))
         store(tile, output, result, place)
-    block = padded_width(max(1, min(32, _TILE // (tile.widest * len(outputs)))))
+    block = padded_width(max(1, min(32, TILE // (tile.widest * len(outputs)))))
     # Few rows are not many programs: more threads for each make them short.
     warps = max(4, min(16, block * tile.widest // (32 * _OWN)))
     rows = (
@@ -140,20 +140,36 @@ def rows_kernel(graph: Graph, function: str) -> tuple[str, str]:
         else _rows_of(results[0], graph)
     )
     constants = "BLOCK_ROWS: tl.constexpr, PDL: tl.constexpr"
-    arguments = f"{', '.join(f'{n}_ptr' for n in names)}, num_rows, {constants}"
+    arguments = ", ".join([*(f"{name}_ptr" for name in names), "num_rows", *pointers, *numbers, constants])
+    types = {**pointer_types(graph), "num_rows": "i32", **pointers, **numbers}
     launch = f"""\
 {graph.name.upper()} = {{
-    "kernel": {graph.name}_kernel, "signature": {types_text({**pointer_types(graph), "num_rows": "i32"})},
+    "kernel": {graph.name}_kernel, "signature": {types_text(types)},
     "constexprs": {{"BLOCK_ROWS": {block}, "PDL": False}}, "num_warps": {warps}, "num_stages": 1,
 }}
 
 
+"""
+    if meets:
+        launch += f"""\
+def {function}({", ".join(names)}, ranks):
+    num_rows = {rows}
+    programs = triton.cdiv(num_rows, {block})
+    if not ranks.takes(programs, {block * tile.widest}, {meets.all_input_nodes[0].name}.nbytes):
+        return False
+    if programs:
+        run({graph.name.upper()}, (programs,), {", ".join(names)}, num_rows, *ranks.arguments)
+    return True
+"""
+    else:
+        launch += f"""\
 def {function}({", ".join(names)}):
     num_rows = {rows}
     if num_rows:
         run({graph.name.upper()}, (triton.cdiv(num_rows, {block}),), {", ".join(names)}, num_rows)
 """
-    return kernel_text(f"{graph.name}_kernel", arguments, writer.text(), ["num_rows"]), launch
+    unspecialised = ["num_rows", "rank"] if meets else ["num_rows"]
+    return kernel_text(f"{graph.name}_kernel", arguments, writer.text(), unspecialised), launch
 
 
 def leading(shape: tuple[Size, ...]) -> tuple[Size, ...]:

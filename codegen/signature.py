@@ -23,6 +23,9 @@ POINTERS = {
 }
 
 
+TRITON_TYPES = {"f32": "tl.float32", "f16": "tl.float16", "bf16": "tl.bfloat16"}
+
+
 def fresh_outputs(graph: Graph) -> list[Node]:
     """The results that the caller allocates: all but updated caches, which are written in place."""
     results: list[Node] = list(graph.output_node().args[0])  # type: ignore[arg-type]

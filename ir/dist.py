@@ -57,6 +57,20 @@ class Alone:
         return [x]
 
 
+@dataclass(frozen=True)
+class Mirror:
+    """The first of ``size`` ranks that all have what it has: runs by itself what is made for several."""
+
+    size: int
+    rank: int = 0
+
+    def all_reduce(self, x: Tensor) -> Tensor:
+        return x * self.size
+
+    def all_gather(self, x: Tensor) -> list[Tensor]:
+        return [x] * self.size
+
+
 ALONE = Alone()
 MEETINGS = frozenset({"dist.all_reduce", "dist.all_gather"})
 """The operators in which ranks wait for each other; the others compute with what a rank has."""

@@ -86,6 +86,8 @@ def is_row_op(node: Node) -> bool:
         return _reduces_rows(node, name)
     if name in ("nn.rope", "nn.head_codes", "nn.cache_write"):
         return True
+    if name == "dist.all_reduce":
+        return _meets_by_rows(node)
     return name == "getitem" and isinstance(node.args[0], Node) and op_name(node.args[0].target) == "nn.add_rms_norm"
 
 
@@ -136,6 +138,14 @@ def _reduces_rows(node: Node, name: str) -> bool:
         return keep
     inner = shape[-2] if len(shape) > 2 else None
     return name == "aten.sum.dim_IntList" and dims == [-2] and not keep and isinstance(inner, int) and inner <= 64
+
+
+def _meets_by_rows(node: Node) -> bool:
+    """Whether ranks can add up whole rows in a kernel, which may write over what it adds up: no one else may read that."""
+    source, width = node.args[0], type_of(node).shape[-1]
+    alone = isinstance(source, Node) and len(source.users) == 1 and source.op == "call_function"
+    fits = isinstance(width, int) and 1 < width <= WIDEST_ROW and type_of(node).rank > 1
+    return alone and fits and type_of(node).dtype in ("f32", "f16", "bf16")
 
 
 def is_matmul(node: Node) -> bool:

@@ -14,7 +14,7 @@ from torch.fx import Node
 from ..ir.graph import Graph, Region, flat_types, is_constant
 from ..ir.ops import op_name
 from ..ir.tiles import is_matmul, is_row_op, is_view, loose, why_outside
-from .epilogue import epilogue_of, prologue_of
+from .epilogue import epilogue_of, prologue_of, reads_meeting
 from .ledger import PassReport
 from .ordering import make_contiguous
 
@@ -66,6 +66,7 @@ def stem(name: str) -> str:
 
 # What a kernel of rows is called after, the first that occurs in it.
 _TITLES = {
+    "dist.all_reduce": "all_reduce",
     "nn.add_rms_norm": "add_norm",
     "nn.rms_norm": "norm",
     "nn.layer_norm": "norm",
@@ -89,7 +90,7 @@ def row_name(members: list[Node]) -> str:
 def _clone_shared_prologues(graph: Graph) -> None:
     """A norm that several matmuls read is computed in each of their kernels: give each its own copy."""
     for node in list(graph.calls()):
-        if op_name(node.target) not in ("nn.rms_norm", "nn.layer_norm") or len(node.users) < 2:
+        if op_name(node.target) not in ("nn.rms_norm", "nn.layer_norm") or len(node.users) < 2 or reads_meeting(node):
             continue
         users = list(node.users)
         if all(user.op == "call_function" and is_matmul(user) and user.args[0] is node for user in users):
@@ -117,7 +118,8 @@ def _row_regions(graph: Graph, taken: dict[Node, Region]) -> list[list[Node]]:
         direct = {home[source] for source in node.all_input_nodes if source in home}
         # Joining a group is safe if nothing of that group reaches this node on a way through other kernels.
         candidates = [index for index in sorted(direct) if index not in upstream and _same_rows(groups[index], node)]
-        if candidates:
+        # Ranks meet once in a kernel, and on what another has made.
+        if candidates and op_name(node.target) != "dist.all_reduce":
             index = candidates[-1]
         else:
             groups.append([])

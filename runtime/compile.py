@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import json
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -28,6 +29,7 @@ from .dumps import Dump
 from .garbage import rarely_searched_for_garbage
 from .lower import Wishes, lower
 from .memory import plan_memory
+from .nccl import gpu_of_rank
 from .options import (
     KVCacheConfig,
     OptionError,
@@ -40,7 +42,7 @@ from .options import (
     resolve_patterns,
     resolve_quantization,
 )
-from .parts import agreed, check_alike, groups_of, model_on, place_parts
+from .parts import agreed, check_alike, exchange_of, groups_of, model_on, place_parts, said_by_first
 from .progress import Progress
 from .rehearsal import Meter
 from .report import Report
@@ -134,6 +136,8 @@ def compile(
     if calibration and not wanted and not isinstance(model, Graph):
         raise OptionError("calibration is for the weights that quantization rounds: ask for a scheme, or leave it out")
     place = resolve_device(device)
+    if tensor_parallel != 1 and place.type == "cuda" and torch.device(device or "cuda").index is None:
+        place = gpu_of_rank()
     groups = groups_of(tensor_parallel, simulate, place)
     kept = resolve_patterns("replicated", replicated)
     refuse_ranks(tensor_parallel, simulate, replicated, bool(verify or calibration), model)
@@ -174,6 +178,7 @@ def compile(
     loop, kernels = lowered.loop, lowered.kernels
     if len(groups) == 1:
         check_alike(groups[0], loop.graph)
+    exchange = exchange_of(groups, loop.graph)
     with report.timed("load weights"), show.line("load weights"):
         values = bones.load()
     vocab = type_of(_result(loop.graph)).shape[-1]
@@ -190,9 +195,8 @@ def compile(
     block = loop.graph.options.get("kv_block", 16)
     launched = {region for kernel in kernels for region in kernel.regions} if gpu else set()
     most, budget = pool_limits(loop, options, block)
-    if len(groups) == 1:
-        most = agreed(groups[0], most)
     plan = plan_memory(loop, launched, values, place, load_of(options), block, most, budget)
+    plan = replace(plan, blocks=agreed(groups, plan.blocks))
     report.memory(plan, block)
     few = loop.short if loop.repeats else loop
     rounded: Mapping[str, torch.Tensor] = {}
@@ -219,8 +223,9 @@ def compile(
                     kernels, loop, constants, place, batch, until, lambda items: show.bar(items, "tuning")
                 )
                 choices = tune_steps(measured, kernels, few, few_constants, place, block, options.max_seq_len, until)
+            choices = json.loads(said_by_first(groups, json.dumps(choices)))
             report.tilings = listed(choices, kernels)
-            launches = load_launches(kernels, choices)
+            launches = load_launches(kernels, choices, exchange)
 
     with report.timed("self-check"), show.line("self-check"):
         whole = sample = model_on(parts, most_slots(block), place, launches)
