@@ -27,39 +27,46 @@ NUMBERS = {"rank": "i32", "channels": "i32", "slot": "i32"}
 """The parameters that a kernel has for it, in the order of ``Exchange.arguments``, and their types."""
 
 SUM_OF_RANKS = """@triton.jit
-def sum_of_ranks(
-    x, mine_ptr, ranks_ptr, epochs_ptr, rank, channels, slot, RANKS: tl.constexpr, KIND: tl.constexpr
-):
+def packed(x, KIND: tl.constexpr):
+    # Numbers as 32 bits each, or pairs of neighbours where they have 16.
+    if KIND == tl.float32:
+        return x.to(tl.int32, bitcast=True)
+    low, high = tl.split(tl.reshape(x.to(KIND).to(tl.int16, bitcast=True), (x.shape[0], x.shape[1] // 2, 2)))
+    return (low.to(tl.int32) & 0xFFFF) | (high.to(tl.int32) << 16)
+
+
+@triton.jit
+def unpacked(bits, KIND: tl.constexpr):
+    if KIND == tl.float32:
+        return bits.to(tl.float32, bitcast=True)
+    low, high = (bits & 0xFFFF).to(tl.int16), (bits >> 16).to(tl.int16)
+    pairs = tl.join(low.to(KIND, bitcast=True), high.to(KIND, bitcast=True))
+    return tl.reshape(pairs, (bits.shape[0], bits.shape[1] * 2)).to(tl.float32)
+
+
+@triton.jit
+def sum_of_ranks(x, mine_ptr, ranks_ptr, epochs_ptr, rank, channels, slot, RANKS: tl.constexpr, KIND: tl.constexpr):
     # The sum of the tiles that this program has on each rank, in the order of the ranks; every rank gets the same bits.
     channel = tl.program_id(0).to(tl.int64)
     epoch = tl.load(epochs_ptr + channel) + 1
     parity = (epoch & 1).to(tl.int64)
-    ROWS: tl.constexpr = x.shape[0]
-    PAIRS: tl.constexpr = KIND != tl.float32
-    WORDS: tl.constexpr = x.shape[1] // 2 if PAIRS else x.shape[1]
-    if PAIRS:
-        low, high = tl.split(tl.reshape(x.to(KIND).to(tl.int16, bitcast=True), (ROWS, WORDS, 2)))
-        bits = (low.to(tl.int32) & 0xFFFF) | (high.to(tl.int32) << 16)
-    else:
-        bits = x.to(tl.int32, bitcast=True)
+    bits = packed(x, KIND)
     word = (bits.to(tl.int64) & 0xFFFFFFFF) | (epoch.to(tl.int64) << 32)
-    place = tl.arange(0, ROWS)[:, None] * WORDS + tl.arange(0, WORDS)[None, :]
+    place = tl.arange(0, bits.shape[0])[:, None] * bits.shape[1] + tl.arange(0, bits.shape[1])[None, :]
     for peer in tl.static_range(RANKS):
-        theirs = tl.load(ranks_ptr + peer).to(tl.pointer_type(tl.int64))
-        tl.store(theirs + ((parity * RANKS + rank) * channels + channel) * slot + place, word)
+        if peer != rank:
+            theirs = tl.multiple_of(tl.load(ranks_ptr + peer).to(tl.pointer_type(tl.int64)), 16)
+            tl.store(theirs + ((parity * RANKS + rank) * channels + channel) * slot + place, word)
     total = tl.zeros(x.shape, tl.float32)
     for source in tl.static_range(RANKS):
-        pointers = mine_ptr + ((parity * RANKS + source) * channels + channel) * slot + place
-        found = tl.load(pointers, volatile=True)
-        while tl.max(((found >> 32).to(tl.int32) != epoch).to(tl.int32)) > 0:
+        if source != rank:
+            pointers = mine_ptr + ((parity * RANKS + source) * channels + channel) * slot + place
             found = tl.load(pointers, volatile=True)
-        bits = found.to(tl.int32)
-        if PAIRS:
-            low = (bits & 0xFFFF).to(tl.int16).to(KIND, bitcast=True)
-            high = (bits >> 16).to(tl.int16).to(KIND, bitcast=True)
-            total += tl.reshape(tl.join(low, high), x.shape).to(tl.float32)
+            while tl.max(((found >> 32).to(tl.int32) != epoch).to(tl.int32)) > 0:
+                found = tl.load(pointers, volatile=True)
+            total += unpacked(found.to(tl.int32), KIND)
         else:
-            total += bits.to(tl.float32, bitcast=True)
+            total += unpacked(bits, KIND)
     tl.store(epochs_ptr + channel, epoch)
     return total
 """

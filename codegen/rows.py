@@ -133,7 +133,8 @@ def rows_kernel(graph: Graph, function: str) -> tuple[str, str]:
         store(tile, output, result, place)
     block = padded_width(max(1, min(32, TILE // (tile.widest * len(outputs)))))
     # Few rows are not many programs: more threads for each make them short.
-    warps = max(4, min(16, block * tile.widest // (32 * _OWN)))
+    own, most = (_OWN // 2, 32) if meets else (_OWN, 16)  # what waits for others has little else to do
+    warps = max(4, min(most, block * tile.widest // (32 * own)))
     rows = (
         f"{results[0].name}.numel() // {_width(type_of(results[0]).stored.shape)}"
         if outputs[0] is results[0]
