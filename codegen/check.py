@@ -13,15 +13,16 @@ from torch.fx import Node
 
 from ..ir.dist import Mirror
 from ..ir.draws import draw_floats
-from ..ir.graph import Graph, type_of
+from ..ir.graph import Graph, dims_of, type_of
 from ..ir.interpret import bind_dims, interpret
-from ..ir.ops import op_name
+from ..ir.ops import op_name, resolve
 from ..ir.parse import parse
 from ..ir.quantized import quantize
 from ..ir.schemes import scheme_of
 from ..ir.twin import widened, windows_of
-from .exchange import MirrorExchange, places_for, ranks_of
-from .kernels import Kernel
+from .exchange import MirrorExchange, meeting_of, places_for, ranks_of
+from .kernels import Kernel, kernel_file
+from .launch import load_launch
 from .signature import fresh_outputs
 
 # Relative RMSE against the reference computed in fp32.
@@ -130,8 +131,35 @@ def run_kernel(
 
 
 def among_mirrors(graph: Graph, launch: Callable[..., None], device: torch.device) -> Callable[..., None]:
-    """A launcher of a kernel that runs by itself, though it may be for several ranks."""
-    return launch if ranks_of(graph) == 1 else partial(launch, ranks=MirrorExchange(places_for(graph), device))
+    """A launcher of a kernel that runs by itself, though it may meet those of other ranks."""
+    meeting = meeting_of(graph)
+    if meeting is None:
+        return launch
+    exchange = MirrorExchange(places_for(graph), device)
+    if op_name(meeting.target) != "dist.receive":
+        return partial(launch, ranks=exchange)
+    source = meeting.all_input_nodes[0]
+    sender = sender_of(graph, source)
+    send = load_launch(Kernel(sender.name, kernel_file(sender), sender), exchange=exchange)
+    place = list(graph.inputs()).index(source)
+
+    def sent_and_launched(*values: Tensor) -> None:
+        send(values[place], torch.empty_like(values[place]))
+        launch(*values, ranks=exchange)
+
+    return sent_and_launched
+
+
+def sender_of(graph: Graph, value: Node) -> Graph:
+    """A region that sends a value to the ranks that another one, ``graph``, is for."""
+    made = Graph("send")
+    x = made.placeholder("x")
+    sent = made.call_function(resolve("dist.send"), (x, ranks_of(graph)))
+    x.name, sent.name = "x", "x_sent"
+    x.meta["type"] = sent.meta["type"] = type_of(value)
+    made.output([sent])
+    made.dims = {name: graph.dims[name] for name in dims_of([type_of(value)])}
+    return made
 
 
 def _arguments(graph: Graph, case: Mapping[str, Tensor], order: tuple[int, ...]) -> list[Tensor]:

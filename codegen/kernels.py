@@ -16,8 +16,8 @@ from ..ir.types import DTYPES
 from .exchange import meeting_of
 from .grouped_linear import GroupedLinearSpec, grouped_linear_source
 from .matmul import matmul_source
+from .meeting import meeting_source
 from .paged_attention import AttentionSpec, paged_attention_source
-from .rank_rows import rank_rows_source
 from .region import RegionView, cut_out, regions_of
 from .rows import rows_source
 from .signature import fresh_outputs
@@ -93,7 +93,7 @@ def kernel_body(graph: Graph) -> str:
             case "nn.grouped_linear":
                 return grouped_linear_source(grouped_spec(node))
     meeting = meeting_of(graph)
-    return rank_rows_source(graph, meeting) if meeting is not None else rows_source(graph)
+    return meeting_source(graph, meeting) if meeting is not None else rows_source(graph)
 
 
 def attention_spec(node: Node) -> AttentionSpec:

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from ..ir.graph import Region
-from .exchange import Exchange, meeting_of
+from .exchange import Exchange, meeting_of, sent_by
 from .greedy import greedy_source
 from .kernels import Kernel
 from .offline import load_kernel_file
@@ -59,7 +59,7 @@ def load_launch(kernel: Kernel, choices: Choices | None = None, exchange: Exchan
     order = kernel.order
     if choices is not None:
         launch = partial(launch, choices=choices)
-    if exchange is not None and meeting_of(kernel.graph) is not None:
+    if exchange is not None and (meeting_of(kernel.graph) is not None or sent_by(kernel.graph) is not None):
         launch = partial(launch, ranks=exchange)
 
     def in_order(*values: Any) -> None:

@@ -1,35 +1,73 @@
-"""Kernels of rows in which ranks meet: few rows are added up in the kernel itself, many by the ranks' library before it."""
+"""What kernels print to meet those of other ranks, and the files of those that add up rows over the ranks."""
 
 from __future__ import annotations
 
 from torch.fx import Node
 
-from ..ir.graph import Graph
-from .parts import part
-from .rows import rows_kernel
-from .signature import file_text, parameters
+from ..ir.graph import Graph, type_of
+from ..ir.ops import op_name
+from .coordinates import padded_width
+from .exchange import NOT_SENT, SENDING, ranks_of
+from .signature import TRITON_TYPES
+from .writer import Writer
+
+LINE_NAMES = frozenset({"line", "line_ok", "epoch", "sent", "SEND"} | {f"at_{rank}" for rank in range(64)})
+"""Names that a kernel uses for it."""
 
 
-def rank_rows_source(graph: Graph, meeting: Node) -> str:
-    """The file of such a kernel, without its header: ``launch(*inputs, *results, ranks)`` takes an ``Exchange``, too.
+def print_line(writer: Writer, row: str, row_ok: str, ranks: int = 0) -> None:
+    """Print what is known of a meeting before there is anything to send: its number, and where the ranks' memory is."""
+    writer.line(f"line = tl.zeros((1, 1), tl.int64) + {row}")
+    writer.line(f"line_ok = {row_ok or 'line >= 0'}")
+    writer.line("epoch = tl.load(epochs_ptr + line, mask=line_ok, other=0) + 1")
+    for rank in range(ranks):
+        writer.line(f"at_{rank} = tl.load(ranks_ptr + {rank})")
 
-    It may write over what is added up.
-    """
-    results: list[Node] = list(graph.output_node().args[0])  # type: ignore[arg-type]
-    source, names = meeting.all_input_nodes[0].name, parameters(graph)
-    kernel, meet = rows_kernel(graph, "meet")
-    kernels, hosts, variants = [kernel], [meet], [graph.name.upper()]
-    lines = [f"{meeting.name} = ranks.all_reduce({source})"]
-    if meeting in results:
-        lines = [f"{meeting.name}.copy_(ranks.all_reduce({source}))"]
-    rest = [node for node in graph.calls() if node is not meeting]
-    if rest:
-        after = part(graph, rest, [node for node in results if node is not meeting], f"{graph.name}_after")
-        kernel, host = rows_kernel(after, "finish")
-        kernels, hosts = [*kernels, kernel], [*hosts, host]
-        variants.append(after.name.upper())
-        lines.append(f"finish({', '.join(parameters(after))})")
-    body = "\n".join(f"        {line}" for line in lines)
-    launch = f"def launch({', '.join(names)}, ranks):\n    if not meet({', '.join(names)}, ranks):\n{body}\n"
-    tail = f"# Every specialisation that launch may use.\nVARIANTS = [{', '.join(variants)}]\n"
-    return file_text(kernels, *hosts, f"{launch}\n\n{tail}")
+
+def print_send(writer: Writer, node: Node, value: str, column: str, ranks: int) -> None:
+    """Print how a tile of a value goes to all ranks; ``column`` are its columns."""
+    kind, width = type_of(node), type_of(node).shape[-1]
+    places = ", ".join(f"at_{rank}" for rank in range(ranks))
+    writer.line(
+        f"send_to_ranks({value}, line, line_ok, {column}, epoch, ({places},), rank, lines, slot, "
+        f"{TRITON_TYPES[kind.dtype]}, {width})"
+    )
+
+
+def received(graph: Graph, node: Node) -> str:
+    """The expression of the sum over the ranks, a tile of whole rows."""
+    kind, width = type_of(node), type_of(node).shape[-1]
+    assert isinstance(width, int)
+    constants = f"{ranks_of(graph)}, {TRITON_TYPES[kind.dtype]}, {width}, {padded_width(width)}"
+    return f"sum_of_ranks(line, line_ok, epoch, mine_ptr, epochs_ptr, lines, slot, {constants})"
+
+
+def sending_text(node: Node) -> str:
+    """The host's part of a kernel file for what it sends: ``sending(ranks, num_rows)`` gives the kernels' arguments for it."""
+    kind, width = type_of(node), type_of(node).shape[-1]
+    assert isinstance(width, int)
+    return f'''\
+NOT_SENT = {NOT_SENT}
+SENDING = {SENDING}
+
+
+def with_sending(variant):
+    """A variant that sends, of one that does not."""
+    constants = {{name: value for name, value in variant["constexprs"].items() if name not in NOT_SENT}}
+    types = {{**variant["signature"], **SENDING}}
+    return {{**variant, "signature": types, "constexprs": {{**constants, "SEND": True}}, "divisible_by_16": ["lines", "slot"]}}
+
+
+def sending(ranks, num_rows):
+    """What a kernel needs to send its rows to the ranks, if they meet this way."""
+    if ranks is not None and ranks.takes(num_rows, {padded_width(width)}, num_rows * {width * kind.torch_dtype.itemsize}):
+        return ranks.sending
+    return NOT_SENT
+
+
+'''
+
+
+def waits_itself(meeting: Node | None) -> bool:
+    """Whether a kernel needs nothing of the one in front but what that has sent."""
+    return meeting is not None and op_name(meeting.target) == "dist.receive"

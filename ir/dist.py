@@ -72,7 +72,7 @@ class Mirror:
 
 
 ALONE = Alone()
-MEETINGS = frozenset({"dist.all_reduce", "dist.all_gather"})
+MEETINGS = frozenset({"dist.all_reduce", "dist.receive", "dist.all_gather"})
 """The operators in which ranks wait for each other; the others compute with what a rank has."""
 
 
@@ -148,6 +148,20 @@ def all_reduce(x: Tensor, ranks: int = 1, *, group: Group = ALONE) -> Tensor:
     """The sum of what the ranks have."""
     _check(group, ranks)
     return group.all_reduce(x) if ranks > 1 else x
+
+
+@register("dist.send", infer_type=_same_type)
+def send(x: Tensor, ranks: int = 1, *, group: Group = ALONE) -> Tensor:
+    """``x`` on its way to all ranks, for a ``dist.receive``: what makes it need not leave it behind here first."""
+    _check(group, ranks)
+    return x
+
+
+@register("dist.receive", infer_type=_same_type)
+def receive(sent: Tensor, ranks: int = 1, *, group: Group = ALONE) -> Tensor:
+    """The sum of what the ranks have sent: ``dist.all_reduce`` of it."""
+    _check(group, ranks)
+    return group.all_reduce(sent) if ranks > 1 else sent
 
 
 def _type_of_whole(x: Node, dim: int, ranks: int = 1) -> TensorType:

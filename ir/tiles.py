@@ -19,7 +19,7 @@ TILE_POINTWISE = frozenset(
         "ge.Scalar lt.Tensor le.Tensor gt.Tensor ge.Tensor eq.Tensor logical_and logical_or logical_not "
         "masked_fill.Scalar floor"
     ).split()
-) | {"nn.silu_mul", "nn.gelu_mul"}
+) | {"nn.silu_mul", "nn.gelu_mul", "dist.send"}
 
 # The same values at other coordinates: no work, only index arithmetic.
 TILE_VIEWS = frozenset(
@@ -46,6 +46,8 @@ TILE_REDUCTIONS = frozenset(
         "nn.head_factors",
     ]
 )
+# Sums over ranks, each of whole rows.
+TILE_MEETINGS = frozenset({"dist.all_reduce", "dist.receive"})
 # A row has to fit into the registers of one program.
 WIDEST_ROW = 16384
 
@@ -86,7 +88,7 @@ def is_row_op(node: Node) -> bool:
         return _reduces_rows(node, name)
     if name in ("nn.rope", "nn.head_codes", "nn.cache_write"):
         return True
-    if name == "dist.all_reduce":
+    if name in TILE_MEETINGS:
         return _meets_by_rows(node)
     return name == "getitem" and isinstance(node.args[0], Node) and op_name(node.args[0].target) == "nn.add_rms_norm"
 

@@ -9,7 +9,7 @@ from torch.fx import Node
 
 from ..ir.graph import Region, flat_types, is_constant, type_of
 from ..ir.ops import op_name
-from ..ir.tiles import is_pointwise, is_row_op
+from ..ir.tiles import TILE_MEETINGS, is_pointwise, is_row_op
 
 
 @dataclass(frozen=True)
@@ -140,7 +140,7 @@ def reads_meeting(norm: Node) -> bool:
     rows = norm.args[0]
     assert isinstance(rows, Node)
     near = [rows, *(rows.all_input_nodes if is_pointwise(rows) else [])]
-    return any(op_name(item.target) == "dist.all_reduce" and is_row_op(item) for item in near)
+    return any(op_name(item.target) in TILE_MEETINGS and is_row_op(item) for item in near)
 
 
 def prologue_of(anchor: Node, members: list[Node], taken: dict[Node, Region]) -> list[Node]:

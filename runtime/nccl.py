@@ -64,10 +64,10 @@ class SymmetricExchange:
         if not all(item.item() for item in group.all_gather(torch.tensor([not self.why]))):
             self.limit = -1
             self.why = self.why or "another rank cannot map the memory of this one"
-        self.arguments = arguments_of(places, mine, addresses, group.rank)
+        self.meeting, self.sending = arguments_of(places, mine, addresses, group.rank)
 
-    def takes(self, programs: int, tile: int, nbytes: int) -> bool:
-        return nbytes <= self.limit and self._places.hold(programs, tile)
+    def takes(self, rows: int, width: int, nbytes: int) -> bool:
+        return nbytes <= self.limit and self._places.hold(rows, width)
 
     def all_reduce(self, x: Tensor) -> Tensor:
         distributed.all_reduce(x, group=self._process_group)
