@@ -128,3 +128,13 @@ def refuse_live(model: PreTrainedModel, empty: bool = False) -> None:
                     f"{where}.{item} holds values, and weights gives others: build the model under torch.device('meta'), "
                     "or leave weights out"
                 )
+
+
+def names_of_each(model: PreTrainedModel) -> dict[str, list[str]]:
+    """All names of a parameter by each of them: several where the model ties parameters, though they be apart now."""
+    named = dict(model.named_parameters(remove_duplicate=False))
+    tied: dict[str, str] = getattr(model, "all_tied_weights_keys", {})
+    groups: dict[object, list[str]] = {}
+    for name in named:
+        groups.setdefault(id(named.get(tied.get(name, name), named[name])), []).append(name)
+    return {name: group for group in groups.values() for name in group}

@@ -46,17 +46,10 @@ def score_few(
         names = {id(item): name for name, item in model.named_parameters()}
         if sum(_bytes(weights, name) for name in names.values()) > most:
             return None
-        values = {
-            place: torch.nn.Parameter(weights[name], requires_grad=False) for place, name in names.items()
-        }
-        for where, module in model.named_modules():
+        values = {place: torch.nn.Parameter(weights[name], requires_grad=False) for place, name in names.items()}
+        for module in model.modules():
             for name, item in module._parameters.items():
                 module._parameters[name] = None if item is None else values[id(item)]
-            for name in module._buffers:
-                full = f"{where}.{name}" if where else name
-                known = weights.like(full)
-                if known is not None and known.is_meta:  # a checkpoint's
-                    module._buffers[name] = weights[full]
         return score_model(model, prompts, None)
 
 

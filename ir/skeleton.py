@@ -19,7 +19,7 @@ from .checkpoints.plain import plain_weights
 from .checkpoints.read import plain_model, read_checkpoint, summary
 from .errors import UnsupportedModelError
 from .fold import Fold
-from .prepare import fake_mode, fake_parameters, prepare, refuse_live, sharing
+from .prepare import fake_mode, fake_parameters, names_of_each, prepare, refuse_live, sharing
 from .score import score_few, score_model
 from .weights import GivenWeights, LazyWeights
 
@@ -122,6 +122,7 @@ def _from_meta(model: PreTrainedModel, dtype: torch.dtype, weights: Weights) -> 
         twin = _built(lambda: type(model)._from_config(copy.deepcopy(model.config), dtype=dtype))
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UnsupportedModelError(f"{type(model).__name__} cannot be built from its config: {error}") from error
+    twin.tie_weights()
     shapes = [
         {name: item.shape for name, item in each.named_parameters(remove_duplicate=False)} for each in (model, twin)
     ]
@@ -139,7 +140,7 @@ def _from_meta(model: PreTrainedModel, dtype: torch.dtype, weights: Weights) -> 
     fake_parameters(twin, mode, dtype, dtype)
     prepare(twin, hooks.NAME, hooks.NAME)
     kinds = dict(twin.named_parameters(remove_duplicate=False))
-    names = {name: [other for other, twins in kinds.items() if twins is item] for name, item in kinds.items()}
+    names = names_of_each(twin)
 
     def load() -> GivenWeights:
         return GivenWeights(weights, kinds, names, dict(twin.named_buffers(remove_duplicate=False)))

@@ -92,7 +92,9 @@ class GivenWeights(LazyWeights):
     def _read(self, name: str) -> Tensor:
         found, kind = self._given[self._listed[name]], self._kinds[name]
         if not isinstance(found, Tensor) or found.is_meta:
-            raise WeightsError(f"weights: {name!r} is {'on the meta device' if isinstance(found, Tensor) else 'no tensor'}")
+            raise WeightsError(
+                f"weights: {name!r} is {'on the meta device' if isinstance(found, Tensor) else 'no tensor'}"
+            )
         if found.shape != kind.shape or found.is_floating_point() != kind.is_floating_point():
             raise WeightsError(
                 f"weights: {name!r} is {found.dtype} of shape {tuple(found.shape)}, the model's is {kind.dtype} of shape "

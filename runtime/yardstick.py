@@ -64,7 +64,8 @@ def yardstick_of(
     expected = list(map(Expected, prompts, found))
     if fold is None:
         return Yardstick([], expected), ""
-    return Yardstick(expected), f"compared with {fold.traced} of its {fold.layers} layers: a rank reads no more of the others than its part"
+    said = f"compared with {fold.traced} of its {fold.layers} layers: of the others a rank reads its part alone"
+    return Yardstick(expected), said
 
 
 def run_source(score: Score, fold: Fold | None, vocab_size: int, max_length: int) -> Yardstick:

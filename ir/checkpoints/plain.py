@@ -14,6 +14,7 @@ from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, cache
 from transformers.utils.hub import get_checkpoint_shard_files
 
 from ..dist import spans
+from ..prepare import names_of_each
 from ..weights import LazyWeights
 from .files import Tensors, opened
 
@@ -54,9 +55,11 @@ def plain_weights(path: str | Path, model: PreTrainedModel, options: Mapping[str
     ``from_pretrained``. Nothing is found where transformers renames, stacks or splits what the files hold, or would have
     to invent a value.
     """
-    if type(model).from_pretrained.__func__ is not PreTrainedModel.from_pretrained.__func__:  # type: ignore[attr-defined]
+    if type(model).from_pretrained.__func__ is not PreTrainedModel.from_pretrained.__func__:
         return None
-    files = None if "gguf_file" in options or getattr(model.config, "transformers_weights", None) else _files(path, model)
+    files = (
+        None if "gguf_file" in options or getattr(model.config, "transformers_weights", None) else _files(path, model)
+    )
     if files is None:
         return None
     tensors = opened(files)
@@ -65,15 +68,17 @@ def plain_weights(path: str | Path, model: PreTrainedModel, options: Mapping[str
     if found is None:
         return None
     named = dict(model.named_parameters(remove_duplicate=False))
-    held = {name: item for name, item in model.named_buffers(remove_duplicate=False) if name not in found}
-    same = {id(named[name]): key for name, key in found.items() if name in named}
-    if len(same) < len(found.keys() & named.keys()):  # both names of tied values, which may differ
+    if not found.keys() <= named.keys():  # a buffer, whose type on loading is a matter of its own
         return None
-    keys = {**{name: same[id(item)] for name, item in named.items() if id(item) in same}, **found}
-    kinds = {name: named[name] if name in named else state[name] for name in keys}
-    whole = named.keys() <= keys.keys() and state.keys() <= keys.keys()
-    fits = all(tensors.shape(key) == tuple(kinds[name].shape) for name, key in keys.items())
-    return FileWeights(tensors, keys, kinds, held) if whole and fits else None
+    keys = {}
+    for name, names in names_of_each(model).items():
+        there = [found[item] for item in names if item in found]
+        if len(there) != 1:  # no value, or several that may differ
+            return None
+        keys[name] = there[0]
+    held = dict(model.named_buffers(remove_duplicate=False))
+    fits = all(tensors.shape(key) == tuple(named[name].shape) for name, key in keys.items())
+    return FileWeights(tensors, keys, named, held) if fits else None
 
 
 def _files(path: str | Path, model: PreTrainedModel) -> list[str] | None:
