@@ -179,12 +179,14 @@ def all_gather(x: Tensor, dim: int, ranks: int = 1, *, group: Group = ALONE) -> 
     return torch.cat(group.all_gather(x), dim) if ranks > 1 else x
 
 
-def _pieces(x: Tensor, dim: int, sections: Sequence[int], ranks: int, rank: int) -> list[Tensor]:
+def spans(sections: Sequence[int], ranks: int, rank: int) -> list[tuple[int, int]]:
+    """Where a rank's part of each section begins, and its size."""
     starts = [sum(sections[:place]) for place in range(len(sections))]
-    return [
-        x.narrow(dim, start + rank * (size // ranks), size // ranks)
-        for start, size in zip(starts, sections, strict=True)
-    ]
+    return [(start + rank * (size // ranks), size // ranks) for start, size in zip(starts, sections, strict=True)]
+
+
+def _pieces(x: Tensor, dim: int, sections: Sequence[int], ranks: int, rank: int) -> list[Tensor]:
+    return [x.narrow(dim, start, size) for start, size in spans(sections, ranks, rank)]
 
 
 def _part_of(kind: TensorType, dim: int, sections: Sequence[int], ranks: int) -> int:

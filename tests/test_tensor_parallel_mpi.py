@@ -87,6 +87,41 @@ open({str(tmp_path)!r} + f"/{{rank_of()}}", "w").write(repr(tokens))
     assert first == second
 
 
+def test_ranks_read_their_parts_and_no_model(tmp_path: Path) -> None:
+    """From a hub id in the local cache. What loads a whole model is taken away; the layers that are traced are compared."""
+    torch.manual_seed(0)
+    sizes = {
+        "hidden_size": 48,
+        "intermediate_size": 64,
+        "num_hidden_layers": 6,
+        "head_dim": 8,
+        "initializer_range": 0.2,
+    }
+    heads = {"num_attention_heads": 8, "num_key_value_heads": 2, "max_position_embeddings": 128}
+    cache = tmp_path / "hub" / "models--some--model"
+    snapshot = cache / "snapshots" / ("0" * 40)
+    LlamaForCausalLM(LlamaConfig(vocab_size=96, **sizes, **heads)).eval().save_pretrained(
+        snapshot, max_shard_size="99KB"
+    )
+    (cache / "refs").mkdir()
+    (cache / "refs" / "main").write_text("0" * 40)
+    body = f"""
+import fuseline
+import transformers
+from fuseline.runtime.ranks import rank_of
+transformers.AutoModelForCausalLM.from_pretrained = None
+compiled = fuseline.compile("some/model", device="cpu", max_seq_len=64, tensor_parallel=2)
+tokens = compiled.generate([[5, 6, 7], [9]], max_new_tokens=12, stop_token_ids=[])
+open({str(tmp_path)!r} + f"/{{rank_of()}}", "w").write(repr((tokens, compiled.report.source_check)))
+"""
+    done = mpirun(2, "-m", "mpi4py", script(tmp_path, body), HF_HUB_CACHE=str(tmp_path / "hub"), HF_HUB_OFFLINE="1")
+    assert done.returncode == 0, done.stderr
+    alone = fuseline.compile(snapshot, device="cpu", max_seq_len=64)
+    tokens = alone.generate([[5, 6, 7], [9]], max_new_tokens=12, stop_token_ids=[])
+    said = "compared with 3 of its 6 layers: of the others a rank reads its part alone"
+    assert [Path(tmp_path / str(rank)).read_text() for rank in range(2)] == [repr((tokens, said))] * 2
+
+
 _FAILING = """
 import os, signal, time
 import fuseline
