@@ -19,13 +19,15 @@ from typing import Any
 
 import torch
 from gpu_schemes import LENGTH, PROMPTS, STEPS, prompt_ms
+from transformers import AutoModelForCausalLM
 
 import fuseline
 from fuseline import ir
 from fuseline.codegen.exchange import places_for
 from fuseline.codegen.kernels import Kernel, kernel_file
 from fuseline.codegen.launch import load_launch
-from fuseline.runtime.bench.shapes import random_model, shape_config
+from fuseline.runtime.bench.random_weights import RandomWeights
+from fuseline.runtime.bench.shapes import shape_config
 from fuseline.runtime.nccl import NCCLGroup, gpu_of_rank, gpus
 from fuseline.runtime.options import quantization_of
 from fuseline.runtime.ranks import rank_of, size_of
@@ -95,11 +97,13 @@ def time_sums(group: NCCLGroup, width: int, rows: int) -> dict[str, Any]:
 
 def time_steps(shape: str, scheme: str, ranks: int) -> dict[str, Any]:
     config = shape_config(shape)
-    device = gpu_of_rank()
-    model = random_model(config, device, torch.bfloat16)
+    device = gpu_of_rank() if ranks > 1 else torch.device("cuda", 0)
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).eval()
     begin = time.perf_counter()
     compiled = fuseline.compile(
         model,
+        weights=RandomWeights(model, device),
         device="cuda",
         dtype=torch.bfloat16,
         max_batch_size=64,
@@ -110,6 +114,7 @@ def time_steps(shape: str, scheme: str, ranks: int) -> dict[str, Any]:
     )
     found: dict[str, Any] = {"shape": shape, "scheme": scheme, "ranks": ranks}
     found["compile_s"] = round(time.perf_counter() - begin, 1)
+    found["weights_GB"] = round(compiled.report.weight_bytes / 1e9, 2)
     for batch, context in STEPS:
         found[f"decode {batch} at {context}"] = round(compiled.decode_step_ms(batch, context), 3)
     found[f"prompts {PROMPTS} x {LENGTH}"] = round(prompt_ms(compiled, config.vocab_size), 1)
