@@ -47,17 +47,19 @@ class Side:
         return torch.full_like(x, 7.0)
 
 
-def sums(sender: str, receiver: str, kind: str, width: int, ranks: int, config: int | None) -> list[float]:
-    """The worst error of each of a few meetings of different numbers of rows. Where Triton interprets."""
+def sums(
+    sender: str, receiver: str, kind: str, width: int, ranks: int, config: int | None, device: str = "cpu"
+) -> list[float]:
+    """The worst error of each of a few meetings of different numbers of rows; on the CPU only where Triton interprets."""
     dtype = {"f32": torch.float32, "bf16": torch.bfloat16}[kind]
     send, receive = load_kernel_file(sender), load_kernel_file(receiver)
-    places = Places(ranks, 128, 16)
-    stores = [torch.zeros(places.words, dtype=torch.int64) for _ in range(ranks)]
+    places = Places(ranks, max(128, 1 << (width - 1).bit_length()), 16)
+    stores = [torch.zeros(places.words, dtype=torch.int64, device=device) for _ in range(ranks)]
     sides = [Side(places, stores, rank, 8) for rank in range(ranks)]
     generator = torch.Generator().manual_seed(width + ranks)
 
     def draw(*shape: int) -> torch.Tensor:
-        return torch.randn(*shape, generator=generator).to(dtype)
+        return torch.randn(*shape, generator=generator).to(device, dtype)
 
     weights = [draw(width, 48) for _ in range(ranks)]
     found = []
@@ -67,9 +69,11 @@ def sums(sender: str, receiver: str, kind: str, width: int, ranks: int, config: 
         residual, parts = draw(rows, width), [draw(rows, 48) for _ in range(ranks)]
         halves = []
         for side, part, weight in zip(sides, parts, weights):
-            half = torch.full((rows, width), torch.nan, dtype=dtype)
-            choices = {} if config is None else {"choices": ((None, config),)}
-            send.launch(part, weight, half, ranks=side, **choices)
+            half = torch.full((rows, width), torch.nan, dtype=dtype, device=device)
+            choices: dict[str, object] = {} if config is None else {"choices": ((None, config),)}
+            if hasattr(send, "sending"):
+                choices |= {"ranks": side}
+            send.launch(part, weight, half, **choices)
             halves.append(half)
         whole = sum(part.double() @ weight.double().t() for part, weight in zip(parts, weights))
         if rows > 8:  # through the library, which leaves 7s
@@ -79,7 +83,7 @@ def sums(sender: str, receiver: str, kind: str, width: int, ranks: int, config: 
         normed = wanted / (wanted.square().mean(1, keepdim=True) + 1e-5).sqrt()
         results = []
         for side, half in zip(sides, halves):
-            add, norm = (torch.full((rows, width), torch.nan, dtype=dtype) for _ in range(2))
+            add, norm = (torch.full((rows, width), torch.nan, dtype=dtype, device=device) for _ in range(2))
             receive.launch(half, residual, add, norm, ranks=side)
             results.append((add, norm))
         for add, norm in results:
@@ -128,6 +132,20 @@ def test_every_tiling_sends_and_so_does_the_library(pool: ProcessPoolExecutor, t
     for name, index in kinds.items():
         found = pool.submit(sums, sender, receiver, "f32", 64, 2, index).result(timeout=300)
         assert max(found) <= 1e-5, name
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("receive", [RECEIVER, BOTH])
+@pytest.mark.parametrize(("kind", "width", "ranks"), [("f32", 72, 3), ("bf16", 4096, 2), ("bf16", 130, 4)])
+def test_ranks_side_by_side_on_one_gpu(kind: str, width: int, ranks: int, receive: str, tmp_path: Path) -> None:
+    names = {"kind": kind, "width": width, "ranks": ranks}
+    plain = SENDER.replace("    down_sent: {kind}[T, {width}] = dist.send(down, {ranks})\n", "").replace("_sent", "")
+    sender = file(tmp_path, (plain if receive is BOTH else SENDER).format(**names))
+    receiver = file(tmp_path, receive.format(**names))
+    configs = range(len(load_kernel_file(sender).CONFIGS))
+    for config in (None, *configs):
+        found = sums(sender, receiver, kind, width, ranks, config, "cuda")
+        assert max(found) <= (1e-5 if kind == "f32" else 3e-2), config
 
 
 @pytest.mark.parametrize("kind", ["f32", "bf16"])
