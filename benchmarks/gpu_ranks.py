@@ -63,7 +63,7 @@ def replayed_us(work: Callable[[], Any], launches: int = 50) -> float:
 
 def time_sums(group: NCCLGroup, width: int, rows: int) -> dict[str, Any]:
     graph = ir.parse(REGION.format(width=width, ranks=group.size))
-    exchange = group.connect(places_for(graph))
+    exchange = group.connect(places_for(graph, 64))
     launch = load_launch(Kernel(graph.name, kernel_file(graph), graph), exchange=exchange)
     generator = torch.Generator(group.device).manual_seed(group.rank)
     x = torch.randn(rows, width, device=group.device, generator=generator).bfloat16()

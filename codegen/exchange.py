@@ -1,16 +1,16 @@
 """How kernels of several ranks meet: each writes what it has into memory of all, and waits for what the others wrote.
 
 Every 32 bits travel in one word of 64 with the number of the meeting, so that a word says itself whether it has come (as in
-the low-latency protocol of NCCL): nothing is ordered by fences. A row of a value has a line of words, and counts its meetings
-by itself. There are two places for each word, taken in turn: who writes to one for the second time has seen what all wrote to
-the other since, so all have read what it held.
+the low-latency protocol of NCCL): nothing is ordered by fences, and a kernel may wait before those in front have ended. There
+are four places for each word: two for the meetings of a step in turn, and two for those of the next step. Who writes to one
+again has seen what all wrote to another since, so all have read what it held.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -22,12 +22,24 @@ from ..ir.ops import op_name
 from ..ir.tiles import TILE_MEETINGS, WIDEST_ROW
 from .coordinates import TILE, padded_width
 
-SENDING = {"ranks_ptr": "*i64", "epochs_ptr": "*i32", "rank": "i32", "lines": "i32", "slot": "i32"}
+SENDING = {
+    "ranks_ptr": "*i64",
+    "steps_ptr": "*i32",
+    "rank": "i32",
+    "number": "i32",
+    "meetings": "i32",
+    "lines": "i32",
+    "slot": "i32",
+}
 """The parameters of a kernel that sends, and their types."""
 MEETING = {"mine_ptr": "*i64", **SENDING}
 """The parameters of a kernel that receives."""
-NOT_SENT = {"ranks_ptr": None, "epochs_ptr": None, "rank": None, "lines": None, "slot": None, "SEND": False}
+NOT_SENT = {**dict.fromkeys(SENDING), "SEND": False}
 """The arguments of a kernel that may send, and does not."""
+UNSPECIALISED = ("rank", "number")
+"""Those of the parameters that no kernel is compiled for a value of."""
+PLACES = 4
+"""How many places there are for each word."""
 
 HELPERS = {
     "packed": """@triton.jit
@@ -51,112 +63,128 @@ def unpacked(bits, KIND: tl.constexpr):
     return x
 """,
     "send_to_ranks": """@triton.jit
-def send_to_ranks(x, row, row_ok, col, epoch, ranks_at, rank, lines, slot, KIND: tl.constexpr, WIDTH: tl.constexpr):
+def send_to_ranks(
+    x, line, line_ok, col, tag, turn, ranks_at, rank, lines, slot, KIND: tl.constexpr, WIDTH: tl.constexpr
+):
     # A tile of whole pairs to the memory of all ranks, this one's as well.
     bits = packed(x, KIND)
     PER: tl.constexpr = x.shape[1] // bits.shape[1]
     if PER == 2:
         col, _ = tl.split(tl.reshape(col, (1, bits.shape[1], 2)))
-    place = ((epoch & 1).to(tl.int64) * len(ranks_at) + rank) * lines + row
-    word = (bits.to(tl.int64) & 0xFFFFFFFF) | (epoch.to(tl.int64) << 32)
+    place = (turn * len(ranks_at) + rank) * lines + line
+    word = (bits.to(tl.int64) & 0xFFFFFFFF) | (tag.to(tl.int64) << 32)
     for peer in tl.static_range(len(ranks_at)):
         theirs = ranks_at[peer].to(tl.pointer_type(tl.int64))
-        tl.store(theirs + place * slot + col // PER, word, mask=row_ok & (col < WIDTH))
+        tl.store(theirs + place * slot + col // PER, word, mask=line_ok & (col < WIDTH))
 """,
     "sum_of_ranks": """@triton.jit
 def sum_of_ranks(
-    row, row_ok, epoch, mine_ptr, epochs_ptr, lines, slot,
+    line, line_ok, tag, turn, mine_ptr, lines, slot,
     RANKS: tl.constexpr, KIND: tl.constexpr, WIDTH: tl.constexpr, PADDED: tl.constexpr,
 ):
     # The sum of the rows that the ranks have sent, in the order of the ranks: every rank gets the same bits.
     PER: tl.constexpr = 1 if KIND == tl.float32 else 2
     column = tl.arange(0, PADDED // PER)[None, :]
-    wanted = row_ok & (column * PER < WIDTH)
-    total = tl.zeros((row.shape[0], PADDED), tl.float32)
+    wanted = line_ok & (column * PER < WIDTH)
+    total = tl.zeros((line.shape[0], PADDED), tl.float32)
     for source in tl.static_range(RANKS):
-        place = ((epoch & 1).to(tl.int64) * RANKS + source) * lines + row
+        place = (turn * RANKS + source) * lines + line
         pointers = mine_ptr + place * slot + column
         found = tl.load(pointers, mask=wanted, other=0, volatile=True)
-        while tl.max((wanted & ((found >> 32).to(tl.int32) != epoch)).to(tl.int32)) > 0:
+        while tl.max((wanted & ((found >> 32).to(tl.int32) != tag)).to(tl.int32)) > 0:
             found = tl.load(pointers, mask=wanted, other=0, volatile=True)
         total += unpacked(found.to(tl.int32), KIND)
-    tl.store(epochs_ptr + row, epoch, mask=row_ok)
     return total
 """,
 }
 
-LINES = 256
+LINES = 128
 """How many rows of a value may meet those of other ranks."""
 
 
 @dataclass(frozen=True)
 class Places:
-    """The memory of one rank's exchange: for ``lines`` rows, of ``slot`` numbers at most, from each of the ranks."""
+    """The memory of one rank's exchange: for ``lines`` rows, of ``slot`` numbers at most, from each of the ranks.
+
+    A step has at most ``meetings``.
+    """
 
     ranks: int
     slot: int
+    meetings: int = 2
     lines: int = LINES
 
     @property
     def words(self) -> int:
         """Numbers of 64 bits."""
-        return 2 * self.ranks * self.lines * self.slot
-
-    def hold(self, rows: int, width: int) -> bool:
-        return rows <= self.lines and width <= self.slot
+        return PLACES * self.ranks * self.lines * self.slot
 
 
-class Exchange(Protocol):
-    """What launchers need so that their kernels meet those of other ranks.
+class Exchange:
+    """What launchers need so that their kernels meet those of other ranks: all do so in the same order.
 
-    ``meeting`` and ``sending`` are the arguments for the parameters of these names.
+    ``mine i64[places.words]`` is memory that all ranks write to, all zeros, and ``addresses`` are those of all ranks'.
     """
 
-    meeting: dict[str, Any]
-    sending: dict[str, Any]
+    def __init__(self, places: Places, mine: Tensor, addresses: Sequence[int], rank: int) -> None:
+        self.places = places
+        self._steps = torch.zeros(1, dtype=torch.int32, device=mine.device)
+        self._number = 0
+        ranks_at = torch.tensor(addresses, dtype=torch.int64, device=mine.device)
+        self._mine = {"mine_ptr": mine}
+        self._fixed: dict[str, Any] = {"ranks_ptr": ranks_at, "steps_ptr": self._steps, "rank": rank}
+        self._fixed |= {"meetings": places.meetings, "lines": places.lines, "slot": places.slot}
+
+    def begin(self) -> None:
+        """A step begins: its meetings are others than those of the last."""
+        self._steps.add_(1)
+        self._number = 0
+
+    def next(self) -> None:
+        """What is sent from here on is for the next meeting."""
+        if self._number == self.places.meetings:
+            self.begin()
+        self._number += 1
+
+    @property
+    def sending(self) -> dict[str, Any]:
+        """The arguments for the parameters ``SENDING``."""
+        return {**self._fixed, "number": self._number, "SEND": True}
+
+    @property
+    def meeting(self) -> dict[str, Any]:
+        """The arguments for the parameters ``MEETING``."""
+        return {**self._mine, **self._fixed, "number": self._number}
 
     def takes(self, rows: int, width: int, nbytes: int) -> bool:
         """Whether so many rows, ``nbytes`` in all, meet this way. Who sends and who receives ask the same."""
+        return rows <= self.places.lines and width <= self.places.slot
 
     def all_reduce(self, x: Tensor) -> Tensor:
         """The sum over the ranks of what is larger; may be written over ``x``."""
+        raise NotImplementedError
 
 
-class MirrorExchange:
+class MirrorExchange(Exchange):
     """The exchange of a rank whose others have just what it has: what it would write to theirs it writes for them to its own.
 
     So kernels run by themselves, on any device and in the interpreter, as they do among ranks.
     """
 
     def __init__(self, places: Places, device: torch.device | str) -> None:
-        self._places, self._group = places, Mirror(places.ranks)
         mine = torch.zeros(places.words, dtype=torch.int64, device=device)
         step = places.lines * places.slot * mine.itemsize
-        addresses = [mine.data_ptr() + peer * step for peer in range(places.ranks)]
-        self.meeting, self.sending = arguments_of(places, mine, addresses, 0)
-
-    def takes(self, rows: int, width: int, nbytes: int) -> bool:
-        return self._places.hold(rows, width)
+        super().__init__(places, mine, [mine.data_ptr() + peer * step for peer in range(places.ranks)], 0)
 
     def all_reduce(self, x: Tensor) -> Tensor:
-        return self._group.all_reduce(x)
+        return Mirror(self.places.ranks).all_reduce(x)
 
 
-def arguments_of(
-    places: Places, mine: Tensor, addresses: Sequence[int], rank: int
-) -> tuple[dict[str, Any], dict[str, Any]]:
-    """``meeting`` and ``sending`` of an exchange: ``mine i64[places.words]``, all zeros, and the addresses of all ranks'."""
-    ranks_at = torch.tensor(addresses, dtype=torch.int64, device=mine.device)
-    epochs = torch.zeros(places.lines, dtype=torch.int32, device=mine.device)
-    sending = dict(zip(SENDING, (ranks_at, epochs, rank, places.lines, places.slot), strict=True))
-    return {"mine_ptr": mine, **sending}, {**sending, "SEND": True}
-
-
-def places_for(graph: Graph) -> Places:
-    """Room for all sums over ranks in a graph."""
+def places_for(graph: Graph, meetings: int = 2) -> Places:
+    """Room for all sums over ranks in a graph, of which there are so many in a step."""
     widths = [type_of(node).shape[-1] for node in graph.calls() if op_name(node.target) in TILE_MEETINGS]
     rows = [padded_width(width) for width in widths if isinstance(width, int) and width <= WIDEST_ROW]
-    return Places(ranks_of(graph), max([TILE, *rows]))
+    return Places(ranks_of(graph), max([TILE, *rows]), meetings + meetings % 2)
 
 
 def meeting_of(graph: Graph) -> Node | None:

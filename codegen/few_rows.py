@@ -10,9 +10,10 @@ from ..ir.graph import Graph, type_of
 from .codes import dot_options, print_row_factors, sums_type
 from .columns import Plan
 from .coordinates import padded_width
-from .matmul_loop import accumulators_of, begin, body_writer, print_lookups, print_rows, wait
+from .matmul_loop import accumulators_of, body_writer, print_lookups, print_rows, wait
 from .matmul_tile import MatmulTile
 from .placement import place_columns
+from .signature import print_begin
 from .weights import element, is_rounded, plain_tile, print_column_factors, row_length
 from .words import few_turn
 from .writer import Writer
@@ -30,7 +31,7 @@ def few_rows(graph: Graph, layout: Plan) -> str:
     writer.line(f"span = ({layout.depth} + SPLITS * BLOCK_K - 1) // (SPLITS * BLOCK_K) * BLOCK_K")
     writer.line("first = tl.program_id(2) * span")
     writer.line(f"until = tl.minimum(first + span, {layout.depth})")
-    begin(writer, graph)
+    print_begin(writer)
     column, ok = _stack_lanes(writer, layout)
     _print_prefetch(writer, layout, column, ok)
     print_column_factors(writer, layout, accumulators_of(layout))

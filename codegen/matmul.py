@@ -5,16 +5,16 @@ from __future__ import annotations
 from ..ir.graph import Graph
 from .codes import dot_options, print_row_factors, sums_type
 from .columns import Plan, plan
-from .exchange import SENDING, sent_by
+from .exchange import SENDING, UNSPECIALISED, sent_by
 from .few_rows import few_rows
 from .matmul_launch import launch_text
-from .matmul_loop import accumulators_of, begin, body_writer, print_lookups, print_rows, wait, weight_loads
+from .matmul_loop import accumulators_of, body_writer, print_lookups, print_rows, wait, weight_loads
 from .matmul_tile import MatmulTile
 from .numbers import numbers_kernel
 from .parts import finish_parts, product_part, rows_part, without_rows
 from .placement import place_columns
 from .rows import rows_kernel
-from .signature import file_text, kernel_text, parameters
+from .signature import file_text, kernel_text, parameters, print_begin
 from .weights import element, in_codes, is_rounded, print_column_factors
 from .words import STREAMED, begin_row, end_row, many_turn, row_loads, row_turn
 
@@ -31,25 +31,27 @@ def matmul_source(graph: Graph) -> str:
     first, inner = rows_part(core, whole.anchor), without_rows(core, whole.anchor)
     single = inner if in_codes(layout) else core
     finish = finish_parts(graph, layout.anchor)
-    sending = "".join(f"{name}, " for name in SENDING) + "SEND: tl.constexpr, " if sent_by(graph) is not None else ""
+    sends = sent_by(graph) is not None
+    sending = "".join(f"{name}, " for name in SENDING) + "SEND: tl.constexpr, " if sends else ""
+    free = list(UNSPECIALISED) if sends else []
     blocks = f"{sending}BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, PDL: tl.constexpr"
     rows = f"BLOCK_M: tl.constexpr, {blocks}"
     parts = f"partial_ptr, arrived_ptr, SPLITS: tl.constexpr, AHEAD: tl.constexpr, {rows}"
     kernels = [
         kernel_text(
-            f"{graph.name}_row_kernel", f"{_pointers(single)}, num_rows, {blocks}", _one_row(single, plan(single))
+            f"{graph.name}_row_kernel", f"{_pointers(single)}, num_rows, {blocks}", _one_row(single, plan(single)), free
         ),
         kernel_text(
             f"{graph.name}_few_kernel",
             f"{_pointers(inner)}, num_rows, {parts}",
             few_rows(inner, plan(inner)),
-            ["num_rows"],
+            ["num_rows", *free],
         ),
         kernel_text(
             f"{graph.name}_kernel",
             f"{_pointers(inner)}, num_rows, EARLY: tl.constexpr, {rows}",
             _many_rows(inner, plan(inner)),
-            ["num_rows"],
+            ["num_rows", *free],
         ),
     ]
     host = []
@@ -78,7 +80,7 @@ def _one_row(graph: Graph, layout: Plan) -> str:
     accumulators = accumulators_of(layout)
     loads = weight_loads(layout, more=STREAMED)
     rounded = is_rounded(layout)
-    begin(writer, graph)
+    print_begin(writer)
     if not rounded:
         writer.line("k = tl.arange(0, BLOCK_K)")
     writer.line(
@@ -137,7 +139,7 @@ def _many_rows(graph: Graph, layout: Plan) -> str:
     accumulators = accumulators_of(layout)
     loads = weight_loads(layout, "[None, :]", "[:, None]")
     x, rounded = element(layout), is_rounded(layout)
-    begin(writer, graph)
+    print_begin(writer)
     writer.line("first = 0")
     print_column_factors(writer, layout, accumulators)
     if not rounded:

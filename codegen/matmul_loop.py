@@ -31,17 +31,10 @@ def body_writer(graph: Graph) -> Writer:
     return Writer({node.name for node in graph.nodes} | set(parameters(graph)) | _TAKEN | LINE_NAMES | set(SENDING))
 
 
-def begin(writer: Writer, graph: Graph) -> None:
-    """Print that the next kernel may begin; one that waits for what this one sends, only after the wait."""
-    if sent_by(graph) is None:
-        print_wait(writer, early=True, wait=False)
-
-
 def wait(tile: MatmulTile) -> None:
     """Print the wait for the kernels in front."""
-    sends = sent_by(tile.graph)
-    print_wait(tile.writer, early=False, launch=sends is not None)
-    if sends is not None:
+    print_wait(tile.writer)
+    if sent_by(tile.graph) is not None:
         with tile.writer.block("if SEND:"):
             print_line(tile.writer, "row", tile.row_mask, ranks_of(tile.graph))
 

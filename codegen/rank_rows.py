@@ -11,7 +11,7 @@ from .exchange import NOT_SENT, SENDING, ranks_of
 from .signature import TRITON_TYPES
 from .writer import Writer
 
-LINE_NAMES = frozenset({"line", "line_ok", "epoch", "sent", "SEND"} | {f"at_{rank}" for rank in range(64)})
+LINE_NAMES = frozenset({"line", "line_ok", "step", "tag", "turn", "SEND"} | {f"at_{rank}" for rank in range(64)})
 """Names that a kernel uses for it."""
 
 
@@ -19,7 +19,9 @@ def print_line(writer: Writer, row: str, row_ok: str, ranks: int = 0) -> None:
     """Print what is known of a meeting before there is anything to send: its number, and where the ranks' memory is."""
     writer.line(f"line = tl.zeros((1, 1), tl.int64) + {row}")
     writer.line(f"line_ok = {row_ok or 'line >= 0'}")
-    writer.line("epoch = tl.load(epochs_ptr + line, mask=line_ok, other=0) + 1")
+    writer.line("step = tl.load(steps_ptr, volatile=True)")
+    writer.line("tag = step * meetings + number")
+    writer.line("turn = ((step & 1) * 2 + (number & 1)).to(tl.int64)")
     for rank in range(ranks):
         writer.line(f"at_{rank} = tl.load(ranks_ptr + {rank})")
 
@@ -29,7 +31,7 @@ def print_send(writer: Writer, node: Node, value: str, column: str, ranks: int) 
     kind, width = type_of(node), type_of(node).shape[-1]
     places = ", ".join(f"at_{rank}" for rank in range(ranks))
     writer.line(
-        f"send_to_ranks({value}, line, line_ok, {column}, epoch, ({places},), rank, lines, slot, "
+        f"send_to_ranks({value}, line, line_ok, {column}, tag, turn, ({places},), rank, lines, slot, "
         f"{TRITON_TYPES[kind.dtype]}, {width})"
     )
 
@@ -39,7 +41,7 @@ def received(graph: Graph, node: Node) -> str:
     kind, width = type_of(node), type_of(node).shape[-1]
     assert isinstance(width, int)
     constants = f"{ranks_of(graph)}, {TRITON_TYPES[kind.dtype]}, {width}, {padded_width(width)}"
-    return f"sum_of_ranks(line, line_ok, epoch, mine_ptr, epochs_ptr, lines, slot, {constants})"
+    return f"sum_of_ranks(line, line_ok, tag, turn, mine_ptr, lines, slot, {constants})"
 
 
 def sending_text(node: Node) -> str:
@@ -60,9 +62,10 @@ def with_sending(variant):
 
 def sending(ranks, num_rows):
     """What a kernel needs to send its rows to the ranks, if they meet this way."""
-    if ranks is not None and ranks.takes(num_rows, {padded_width(width)}, num_rows * {width * kind.torch_dtype.itemsize}):
-        return ranks.sending
-    return NOT_SENT
+    if ranks is None or not ranks.takes(num_rows, {padded_width(width)}, num_rows * {width * kind.torch_dtype.itemsize}):
+        return NOT_SENT
+    ranks.next()
+    return ranks.sending
 
 
 '''

@@ -93,14 +93,13 @@ def types_text(signature: Mapping[str, str]) -> str:
     return "{" + ", ".join(f'"{name}": "{kind}"' for name, kind in signature.items()) + "}"
 
 
-def print_wait(writer: Writer, early: bool, launch: bool = True, wait: bool = True) -> None:
-    """Print when the next kernel may begin (``launch``), and the wait for the ones in front, after which all they wrote is
-    there (``wait``).
+def print_begin(writer: Writer) -> None:
+    """Print that the next kernel may begin; it waits for this one by itself."""
+    writer.line("if PDL:")
+    writer.line("    tl.extra.cuda.gdc_launch_dependents()")
 
-    ``early``: the next one may begin while those in front still run. Not if it then waits for less than all of them.
-    """
-    begin = ["gdc_launch_dependents"] if launch else []
-    end = ["gdc_wait"] if wait else []
-    with writer.block("if PDL:"):
-        for name in [*begin, *end] if early else [*end, *begin]:
-            writer.line(f"tl.extra.cuda.{name}()")
+
+def print_wait(writer: Writer, when: str = "PDL") -> None:
+    """Print the wait for the kernels in front, after which all that they wrote is there."""
+    writer.line(f"if {when}:")
+    writer.line("    tl.extra.cuda.gdc_wait()")

@@ -185,7 +185,7 @@ def compile(
     loop, kernels = lowered.loop, lowered.kernels
     if len(groups) == 1:
         check_alike(groups[0], loop.graph)
-    exchange = exchange_of(groups, loop.graph)
+    exchange = exchange_of(groups, loop)
     with report.timed("load weights"), show.line("load weights"):
         # One rank shares what the model holds that it is compared with.
         values = (bones.lazy() if tensor_parallel > 1 else None) or bones.load()
@@ -237,9 +237,9 @@ def compile(
             launches = load_launches(kernels, choices, exchange)
 
     with report.timed("self-check"), show.line("self-check"):
-        whole = sample = model_on(parts, most_slots(block), place, launches)
+        whole = sample = model_on(parts, most_slots(block), place, launches, exchange)
         if few is not loop:
-            sample = model_on(few_parts, most_slots(block), place, launches)
+            sample = model_on(few_parts, most_slots(block), place, launches, exchange)
         exact = kind == torch.float32 and not codes
         tolerance = max(_CHECK_TOLERANCE[kind], _CODES_TOLERANCE[kind] if codes else 0.0)
         report.self_check = check_concatenation(
@@ -256,7 +256,13 @@ def compile(
     with report.timed("graphs"), show.line("graphs"):
         logits = (vocab, type_of(_result(loop.graph)).torch_dtype)
         engine, decode = assemble(
-            model_on(parts, (plan.blocks + 1) * block, place, launches), plan, options, block, logits, report, groups
+            model_on(parts, (plan.blocks + 1) * block, place, launches, exchange),
+            plan,
+            options,
+            block,
+            logits,
+            report,
+            groups,
         )
     if meter:
         report.measured_bytes = meter.peak() + plan.shared + report.graph_bytes

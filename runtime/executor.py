@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.fx import Node
 
+from ..codegen.exchange import Exchange
 from ..codegen.region import RegionView, regions_of
 from ..ir.dist import ALONE, Group
 from ..ir.graph import Region, is_constant, node_inputs, type_of
@@ -50,6 +51,7 @@ class Executor:
         launches: the launcher of every kernel region; without them, the reference implementations run.
         linears: projections that run on packed weights instead of their reference, for each of their times.
         group: the ranks that run the graph together, as this one sees them.
+        exchange: where kernels meet those of other ranks.
     """
 
     def __init__(
@@ -61,8 +63,10 @@ class Executor:
         launches: Mapping[Region, Launch] | None = None,
         linears: Mapping[Node, Sequence[Linear]] | None = None,
         group: Group = ALONE,
+        exchange: Exchange | None = None,
     ) -> None:
         self._group = group
+        self._exchange = exchange
         self._graph = graph = loop.graph
         self._linears = linears or {}
         self._device = device
@@ -144,6 +148,8 @@ class Executor:
             values[slot] = getattr(step, name)
         dims = bind_dims(self._graph, {name: getattr(step, name) for _, name in self._inputs})
         stage, place = self._stages[0], 0
+        if self._exchange is not None:
+            self._exchange.begin()
         try:
             with torch.inference_mode():
                 for stage in self._stages:

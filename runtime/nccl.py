@@ -11,7 +11,7 @@ import torch
 import torch.distributed as distributed
 from torch import Tensor
 
-from ..codegen.exchange import Places, arguments_of
+from ..codegen.exchange import Exchange, Places
 from .mpi import WATCHDOG, MPIGroup, world
 from .options import OptionError
 from .ranks import local_rank_of, rank_of, size_of
@@ -45,16 +45,16 @@ class NCCLGroup:
         return SymmetricExchange(self, self._group, places)
 
 
-class SymmetricExchange:
+class SymmetricExchange(Exchange):
     """Kernels meet over NVLink or PCIe, in memory that each GPU maps; what is more than ``limit`` bytes goes through NCCL.
 
     Where GPUs cannot map each other's memory, all goes through NCCL: ``why`` says what stands in the way.
     """
 
     def __init__(self, group: NCCLGroup, process_group: Any, places: Places) -> None:
-        self._places, self._process_group = places, process_group
+        self._process_group = process_group
         self.limit, self.why = _LIMIT, ""
-        mine, addresses = torch.zeros(places.words, dtype=torch.int64, device=group.device), [0] * group.size
+        mine, addresses = torch.zeros(1, dtype=torch.int64, device=group.device), [0] * group.size
         try:
             mine, addresses, self._handle = _mapped(places.words, group.device, process_group)
         except (RuntimeError, ImportError) as error:
@@ -64,10 +64,10 @@ class SymmetricExchange:
         if not all(item.item() for item in group.all_gather(torch.tensor([not self.why]))):
             self.limit = -1
             self.why = self.why or "another rank cannot map the memory of this one"
-        self.meeting, self.sending = arguments_of(places, mine, addresses, group.rank)
+        super().__init__(places, mine, addresses, group.rank)
 
     def takes(self, rows: int, width: int, nbytes: int) -> bool:
-        return nbytes <= self.limit and self._places.hold(rows, width)
+        return nbytes <= self.limit and super().takes(rows, width, nbytes)
 
     def all_reduce(self, x: Tensor) -> Tensor:
         distributed.all_reduce(x, group=self._process_group)

@@ -11,11 +11,12 @@ import torch
 from torch import Tensor
 from torch.fx import Node
 
-from ..codegen.exchange import Exchange, places_for
+from ..codegen.exchange import Exchange, Places, places_for
 from ..ir.dist import ALONE, MEETINGS, Group
 from ..ir.graph import Graph, Region, type_of
 from ..ir.loop import Loop
 from ..ir.ops import is_collective, op_name
+from ..ir.tiles import TILE_MEETINGS
 from .caches import new_caches
 from .constants import fold_constants
 from .executor import Executor, Launch
@@ -61,10 +62,18 @@ def said_by_first(groups: Sequence[Group], text: str) -> str:
     return bytes(groups[0].all_gather(room)[0].tolist()).rstrip(b"\0").decode()
 
 
-def exchange_of(groups: Sequence[Group], graph: Graph) -> Exchange | None:
-    """How the kernels of a graph meet those of the other ranks, if they do. All ranks call this together."""
+def exchange_of(groups: Sequence[Group], loop: Loop) -> Exchange | None:
+    """How the kernels of a model meet those of the other ranks, if they do. All ranks call this together."""
     first = groups[0]
-    return first.connect(places_for(graph)) if isinstance(first, NCCLGroup) else None
+    return first.connect(places_of(loop)) if isinstance(first, NCCLGroup) else None
+
+
+def places_of(loop: Loop) -> Places:
+    """Room for the sums over ranks of a whole model."""
+    meetings = sum(
+        len(stage.times) for stage in loop.stages for node in stage.nodes if op_name(node.target) in TILE_MEETINGS
+    )
+    return places_for(loop.graph, meetings)
 
 
 def check_alike(group: Group, graph: Graph) -> None:
@@ -124,9 +133,13 @@ def place_parts(
 
 
 def model_on(
-    parts: Sequence[Part], num_slots: int, place: torch.device, launches: Mapping[Region, Launch] | None
+    parts: Sequence[Part],
+    num_slots: int,
+    place: torch.device,
+    launches: Mapping[Region, Launch] | None,
+    exchange: Exchange | None = None,
 ) -> RankModel:
-    """The model of the ranks with new caches of ``num_slots``."""
+    """The model of the ranks with new caches of ``num_slots``, whose kernels meet in ``exchange``."""
     executors = [
         Executor(
             part.loop,
@@ -136,6 +149,7 @@ def model_on(
             launches,
             part.linears,
             part.group,
+            exchange,
         )
         for part in parts
     ]

@@ -13,7 +13,7 @@ from collections.abc import Callable, Mapping, Sequence
 
 import torch
 
-from ..codegen.exchange import MirrorExchange, places_for
+from ..codegen.exchange import MirrorExchange
 from ..codegen.kernels import Kernel
 from ..codegen.launch import cache_directory, load_launches, replace_file
 from ..codegen.tuning import Choices, Timing
@@ -22,6 +22,7 @@ from ..ir.loop import Loop
 from ..ir.placement import OPTION as TENSOR_PARALLEL
 from .caches import new_caches
 from .executor import Executor
+from .parts import places_of
 from .replay import GraphReplay, NotCapturable
 from .step import StepInput
 from .timing import median_milliseconds
@@ -134,12 +135,14 @@ class _Steps:
             store.zero_()
         # Each rank measures for itself.
         self._group = Mirror(loop.graph.options.get(TENSOR_PARALLEL, 1))
-        self._exchange = MirrorExchange(places_for(loop.graph), device) if self._group.size > 1 else None
+        self._exchange = MirrorExchange(places_of(loop), device) if self._group.size > 1 else None
 
     def milliseconds(self, choices: Mapping[str, Choices], rows: int) -> float:
         """Median time of a step, replayed as a CUDA graph. Raises NotCapturable if it cannot be recorded."""
         launches = load_launches(self._kernels, choices, self._exchange)
-        executor = Executor(self._loop, self._constants, self._caches, self._device, launches, group=self._group)
+        executor = Executor(
+            self._loop, self._constants, self._caches, self._device, launches, None, self._group, self._exchange
+        )
         step = self._step(rows)
 
         def compute(_: int) -> None:

@@ -11,7 +11,7 @@ import torch
 from triton_interpreter import interpreter
 
 from fuseline import passes
-from fuseline.codegen.exchange import Places, arguments_of
+from fuseline.codegen.exchange import Exchange, Places
 from fuseline.codegen.kernels import Kernel, emit_kernels, kernel_file
 from fuseline.codegen.offline import check_file, load_kernel_file
 from fuseline.ir.parse import parse
@@ -32,16 +32,15 @@ def all_reduce(x: {kind}[T, {width}], residual: {kind}[T, {width}], *, T: dim(1,
 BOTH = RECEIVER.replace("dist.receive", "dist.all_reduce")
 
 
-class Side:
+class Side(Exchange):
     """One rank's exchange, in the memory of the process that runs all ranks."""
 
     def __init__(self, places: Places, stores: list[torch.Tensor], rank: int, most: int) -> None:
-        self.places, self.most = places, most
-        addresses = [store.data_ptr() for store in stores]
-        self.meeting, self.sending = arguments_of(places, stores[rank], addresses, rank)
+        super().__init__(places, stores[rank], [store.data_ptr() for store in stores], rank)
+        self.most = most
 
     def takes(self, rows: int, width: int, nbytes: int) -> bool:
-        return rows <= self.most and self.places.hold(rows, width)
+        return rows <= self.most and super().takes(rows, width, nbytes)
 
     def all_reduce(self, x: torch.Tensor) -> torch.Tensor:
         return torch.full_like(x, 7.0)
@@ -53,7 +52,7 @@ def sums(
     """The worst error of each of a few meetings of different numbers of rows; on the CPU only where Triton interprets."""
     dtype = {"f32": torch.float32, "bf16": torch.bfloat16}[kind]
     send, receive = load_kernel_file(sender), load_kernel_file(receiver)
-    places = Places(ranks, max(128, 1 << (width - 1).bit_length()), 16)
+    places = Places(ranks, max(128, 1 << (width - 1).bit_length()), 2, 16)
     stores = [torch.zeros(places.words, dtype=torch.int64, device=device) for _ in range(ranks)]
     sides = [Side(places, stores, rank, 8) for rank in range(ranks)]
     generator = torch.Generator().manual_seed(width + ranks)
