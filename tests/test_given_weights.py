@@ -60,7 +60,7 @@ class Given(Plain):
         return [name for name, item in self.handed if item() is not None]
 
 
-@pytest.mark.parametrize("name", ["llama", "llama-tied", "gpt2", "gemma2", "mixtral", "deepseek_v3"])
+@pytest.mark.parametrize("name", ["llama", "llama-tied", "gpt2", "gemma2", "mixtral", "deepseek_v3-groups"])
 def test_a_model_without_values_takes_them_by_name(name: str) -> None:
     model = make(name)
     _, expected = tokens(model)
@@ -68,6 +68,8 @@ def test_a_model_without_values_takes_them_by_name(name: str) -> None:
     compiled, found = tokens(on_meta(model), weights=given)
     assert found == expected
     assert max(given.asked.values()) == 1
+    assert given.asked.keys() >= dict(model.named_parameters()).keys()
+    assert any("e_score_correction_bias" in item for item in given.asked) == (name == "deepseek_v3-groups"), "a buffer"
     assert "no model to run" in compiled.report.source_check and "weights were given by name" in str(compiled.report)
 
 
