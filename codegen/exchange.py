@@ -88,8 +88,12 @@ def sum_of_ranks(
     wanted = line_ok & (column * PER < WIDTH)
     total = tl.zeros((line.shape[0], PADDED), tl.float32)
     for source in tl.static_range(RANKS):
-        place = (turn * RANKS + source) * lines + line
-        pointers = mine_ptr + place * slot + column
+        place = (turn * RANKS + source) * lines
+        # One word after the other is cheap to wait for: what sends may run on the same processor.
+        first = place + tl.program_id(0) * line.shape[0]
+        while (tl.load(mine_ptr + first * slot + (WIDTH - 1) // PER, volatile=True) >> 32).to(tl.int32) != tag:
+            pass
+        pointers = mine_ptr + (place + line) * slot + column
         found = tl.load(pointers, mask=wanted, other=0, volatile=True)
         while tl.max((wanted & ((found >> 32).to(tl.int32) != tag)).to(tl.int32)) > 0:
             found = tl.load(pointers, mask=wanted, other=0, volatile=True)
@@ -98,6 +102,8 @@ def sum_of_ranks(
 """,
 }
 
+FEW_ROWS = 8
+"""Up to so many rows are sent from the kernel that makes them; for more, a kernel that has them whole is faster."""
 LINES = 128
 """How many rows of a value may meet those of other ranks."""
 

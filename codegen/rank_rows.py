@@ -7,7 +7,7 @@ from torch.fx import Node
 from ..ir.graph import Graph, type_of
 from ..ir.ops import op_name
 from .coordinates import padded_width
-from .exchange import NOT_SENT, SENDING, ranks_of
+from .exchange import FEW_ROWS, NOT_SENT, SENDING, ranks_of
 from .signature import TRITON_TYPES
 from .writer import Writer
 
@@ -62,7 +62,9 @@ def with_sending(variant):
 
 def sending(ranks, num_rows):
     """What a kernel needs to send its rows to the ranks, if they meet this way."""
-    if ranks is None or not ranks.takes(num_rows, {padded_width(width)}, num_rows * {width * kind.torch_dtype.itemsize}):
+    if ranks is None or num_rows > {FEW_ROWS}:
+        return NOT_SENT
+    if not ranks.takes(num_rows, {padded_width(width)}, num_rows * {width * kind.torch_dtype.itemsize}):
         return NOT_SENT
     ranks.next()
     return ranks.sending

@@ -12,7 +12,7 @@ from ..ir.graph import Graph, flat_types, type_of
 from ..ir.ops import op_name
 from ..ir.types import Dim, Size
 from .coordinates import TILE, flat_index, padded_width, strides_of
-from .exchange import MEETING, SENDING, UNSPECIALISED, meeting_of, ranks_of, sent_by
+from .exchange import FEW_ROWS, MEETING, SENDING, UNSPECIALISED, meeting_of, ranks_of, sent_by
 from .rank_rows import LINE_NAMES, print_line, print_send, received, sending_text, waits_itself
 from .round_rows import store_codes
 from .signature import file_text, kernel_text, parameters, pointer_types, print_begin, print_wait, types_text
@@ -21,8 +21,6 @@ from .writer import Writer
 
 # Elements of a tile that each thread has, where there are so many.
 _OWN = 16
-# Rows up to which a kernel waits for other ranks while the one in front still runs.
-_FEW = 8
 
 
 class RowTile(Tile):
@@ -145,12 +143,13 @@ def rows_kernel(graph: Graph, function: str) -> tuple[str, str]:
 
     awaits = waits_itself(meeting)
     print_begin(writer)
-    print_wait(writer, "PDL and not EARLY" if awaits else "PDL")
+    if not awaits:
+        print_wait(writer)
     if meeting:
         print_line(writer, "row", "row_ok", 0 if awaits else ranks_of(graph))
         tile.value(meeting, place_of(meeting))
-        if awaits:
-            print_wait(writer, "PDL and EARLY")
+        if awaits:  # it needs nothing else of the kernel in front
+            print_wait(writer)
     elif sends:
         with writer.block("if SEND:"):
             print_line(writer, "row", "row_ok", ranks_of(graph))
@@ -165,11 +164,10 @@ def rows_kernel(graph: Graph, function: str) -> tuple[str, str]:
         if outputs[0] is results[0]
         else _rows_of(results[0], graph)
     )
-    flag = ["SEND"] if sends else ["EARLY"] if awaits else []
-    constants = ["BLOCK_ROWS: tl.constexpr", *(f"{name}: tl.constexpr" for name in flag), "PDL: tl.constexpr"]
+    constants = ["BLOCK_ROWS: tl.constexpr", *(["SEND: tl.constexpr"] if sends else []), "PDL: tl.constexpr"]
     arguments = ", ".join([*(f"{name}_ptr" for name in names), "num_rows", *more, *constants])
     types = {**pointer_types(graph), "num_rows": "i32", **more}
-    given = "".join(f', "{name}": True' for name in flag)
+    given = ', "SEND": True' if sends else ""
     variant = f"""\
 {graph.name.upper()} = {{
     "kernel": {graph.name}_kernel, "signature": {types_text(types)},
@@ -182,12 +180,11 @@ def rows_kernel(graph: Graph, function: str) -> tuple[str, str]:
     launch = [f"def {function}({', '.join(names)}{last}):", f"    num_rows = {rows}"]
     if meeting:
         width = tile.widest
-        launch += [f"    if not ranks.takes(num_rows, {width}, {meeting.all_input_nodes[0].name}.nbytes):"]
+        few = f"num_rows > {FEW_ROWS} or " if awaits else ""
+        launch += [f"    if {few}not ranks.takes(num_rows, {width}, {meeting.all_input_nodes[0].name}.nbytes):"]
         launch += ["        return False"]
         launch += [] if awaits else ["    ranks.next()"]
     how = ", **ranks.meeting" if meeting else ", **to_ranks" if sends else ""
-    # Many that wait would take time from those that are waited for.
-    how += f", EARLY=num_rows <= {_FEW}" if awaits else ""
     launch += ["    if num_rows:"]
     launch += [
         f"        run({graph.name.upper()}, (triton.cdiv(num_rows, {block}),), {', '.join(names)}, num_rows{how})"

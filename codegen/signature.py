@@ -99,7 +99,7 @@ def print_begin(writer: Writer) -> None:
     writer.line("    tl.extra.cuda.gdc_launch_dependents()")
 
 
-def print_wait(writer: Writer, when: str = "PDL") -> None:
+def print_wait(writer: Writer) -> None:
     """Print the wait for the kernels in front, after which all that they wrote is there."""
-    writer.line(f"if {when}:")
+    writer.line("if PDL:")
     writer.line("    tl.extra.cuda.gdc_wait()")
