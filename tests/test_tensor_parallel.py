@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from functools import cache
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ import pytest
 import torch
 from families import FAMILIES, REQUIRED, config, make, randomize
 from quantized_models import wide
+from tensor_parallel import traced_once
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
 import fuseline
@@ -33,6 +35,13 @@ _DIVISIBLE: Mapping[str, int] = {
 }
 
 
+@pytest.fixture(scope="module", autouse=True)
+def models_are_traced_once() -> Iterator[None]:
+    with traced_once():
+        yield
+
+
+@cache
 def divisible(name: str, **more: Any) -> PreTrainedModel:
     """A tiny model of a family with 8 heads (2 of keys and values, if they may differ), 64 features and 96 tokens."""
     family = FAMILIES[name]
