@@ -2,7 +2,8 @@
 
 Each projection of whole rows with a constant weight is a candidate: its outputs are cut (column parallel). The placements
 that follow are found operator by operator. A projection that reads parts of rows is cut along its inputs (row parallel)
-and gives a part of a sum. Where an operator needs whole what a candidate has cut, the candidate stays whole, for that reason.
+and gives a part of a sum; if it needs whole rows, these are gathered, its outputs are cut, and they are gathered, too. Where
+another operator needs whole what a candidate has cut, the candidate stays whole, for that reason.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ class Plan:
     """``placed``: every value; ``moves``: for a user, the operands that have to be placed otherwise for it.
 
     ``column`` are the projections whose outputs are cut, ``row`` those whose inputs are, ``kept`` those that every rank
-    computes whole, with the reason.
+    computes whole, with the reason. ``gathered`` are those that read whole rows put together from parts, with the reason.
     """
 
     placed: dict[Node, Placement] = field(default_factory=dict)
@@ -38,6 +39,7 @@ class Plan:
     column: list[Node] = field(default_factory=list)
     row: list[Node] = field(default_factory=list)
     kept: dict[Node, str] = field(default_factory=dict)
+    gathered: dict[Node, str] = field(default_factory=dict)
 
 
 def plan_for(graph: Graph, ranks: int, whole: Mapping[str, str], report: PassReport) -> Plan:
@@ -74,6 +76,7 @@ class _Planner:
             for later in self.nodes[back : at + 1]:
                 self.plan.placed.pop(later, None)
                 self.plan.moves.pop(later, None)
+                self.plan.gathered.pop(later, None)
                 self.sources.pop(later, None)
             at = back
         for node, moves in self.plan.moves.items():
@@ -95,8 +98,9 @@ class _Planner:
             x, weight = _operands(node)
             pattern = self.pattern(weight)
             if pattern is not None and isinstance(known(x), Shard):
-                self.plan.kept[node] = self.whole[pattern]
-                return x, f"{node.name} reads it whole, since {self.whole[pattern]}"
+                if not self.gather(x, node, moved, self.whole[pattern]):
+                    self.plan.kept[node] = self.whole[pattern]
+                    return x, f"{node.name} reads it whole, since {self.whole[pattern]}"
         seed = self.candidate(node, known)
         if seed is not None:
             moved[seed[0]] = seed[1]
@@ -115,13 +119,16 @@ class _Planner:
                     raise UnsupportedModelError(f"tensor_parallel: {node.name} cannot be divided: {need}") from need
                 asked.add((operand, wanted))
                 current = known(operand)
-                gathers = node.op == "output" or (op_name(node.target) == "nn.quantize" and not is_constant(node))
                 if wanted is None and seed is not None and operand is seed[0]:
                     self.plan.kept[node] = str(need)
                     moved.clear()
                     seed = None
-                elif wanted is None and isinstance(current, Shard) and not (gathers and len(current.sections) == 1):
-                    return operand, str(need)
+                elif wanted is None and isinstance(current, Shard):
+                    if not self.gather(operand, node, moved, str(need)):
+                        return operand, str(need)
+                    if _is_projection(node) and seed is None:
+                        seed = self.candidate(node, known)
+                        moved.update([seed] if seed else [])
                 elif isinstance(wanted, Shard) and any(size % self.ranks for size in wanted.sections):
                     cut = next(item for item in node.all_input_nodes if isinstance(known(item), Shard))
                     return cut, str(need)
@@ -133,9 +140,29 @@ class _Planner:
         if moved:
             self.plan.moves[node] = list(moved.items())
         if isinstance(found, Shard):
-            before = [self.sources[item] for item in node.all_input_nodes if item in self.sources]
+            before = [
+                self.sources[item]
+                for item in node.all_input_nodes
+                if item in self.sources and isinstance(known(item), Shard)
+            ]
             self.sources[node] = frozenset({node} if seed else ()).union(*before)
         return None
+
+    def gather(self, operand: Node, user: Node, moved: dict[Node, Placement], why: str) -> bool:
+        """Put the parts of an operand together for a user, if it is worth it: they are few, or rows of a product that is
+        divided otherwise then."""
+        found = self.plan.placed[operand]
+        if not isinstance(found, Shard) or len(found.sections) > 1 or operand not in self.sources:
+            return False
+        reads = _is_projection(user) and operand is _operands(user)[0]
+        rounds = op_name(user.target) == "nn.quantize" and not is_constant(user)
+        made_late = self.sources[operand] <= self.plan.gathered.keys()
+        if not (user.op == "output" or reads or rounds or made_late):
+            return False
+        moved[operand] = None
+        for item in [user] if reads else user.users if rounds else ():
+            self.plan.gathered[item] = why
+        return True
 
     def candidate(self, node: Node, known: Known) -> tuple[Node, Shard] | None:
         """The weight of a projection of whole rows, and how it is cut so that the outputs are."""

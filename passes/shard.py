@@ -12,7 +12,7 @@ from ..ir.ops import is_collective, resolve
 from ..ir.placement import OPTION, PARTIAL, Placement, Shard, annotate
 from ..ir.quantized import is_quantised
 from .heads import repeat_heads
-from .ledger import PassReport
+from .ledger import PassReport, Refusal
 from .partition import Plan, Site, plan_for
 from .sink_cuts import sink_cuts
 
@@ -42,6 +42,9 @@ def shard(graph: Graph, report: PassReport) -> Graph:
     for node, why in plan.kept.items():
         if why:
             report.refuse(node.name, f"every rank computes it whole: {why}", node)
+    for node, why in plan.gathered.items():
+        if node in plan.column:
+            report.near.append(Refusal(node.name, f"its outputs are cut, and its inputs gathered: {why}"))
     report.fused += [node.name for node in graph.calls() if node in {*plan.column, *plan.row}]
     _write(graph, plan)
     sink_cuts(graph)
