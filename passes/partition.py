@@ -97,10 +97,10 @@ class _Planner:
         if _is_projection(node):
             x, weight = _operands(node)
             pattern = self.pattern(weight)
-            if pattern is not None and isinstance(known(x), Shard):
-                if not self.gather(x, node, moved, self.whole[pattern]):
-                    self.plan.kept[node] = self.whole[pattern]
-                    return x, f"{node.name} reads it whole, since {self.whole[pattern]}"
+            why = self.whole[pattern] if pattern is not None else ""
+            if why and isinstance(known(x), Shard) and not self.gather(x, node, moved, why):
+                self.plan.kept[node] = why
+                return x, f"{node.name} reads it whole, since {why}"
         seed = self.candidate(node, known)
         if seed is not None:
             moved[seed[0]] = seed[1]
@@ -157,7 +157,7 @@ class _Planner:
         reads = _is_projection(user) and operand is _operands(user)[0]
         rounds = op_name(user.target) == "nn.quantize" and not is_constant(user)
         made_late = self.sources[operand] <= self.plan.gathered.keys()
-        if not (user.op == "output" or reads or rounds or made_late):
+        if not (user.op == "output" or _is_returned(user) or reads or rounds or made_late):
             return False
         moved[operand] = None
         for item in [user] if reads else user.users if rounds else ():
@@ -186,7 +186,7 @@ class _Planner:
 
     def pattern(self, weight: Node) -> str | None:
         """The pattern by which a weight is not to be cut."""
-        return next((key for key in self.whole if _fits(key, matrices_of(weight))), None)
+        return next((key for key in self.whole if fits(key, matrices_of(weight))), None)
 
 
 def _is_projection(node: Node) -> bool:
@@ -207,12 +207,17 @@ def _output_dim(node: Node) -> int:
 
 
 def _sections(node: Node) -> tuple[int, ...]:
-    """The outputs of a projection that are read side by side, such as queries, keys and values: each is cut by itself."""
+    """The outputs of a projection that are read side by side, such as queries, keys and values: each is cut by itself.
+
+    Those that are read alone because the others are not returned are put together first.
+    """
     width = shape_of(node)[-1]
     assert isinstance(width, int)
     points = {0, width}
     readers = list(node.users)
     for user in readers:
+        if _is_returned(user):
+            continue
         if op_name(user.target) == "aten.slice.Tensor" and user.args[1] == -1 and len(user.args) == 4:
             points.update(int(min(bound, width)) for bound in user.args[2:4])  # type: ignore[type-var, arg-type]
         elif user.op == "call_function" and len(user.all_input_nodes) == 1 and shape_of(user) == shape_of(node):
@@ -221,5 +226,11 @@ def _sections(node: Node) -> tuple[int, ...]:
     return tuple(stop - start for start, stop in pairwise(ordered))
 
 
-def _fits(pattern: str, weights: set[str]) -> bool:
+def _is_returned(node: Node) -> bool:
+    """Whether the graph returns a value, and nothing else reads it."""
+    return all(user.op == "output" for user in node.users)
+
+
+def fits(pattern: str, weights: set[str]) -> bool:
+    """Whether a pattern fits the name of one of the weights, or of its module."""
     return any(fnmatchcase(name, pattern) or fnmatchcase(name.rpartition(".")[0], pattern) for name in weights)

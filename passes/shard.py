@@ -13,7 +13,9 @@ from ..ir.placement import OPTION, PARTIAL, Placement, Shard, annotate
 from ..ir.quantized import is_quantised
 from .heads import repeat_heads
 from .ledger import PassReport, Refusal
-from .partition import Plan, Site, plan_for
+from .padding import pad_vocabulary
+from .partition import Plan, Site, fits, plan_for
+from .quantize import matrices_of
 from .sink_cuts import sink_cuts
 
 REPLICATED = "replicated"
@@ -25,7 +27,7 @@ def shard(graph: Graph, report: PassReport) -> Graph:
 
     Shapes stay whole; types say after ``@`` what a rank holds. Weights are cut by ``dist.shard``; a sum of parts that
     something else than a sum reads goes through ``dist.all_reduce``, and parts of the result through ``dist.all_gather``.
-    What cannot be divided is computed whole by every rank, and the report says why.
+    A vocabulary that cannot be divided is padded; what else cannot is computed whole by every rank, and the report says why.
 
     Raises:
         UnsupportedModelError: a pattern of weights that are not to be cut fits none.
@@ -35,6 +37,7 @@ def shard(graph: Graph, report: PassReport) -> Graph:
         return graph
     repeat_heads(graph, ranks)
     patterns = [item for item in str(graph.options.get(REPLICATED, "")).split(", ") if item]
+    pad_vocabulary(graph, ranks, lambda weight: not any(fits(item, matrices_of(weight)) for item in patterns), report)
     plan = plan_for(graph, ranks, {item: f"{item!r} is not to be cut" for item in patterns}, report)
     unused = [item for item in patterns if f"{item!r} is not to be cut" not in plan.kept.values()]
     if unused:
