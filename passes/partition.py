@@ -8,7 +8,7 @@ another operator needs whole what a candidate has cut, the candidate stays whole
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from itertools import pairwise
@@ -42,19 +42,32 @@ class Plan:
     gathered: dict[Node, str] = field(default_factory=dict)
 
 
-def plan_for(graph: Graph, ranks: int, whole: Mapping[str, str], report: PassReport) -> Plan:
-    """The plan for a graph that states no placements. ``whole`` are patterns of weights that are not to be cut, with the
-    reason; sites that ``report`` does not allow are not cut either."""
-    return _Planner(graph, ranks, whole, report).run()
+def plan_for(
+    graph: Graph, ranks: int, whole: Mapping[str, str], report: PassReport, gathered: Sequence[str] = ()
+) -> Plan:
+    """The plan for a graph that states no placements.
+
+    Args:
+        whole: patterns of weights that are not to be cut, with the reason; nor are sites that ``report`` does not allow.
+        gathered: patterns of weights whose outputs, if they are cut, may be gathered where something needs them whole.
+    """
+    return _Planner(graph, ranks, whole, report, gathered).run()
 
 
 class _Planner:
-    def __init__(self, graph: Graph, ranks: int, whole: Mapping[str, str], report: PassReport) -> None:
+    def __init__(
+        self, graph: Graph, ranks: int, whole: Mapping[str, str], report: PassReport, gathered: Sequence[str]
+    ) -> None:
         self.nodes = list(graph.nodes)
         self.places = {node: place for place, node in enumerate(self.nodes)}
         self.ranks = ranks
         self.whole = whole
         self.report = report
+        self.may_be_gathered = {
+            node
+            for node in self.nodes
+            if is_projection(node) and any(fits(key, matrices_of(rows_and_weight(node)[1])) for key in gathered)
+        }
         self.plan = Plan()
         self.sources: dict[Node, frozenset[Node]] = {}  # the projections that a cut value comes from
         self.asked: set[Node] = set()
@@ -80,8 +93,8 @@ class _Planner:
                 self.sources.pop(later, None)
             at = back
         for node, moves in self.plan.moves.items():
-            if _is_projection(node):
-                weight = _operands(node)[1]
+            if is_projection(node):
+                weight = rows_and_weight(node)[1]
                 dims = [wanted.dim for item, wanted in moves if item is weight and isinstance(wanted, Shard)]
                 if dims:
                     (self.plan.row if self.plan.placed[node] == PARTIAL else self.plan.column).append(node)
@@ -94,8 +107,8 @@ class _Planner:
         def known(item: Node) -> Placement:
             return moved[item] if item in moved else self.plan.placed[item]
 
-        if _is_projection(node):
-            x, weight = _operands(node)
+        if is_projection(node):
+            x, weight = rows_and_weight(node)
             pattern = self.pattern(weight)
             why = self.whole[pattern] if pattern is not None else ""
             if why and isinstance(known(x), Shard) and not self.gather(x, node, moved, why):
@@ -126,7 +139,7 @@ class _Planner:
                 elif wanted is None and isinstance(current, Shard):
                     if not self.gather(operand, node, moved, str(need)):
                         return operand, str(need)
-                    if _is_projection(node) and seed is None:
+                    if is_projection(node) and seed is None:
                         seed = self.candidate(node, known)
                         moved.update([seed] if seed else [])
                 elif isinstance(wanted, Shard) and any(size % self.ranks for size in wanted.sections):
@@ -154,9 +167,9 @@ class _Planner:
         found = self.plan.placed[operand]
         if not isinstance(found, Shard) or len(found.sections) > 1 or operand not in self.sources:
             return False
-        reads = _is_projection(user) and operand is _operands(user)[0]
+        reads = is_projection(user) and operand is rows_and_weight(user)[0]
         rounds = op_name(user.target) == "nn.quantize" and not is_constant(user)
-        made_late = self.sources[operand] <= self.plan.gathered.keys()
+        made_late = self.sources[operand] <= self.plan.gathered.keys() | self.may_be_gathered
         if not (user.op == "output" or _is_returned(user) or reads or rounds or made_late):
             return False
         moved[operand] = None
@@ -166,9 +179,9 @@ class _Planner:
 
     def candidate(self, node: Node, known: Known) -> tuple[Node, Shard] | None:
         """The weight of a projection of whole rows, and how it is cut so that the outputs are."""
-        if not _is_projection(node):
+        if not is_projection(node):
             return None
-        x, weight = _operands(node)
+        x, weight = rows_and_weight(node)
         if not is_constant(weight) or node in self.plan.kept or isinstance(known(x), Shard):
             return None
         dim = _output_dim(node)
@@ -189,11 +202,12 @@ class _Planner:
         return next((key for key in self.whole if fits(key, matrices_of(weight))), None)
 
 
-def _is_projection(node: Node) -> bool:
+def is_projection(node: Node) -> bool:
+    """Whether a value is a product of rows and a weight, or a weight for each of several experts."""
     return node.op == "call_function" and op_name(node.target) in PROJECTIONS | {"nn.grouped_linear"}
 
 
-def _operands(node: Node) -> tuple[Node, Node]:
+def rows_and_weight(node: Node) -> tuple[Node, Node]:
     """The rows and the weight of a projection."""
     x, weight = node.args[0], node.args[2 if op_name(node.target) == "nn.grouped_linear" else 1]
     assert isinstance(x, Node) and isinstance(weight, Node)

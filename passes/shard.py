@@ -13,6 +13,7 @@ from ..ir.placement import OPTION, PARTIAL, Placement, Shard, annotate
 from ..ir.quantized import is_quantised
 from .heads import repeat_heads
 from .ledger import PassReport, Refusal
+from .model_plan import GATHERED, WHOLE, chosen
 from .padding import pad_vocabulary
 from .partition import Plan, Site, fits, plan_for
 from .quantize import matrices_of
@@ -37,9 +38,11 @@ def shard(graph: Graph, report: PassReport) -> Graph:
         return graph
     repeat_heads(graph, ranks)
     patterns = [item for item in str(graph.options.get(REPLICATED, "")).split(", ") if item]
-    pad_vocabulary(graph, ranks, lambda weight: not any(fits(item, matrices_of(weight)) for item in patterns), report)
-    plan = plan_for(graph, ranks, {item: f"{item!r} is not to be cut" for item in patterns}, report)
-    unused = [item for item in patterns if f"{item!r} is not to be cut" not in plan.kept.values()]
+    whole = dict.fromkeys(chosen(graph, WHOLE), "the model's own plan keeps it whole")
+    whole |= {item: f"{item!r} is not to be cut" for item in patterns}
+    pad_vocabulary(graph, ranks, lambda weight: not any(fits(item, matrices_of(weight)) for item in whole), report)
+    plan = plan_for(graph, ranks, whole, report, chosen(graph, GATHERED))
+    unused = [item for item in patterns if whole[item] not in plan.kept.values()]
     if unused:
         raise UnsupportedModelError(f"tensor_parallel: {unused[0]!r} fits the name of no projection's weight")
     for node, why in plan.kept.items():

@@ -79,6 +79,7 @@ class Report:
     verification: str = ""
     calibration: str = ""
     checkpoint: str = ""
+    model_plan: str = ""
     graphs: str = "off"
     tilings: dict[str, dict[str, object]] = field(default_factory=dict)
 
@@ -158,6 +159,7 @@ class Report:
             "verification": self.verification,
             "calibration": self.calibration,
             "checkpoint": self.checkpoint,
+            "model_plan": self.model_plan,
             "graphs": self.graphs,
             "tilings": self.tilings,
             "seconds": {name: round(value, 3) for name, value in self.seconds.items()},
@@ -175,6 +177,7 @@ class Report:
             ("model", f"{self.model}, {self.dtype} on {self.device}"),
             ("captured", f"{self.nodes} nodes, {self.layers} attention layers ({kinds})"),
             ("fused", ", ".join(fused) or "nothing"),
+            *([("ranks", self.model_plan)] if self.model_plan else []),
             ("kernels", f"{self.distinct_kernels} distinct, {self.kernel_calls} in a step"),
             ("other operators", other),
             ("weights", self._weights_text()),

@@ -152,7 +152,6 @@ def test_vocabularies_are_padded(
             "l0_gate_up",
             "64 outputs cannot be divided among 3 ranks",
         ),
-        ("olmo2", 2, {}, "l0_qkv", "l0_mul_1 (nn.rms_norm) reads whole rows"),
         ("deepseek_v3", 2, {"num_key_value_heads": 8}, "l0_q_a_proj", "l0_mul_3 (nn.rms_norm) reads whole rows"),
     ],
 )
@@ -241,6 +240,44 @@ def test_patterns_keep_weights_whole() -> None:
     assert kept["l0_down_proj"] == "every rank computes it whole: '*.down_proj' is not to be cut"
     with pytest.raises(fuseline.UnsupportedModelError, match="'nothing' fits the name of no projection's weight"):
         tokens(model, tensor_parallel=2, simulate=True, replicated=["nothing"])
+
+
+def plan_line(compiled: fuseline.CompiledModel) -> str:
+    return dict(compiled.report.rows())["ranks"]
+
+
+def test_the_plan_of_the_model_is_compared() -> None:
+    same = "agrees with base_model_tp_plan in {} of {} kinds of projections"
+    compiled, _ = tokens(divisible("mixtral"), tensor_parallel=2, simulate=True)
+    assert plan_line(compiled) == same.format(7, 7)
+    compiled, _ = tokens(divisible("llama"), tensor_parallel=2, simulate=True, replicated=["*.v_proj"])
+    first, *others = plan_line(compiled).split("; ")
+    assert first == same.format(4, 8) and len(others) == 4
+    why = "model.layers.*.self_attn.k_proj is colwise there, and whole here ('*.v_proj' is not to be cut)"
+    assert why in others
+    compiled, _ = tokens(divisible("gpt2"), tensor_parallel=2, simulate=True)
+    assert "ranks" not in dict(compiled.report.rows()), "a model may state no plan"
+
+
+def test_the_plan_of_the_model_is_followed_where_there_is_a_choice() -> None:
+    """olmo2 has norms over whole rows of queries and keys: its plan gathers what the ranks have of them."""
+    model = divisible("olmo2")
+    _, expected = tokens(model)
+    compiled, found = tokens(model, tensor_parallel=2, simulate=True)
+    assert found == expected
+    cut, kept = cut_and_kept(compiled)
+    assert {"l0_qkv", "l0_o_proj", "l1_down_proj"} <= set(cut) and not kept
+    assert "l0_q_proj_gathered: f32[T, 64] = dist.all_gather(l0_q_proj, 1, 2)" in str(compiled.graph)
+    assert "8 of 8" in plan_line(compiled)
+    model = divisible.__wrapped__("llama")  # one of its own, since its plan is changed
+    model._tp_plan = {**model.tp_plan, "model.layers.*.mlp.down_proj": "replicate"}
+    _, expected = tokens(model)
+    compiled, found = tokens(model, tensor_parallel=2, simulate=True)
+    assert found == expected
+    cut, kept = cut_and_kept(compiled)
+    assert "l0_gate_up" in cut
+    assert kept["l0_down_proj"] == "every rank computes it whole: the model's own plan keeps it whole"
+    assert "8 of 8" in plan_line(compiled), "it keeps that one whole, too"
 
 
 def test_a_rank_that_fails_is_named_and_the_others_go_on() -> None:
