@@ -75,9 +75,11 @@ def traced_once() -> Iterator[None]:
         yield
 
 
-def mpirun(count: int, *arguments: str, flags: tuple[str, ...] = ()) -> subprocess.CompletedProcess[str]:
-    """The end of ``count`` Pythons that were started with these arguments."""
+def mpirun(
+    count: int, *arguments: str, flags: tuple[str, ...] = (), within: tuple[str, ...] = ()
+) -> subprocess.CompletedProcess[str]:
+    """The end of ``count`` Pythons that were started with these arguments; ``within`` is a command that starts mpirun."""
     path = os.pathsep.join([str(_SOURCE), *filter(None, [os.environ.get("PYTHONPATH")])])
     environment = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
-    command = [str(_MPIRUN), *flags, "-n", str(count), sys.executable, *arguments]
+    command = [*within, str(_MPIRUN), *flags, "-n", str(count), sys.executable, *arguments]
     return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=280)
