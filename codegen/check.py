@@ -5,20 +5,24 @@ from __future__ import annotations
 import math
 import statistics
 from collections.abc import Callable, Mapping
+from functools import partial
 
 import torch
 from torch import Tensor
 from torch.fx import Node
 
+from ..ir.dist import Mirror
 from ..ir.draws import draw_floats
-from ..ir.graph import Graph, type_of
+from ..ir.graph import Graph, dims_of, type_of
 from ..ir.interpret import bind_dims, interpret
-from ..ir.ops import op_name
+from ..ir.ops import op_name, resolve
 from ..ir.parse import parse
 from ..ir.quantized import quantize
 from ..ir.schemes import scheme_of
 from ..ir.twin import widened, windows_of
-from .kernels import Kernel
+from .exchange import MirrorExchange, meeting_of, places_for, ranks_of
+from .kernels import Kernel, kernel_file
+from .launch import load_launch
 from .signature import fresh_outputs
 
 # Relative RMSE against the reference computed in fp32.
@@ -114,13 +118,48 @@ def _bound(node: Node, dims: Mapping[str, int]) -> int:
 def run_kernel(
     graph: Graph, launch: Callable[..., None], case: Mapping[str, Tensor], order: tuple[int, ...]
 ) -> list[Tensor]:
-    """Launch a kernel on a case; its results are poisoned with NaN before. Returns every result of the region."""
+    """Launch a kernel on a case; its results are poisoned with NaN before. Returns every result of the region.
+
+    Where ranks meet, the others have what this one has.
+    """
     values = _arguments(graph, case, order)
-    launch(*values)
+    among_mirrors(graph, launch, values[0].device)(*values)
     names = [*graph.inputs(), *fresh_outputs(graph)]
     held = {names[place]: value for place, value in zip(order, values)}
     results: list[Node] = list(graph.output_node().args[0])  # type: ignore[arg-type]
     return [held[node] if node in held else held[node.args[0]] for node in results]  # type: ignore[index]
+
+
+def among_mirrors(graph: Graph, launch: Callable[..., None], device: torch.device) -> Callable[..., None]:
+    """A launcher of a kernel that runs by itself, though it may meet those of other ranks."""
+    meeting = meeting_of(graph)
+    if meeting is None:
+        return launch
+    exchange = MirrorExchange(places_for(graph), device)
+    if op_name(meeting.target) != "dist.receive":
+        return partial(launch, ranks=exchange)
+    source = meeting.all_input_nodes[0]
+    sender = sender_of(graph, source)
+    send = load_launch(Kernel(sender.name, kernel_file(sender), sender), exchange=exchange)
+    place = list(graph.inputs()).index(source)
+
+    def sent_and_launched(*values: Tensor) -> None:
+        send(values[place], torch.empty_like(values[place]))
+        launch(*values, ranks=exchange)
+
+    return sent_and_launched
+
+
+def sender_of(graph: Graph, value: Node) -> Graph:
+    """A region that sends a value to the ranks that another one, ``graph``, is for."""
+    made = Graph("send")
+    x = made.placeholder("x")
+    sent = made.call_function(resolve("dist.send"), (x, ranks_of(graph)))
+    x.name, sent.name = "x", "x_sent"
+    x.meta["type"] = sent.meta["type"] = type_of(value)
+    made.output([sent])
+    made.dims = {name: graph.dims[name] for name in dims_of([type_of(value)])}
+    return made
 
 
 def _arguments(graph: Graph, case: Mapping[str, Tensor], order: tuple[int, ...]) -> list[Tensor]:
@@ -139,7 +178,7 @@ def reference(graph: Graph, case: Mapping[str, Tensor]) -> tuple[Tensor, ...]:
     """What the kernel should compute, with all floats in fp32."""
     wide = widened(graph)
     inputs = {node.name: case[node.name].to(type_of(node).torch_dtype, copy=True) for node in wide.inputs()}
-    return interpret(wide, inputs, {})
+    return interpret(wide, inputs, {}, group=Mirror(ranks_of(graph)))
 
 
 def errors(
@@ -161,6 +200,7 @@ def main(text: str, launch: Callable[..., None]) -> None:
     graph = parse(text)
     order = Kernel(graph.name, "", graph).order
     device = torch.device("cuda")
+    launch = among_mirrors(graph, launch, device)
     for tokens, sequences in ((1, 1), (8, 8), (131, 3), (1024, 4)):
         case = random_case(graph, tokens, sequences, tokens, device)
         worst = max(errors(graph, launch, order, case))

@@ -11,6 +11,14 @@ from ..ir.graph import type_of
 from ..ir.ops import op_name
 from ..ir.types import Size
 
+TILE = 4096
+"""Elements of a tile that keep a program of four warps well within its registers."""
+
+
+def padded_width(width: int) -> int:
+    """The power of two that a row of this width is padded to."""
+    return 1 << (width - 1).bit_length() if width > 1 else 1
+
 
 def strides_of(shape: Sequence[Size]) -> list[int]:
     """Element strides of a contiguous tensor; only the outermost size may be dynamic."""

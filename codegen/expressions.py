@@ -13,6 +13,7 @@ from torch.fx import Node
 from ..ir.cache_rounding import LARGEST
 from ..ir.graph import type_of
 from ..ir.ops import op_name
+from .exchange import HELPERS as EXCHANGE_HELPERS
 
 Print = Callable[[Sequence[str], Node], str]
 
@@ -27,6 +28,7 @@ _INTEGERS = {
 
 # Functions that an expression may call; a kernel file holds those that it uses.
 HELPERS = {
+    **EXCHANGE_HELPERS,
     "prefetch": """@triton.jit
 def prefetch(pointers, BYTES: tl.constexpr):
     # To the L2 cache, by the copy engine: no register waits for it. Needs sm_90, and takes whole 16 bytes.
@@ -223,6 +225,7 @@ PRINTERS: dict[str, Print] = {
     "nn.silu_mul": lambda a, node: f"silu({a[0]}) * {a[1]}",
     "nn.gelu_mul": _gelu_mul,
     "nn.head_codes": _head_codes,
+    "dist.send": lambda a, node: a[0],
     **{
         f"aten.{name}.{kind}": _infix(symbol)
         for name, symbol in (("eq", "=="), ("ne", "!="), ("lt", "<"), ("le", "<="), ("gt", ">"), ("ge", ">="))

@@ -9,10 +9,10 @@ from __future__ import annotations
 from ..ir.graph import Graph, type_of
 from .codes import dot_options, print_row_factors, sums_type
 from .columns import Plan
-from .matmul_loop import accumulators_of, body_writer, print_lookups, print_rows, wait
+from .coordinates import padded_width
+from .matmul_loop import accumulators_of, begin, body_writer, print_lookups, print_rows, wait
 from .matmul_tile import MatmulTile
 from .placement import place_columns
-from .rows import padded_width
 from .weights import element, is_rounded, plain_tile, print_column_factors, row_length
 from .words import few_turn
 from .writer import Writer
@@ -30,12 +30,11 @@ def few_rows(graph: Graph, layout: Plan) -> str:
     writer.line(f"span = ({layout.depth} + SPLITS * BLOCK_K - 1) // (SPLITS * BLOCK_K) * BLOCK_K")
     writer.line("first = tl.program_id(2) * span")
     writer.line(f"until = tl.minimum(first + span, {layout.depth})")
-    writer.line("if PDL:")
-    writer.line("    tl.extra.cuda.gdc_launch_dependents()")
+    begin(writer, graph)
     column, ok = _stack_lanes(writer, layout)
     _print_prefetch(writer, layout, column, ok)
     print_column_factors(writer, layout, accumulators_of(layout))
-    wait(writer)
+    wait(tile)
     print_lookups(tile)
     print_row_factors(tile, layout)
     writer.line(f"acc = tl.zeros(({_stacked(layout)}, BLOCK_M), {sums_type(layout)})")

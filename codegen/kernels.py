@@ -13,8 +13,10 @@ from ..ir.graph import Graph, Region, type_of
 from ..ir.ops import op_name
 from ..ir.schemes import scheme_of
 from ..ir.types import DTYPES
+from .exchange import meeting_of
 from .grouped_linear import GroupedLinearSpec, grouped_linear_source
 from .matmul import matmul_source
+from .meeting import meeting_source
 from .paged_attention import AttentionSpec, paged_attention_source
 from .region import RegionView, cut_out, regions_of
 from .rows import rows_source
@@ -90,7 +92,8 @@ def kernel_body(graph: Graph) -> str:
                 return paged_attention_source(attention_spec(node))
             case "nn.grouped_linear":
                 return grouped_linear_source(grouped_spec(node))
-    return rows_source(graph)
+    meeting = meeting_of(graph)
+    return meeting_source(graph, meeting) if meeting is not None else rows_source(graph)
 
 
 def attention_spec(node: Node) -> AttentionSpec:

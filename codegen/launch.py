@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from ..ir.graph import Region
+from .exchange import Exchange, meeting_of, sent_by
 from .greedy import greedy_source
 from .kernels import Kernel
 from .offline import load_kernel_file
@@ -51,12 +52,15 @@ def replace_file(path: Path, text: str) -> None:
     os.replace(temporary, path)
 
 
-def load_launch(kernel: Kernel, choices: Choices | None = None) -> Launch:
-    """The launcher of a kernel, called with the region's inputs and then its results; with tilings that were measured."""
+def load_launch(kernel: Kernel, choices: Choices | None = None, exchange: Exchange | None = None) -> Launch:
+    """The launcher of a kernel, called with the region's inputs and then its results; with tilings that were measured, and
+    the ``exchange`` with other ranks if it meets them."""
     launch: Any = load_kernel_file(kernel_path(kernel)).launch
     order = kernel.order
     if choices is not None:
         launch = partial(launch, choices=choices)
+    if exchange is not None and (meeting_of(kernel.graph) is not None or sent_by(kernel.graph) is not None):
+        launch = partial(launch, ranks=exchange)
 
     def in_order(*values: Any) -> None:
         launch(*[values[place] for place in order])
@@ -64,11 +68,13 @@ def load_launch(kernel: Kernel, choices: Choices | None = None) -> Launch:
     return launch if list(order) == sorted(order) else in_order
 
 
-def load_launches(kernels: Sequence[Kernel], choices: Mapping[str, Choices] | None = None) -> dict[Region, Launch]:
-    """The launcher of every kernel region; ``choices`` by the kernel's name."""
+def load_launches(
+    kernels: Sequence[Kernel], choices: Mapping[str, Choices] | None = None, exchange: Exchange | None = None
+) -> dict[Region, Launch]:
+    """The launcher of every kernel region; ``choices`` by the kernel's name. See ``load_launch``."""
     found = {}
     for kernel in kernels:
-        launch = load_launch(kernel, (choices or {}).get(kernel.name))
+        launch = load_launch(kernel, (choices or {}).get(kernel.name), exchange)
         found.update(dict.fromkeys(kernel.regions, launch))
     return found
 

@@ -5,9 +5,10 @@ from __future__ import annotations
 from ..ir.graph import Graph
 from .codes import dot_options, print_row_factors, sums_type
 from .columns import Plan, plan
+from .exchange import SENDING, sent_by
 from .few_rows import few_rows
 from .matmul_launch import launch_text
-from .matmul_loop import accumulators_of, body_writer, print_lookups, print_rows, wait, weight_loads
+from .matmul_loop import accumulators_of, begin, body_writer, print_lookups, print_rows, wait, weight_loads
 from .matmul_tile import MatmulTile
 from .numbers import numbers_kernel
 from .parts import finish_parts, product_part, rows_part, without_rows
@@ -30,7 +31,8 @@ def matmul_source(graph: Graph) -> str:
     first, inner = rows_part(core, whole.anchor), without_rows(core, whole.anchor)
     single = inner if in_codes(layout) else core
     finish = finish_parts(graph, layout.anchor)
-    blocks = "BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, PDL: tl.constexpr"
+    sending = "".join(f"{name}, " for name in SENDING) + "SEND: tl.constexpr, " if sent_by(graph) is not None else ""
+    blocks = f"{sending}BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, PDL: tl.constexpr"
     rows = f"BLOCK_M: tl.constexpr, {blocks}"
     parts = f"partial_ptr, arrived_ptr, SPLITS: tl.constexpr, AHEAD: tl.constexpr, {rows}"
     kernels = [
@@ -76,8 +78,7 @@ def _one_row(graph: Graph, layout: Plan) -> str:
     accumulators = accumulators_of(layout)
     loads = weight_loads(layout, more=STREAMED)
     rounded = is_rounded(layout)
-    writer.line("if PDL:")
-    writer.line("    tl.extra.cuda.gdc_launch_dependents()")
+    begin(writer, graph)
     if not rounded:
         writer.line("k = tl.arange(0, BLOCK_K)")
     writer.line(
@@ -89,7 +90,7 @@ def _one_row(graph: Graph, layout: Plan) -> str:
         for name, load in zip(accumulators, loads):
             writer.line(f"{name}_w = {load}")
     print_column_factors(writer, layout, accumulators)
-    wait(writer)
+    wait(tile)
     print_lookups(tile)
     print_row_factors(tile, layout)
     tile.prepare_norms()
@@ -136,8 +137,7 @@ def _many_rows(graph: Graph, layout: Plan) -> str:
     accumulators = accumulators_of(layout)
     loads = weight_loads(layout, "[None, :]", "[:, None]")
     x, rounded = element(layout), is_rounded(layout)
-    writer.line("if PDL:")
-    writer.line("    tl.extra.cuda.gdc_launch_dependents()")
+    begin(writer, graph)
     writer.line("first = 0")
     print_column_factors(writer, layout, accumulators)
     if not rounded:
@@ -145,7 +145,7 @@ def _many_rows(graph: Graph, layout: Plan) -> str:
             writer.line("k = tl.arange(0, BLOCK_K)")
             for name, load in zip(accumulators, loads):
                 writer.line(f"{name}_w = {load}")
-    wait(writer)
+    wait(tile)
     print_lookups(tile)
     print_row_factors(tile, layout)
     for name in accumulators:

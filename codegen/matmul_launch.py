@@ -8,9 +8,11 @@ from ..ir.graph import Graph, type_of
 from ..ir.ops import PROJECTIONS, op_name
 from .codes import scaled_product
 from .columns import Plan, plan
+from .coordinates import padded_width
+from .exchange import sent_by
 from .matmul_tilings import tilings_of, weight_bytes
 from .placement import tile_count
-from .rows import padded_width
+from .rank_rows import sending_text
 from .signature import COUNTERS, fresh_outputs, parameters, pointer_types, types_text
 from .weights import in_codes, is_rounded
 
@@ -19,7 +21,7 @@ def row(block_n, block_k, num_warps):
     """One row by block_n columns a program."""
     return {
         "kernel": $NAME$_row_kernel, "signature": $ROW_TYPES$,
-        "constexprs": {"BLOCK_N": block_n, "BLOCK_K": block_k, "PDL": False}, "num_warps": num_warps, "num_stages": 1,
+        "constexprs": {$SENT$"BLOCK_N": block_n, "BLOCK_K": block_k, "PDL": False}, "num_warps": num_warps, "num_stages": 1,
     }
 
 
@@ -32,7 +34,7 @@ def few(block_m, block_n, block_k, num_warps, num_stages, splits):
     absent = {} if splits > 1 else {"partial_ptr": None, "arrived_ptr": None}
     return {
         "kernel": $NAME$_few_kernel, "signature": {**$TILE_TYPES$, **pointers},
-        "constexprs": {**blocks, **absent}, "num_warps": num_warps, "num_stages": num_stages,
+        "constexprs": {$SENT$**blocks, **absent}, "num_warps": num_warps, "num_stages": num_stages,
     }
 
 
@@ -42,7 +44,7 @@ def tile(block_m, block_n, block_k, num_warps, num_stages):
     early = block_m <= 16 and $LANES$ * block_n * block_k <= $EARLY$ * num_warps
     return {
         "kernel": $NAME$_kernel, "signature": $TILE_TYPES$,
-        "constexprs": {"BLOCK_M": block_m, "BLOCK_N": block_n, "BLOCK_K": block_k, "EARLY": early, "PDL": False},
+        "constexprs": {$SENT$"BLOCK_M": block_m, "BLOCK_N": block_n, "BLOCK_K": block_k, "EARLY": early, "PDL": False},
         "num_warps": num_warps, "num_stages": num_stages,
     }
 
@@ -67,8 +69,10 @@ CHOICES = $CHOICES$
 VARIANTS = [*(CONFIGS[index] for _, index in CHOICES if CONFIGS[index])$EXTRA$]
 '''
 
+_SENDERS = ", *(with_sending(CONFIGS[index]) for _, index in CHOICES if CONFIGS[index])"
+
 _LAUNCH = """\
-def launch($ARGUMENTS$, choices=CHOICES):
+def launch($ARGUMENTS$, choices=CHOICES$RANKS$):
     num_rows = $ROWS$.shape[0]
     if num_rows == 0:
         return
@@ -110,12 +114,14 @@ def launch_text(graph: Graph, core: Graph, first: Graph | None, inner: Graph, fi
         "TILE_TYPES": types_text({**pointer_types(inner), **count}),
         "CONFIGS": "\n".join(configs),
         "CHOICES": str(choices),
-        "EXTRA": "".join(f", {name}" for name in extra),
+        "EXTRA": "".join(f", {name}" for name in extra) + (_SENDERS if sent_by(graph) else ""),
         "ARGUMENTS": ", ".join(parameters(graph)),
         "ROWS": _row_input(core, layout.anchor),
         "BODY": "".join(f"    {line}\n" for line in _body(graph, core, first, inner, finish)),
     }
-    text = f"{_TILINGS}\n\n{_LAUNCH}"
+    sends = sent_by(graph)
+    words |= {"SENT": "**NOT_SENT, " if sends else "", "RANKS": ", ranks=None" if sends else ""}
+    text = f"{sending_text(sends) if sends else ''}{_TILINGS}\n\n{_LAUNCH}"
     for name, value in words.items():
         text = text.replace(f"${name}$", value)
     return text
@@ -129,10 +135,12 @@ def _body(graph: Graph, core: Graph, first: Graph | None, inner: Graph, finish: 
     device = f"{_row_input(core, anchor)}.device"
     # The caller may want the product itself as well.
     given = any(node.name == anchor.name for node in fresh_outputs(graph))
-    done = [f"launch_{item.name}({', '.join(parameters(item))})" for item in finish] if apart else []
-    lines = [_empty(anchor, device)] if apart and not given else []
+    done = [_finished(item) for item in finish] if apart else []
+    lines = ["to_ranks = sending(ranks, num_rows)"] if sent_by(graph) is not None else []
+    lines += [_empty(anchor, device)] if apart and not given else []
     single = inner if in_codes(layout) else core
-    row = f"run(config, ({tiles} * num_rows,), {', '.join(parameters(single))}, num_rows)"
+    sent = ", **to_ranks" if sent_by(graph) is not None else ""
+    row = f"run(config, ({tiles} * num_rows,), {', '.join(parameters(single))}, num_rows{sent})"
     before = (
         [_empty(fresh_outputs(first)[0], device), f"launch_{first.name}({', '.join(parameters(first))})"]
         if first
@@ -142,10 +150,10 @@ def _body(graph: Graph, core: Graph, first: Graph | None, inner: Graph, finish: 
     lines += [*before, *alone] if single is inner else [*alone, *before]
     columns, rows = tiles, 'triton.cdiv(num_rows, blocks["BLOCK_M"])'
     arguments = f"{', '.join(parameters(inner))}, num_rows"
-    few = f"run(config, grid, {arguments}, **workspace(blocks, grid[0] * grid[1], {device}))"
+    few = f"run(config, grid, {arguments}, **workspace(blocks, grid[0] * grid[1], {device}){sent})"
     grid = f'grid = ({columns}, {rows}, blocks["SPLITS"])'
     lines += ['if config and "SPLITS" in blocks:', *_indented([grid, *_returned(few, done)])]
-    lines += ["if config:", *_indented(_returned(f"run(config, ({columns}, {rows}), {arguments})", done))]
+    lines += ["if config:", *_indented(_returned(f"run(config, ({columns}, {rows}), {arguments}{sent})", done))]
     if not _has_library(layout):
         return lines
     return lines + _library(inner, finish, given, "" if apart or given else device)
@@ -175,15 +183,23 @@ def _library(inner: Graph, finish: list[Graph], given: bool, device: str) -> lis
     if added is None and len(finish) == 1 and not given and not codes:
         added = _summand(finish[0], anchor)  # the library adds it where it would add a bias
         finish = [] if added is not None else finish
-    into = anchor.name if finish or given else fresh_outputs(inner)[0].name
-    lines = [_empty(anchor, device)] if finish and device else []
-    if codes:
-        lines.append(f"scaled_product({x}, {weight}, {added}, {into})")
-    else:
-        lines.append(
-            f"torch.mm({product}, out={into})" if added is None else f"torch.addmm({added}, {product}, out={into})"
-        )
-    return lines + [f"launch_{item.name}({', '.join(parameters(item))})" for item in finish]
+
+    def into(place: str) -> str:
+        if codes:
+            return f"scaled_product({x}, {weight}, {added}, {place})"
+        return f"torch.mm({product}, out={place})" if added is None else f"torch.addmm({added}, {product}, out={place})"
+
+    own = fresh_outputs(inner)[0].name
+    lines = []
+    if finish and all(op_name(call.target) == "dist.send" for item in finish for call in item.calls()):
+        lines = ['if not to_ranks["SEND"]:', f"    {into(own)}", "    return"]  # the product itself
+    lines += [_empty(anchor, device)] if finish and device else []
+    return [*lines, into(anchor.name if finish or given else own), *map(_finished, finish)]
+
+
+def _finished(graph: Graph) -> str:
+    """The launch of work on the product."""
+    return f"launch_{graph.name}({', '.join(parameters(graph))}{', to_ranks' if sent_by(graph) else ''})"
 
 
 def _summand(finish: Graph, anchor: Node) -> Node | None:

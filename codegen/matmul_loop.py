@@ -8,8 +8,10 @@ from ..ir.graph import Graph
 from ..ir.ops import op_name
 from .codes import row_codes
 from .columns import Plan
+from .exchange import SENDING, ranks_of, sent_by
 from .matmul_tile import MatmulTile
-from .signature import parameters
+from .rank_rows import LINE_NAMES, print_line
+from .signature import parameters, print_wait
 from .tile import Position
 from .weights import in_codes, plain_tile
 from .writer import Writer
@@ -26,13 +28,22 @@ _TAKEN = frozenset(
 
 def body_writer(graph: Graph) -> Writer:
     """A writer that knows the names which are taken."""
-    return Writer({node.name for node in graph.nodes} | set(parameters(graph)) | _TAKEN)
+    return Writer({node.name for node in graph.nodes} | set(parameters(graph)) | _TAKEN | LINE_NAMES | set(SENDING))
 
 
-def wait(writer: Writer) -> None:
+def begin(writer: Writer, graph: Graph) -> None:
+    """Print that the next kernel may begin; one that waits for what this one sends, only after the wait."""
+    if sent_by(graph) is None:
+        print_wait(writer, early=True, wait=False)
+
+
+def wait(tile: MatmulTile) -> None:
     """Print the wait for the kernels in front."""
-    writer.line("if PDL:")
-    writer.line("    tl.extra.cuda.gdc_wait()")
+    sends = sent_by(tile.graph)
+    print_wait(tile.writer, early=False, launch=sends is not None)
+    if sends is not None:
+        with tile.writer.block("if SEND:"):
+            print_line(tile.writer, "row", tile.row_mask, ranks_of(tile.graph))
 
 
 def accumulators_of(layout: Plan) -> list[str]:

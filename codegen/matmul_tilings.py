@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from ..ir.graph import type_of
 from .columns import Plan
-from .rows import padded_width
+from .coordinates import padded_width
 from .weights import in_codes, is_rounded, rows_type, scheme
 
 Tiling = tuple[int, ...]

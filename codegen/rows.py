@@ -11,14 +11,14 @@ from ..ir.cache_rounding import LARGEST, TRIES
 from ..ir.graph import Graph, flat_types, type_of
 from ..ir.ops import op_name
 from ..ir.types import Dim, Size
-from .coordinates import flat_index, strides_of
+from .coordinates import TILE, flat_index, padded_width, strides_of
+from .exchange import MEETING, SENDING, meeting_of, ranks_of, sent_by
+from .rank_rows import LINE_NAMES, print_line, print_send, received, sending_text, waits_itself
 from .round_rows import store_codes
-from .signature import file_text, kernel_text, parameters, pointer_types, types_text
+from .signature import file_text, kernel_text, parameters, pointer_types, print_wait, types_text
 from .tile import Position, Tile
 from .writer import Writer
 
-# Elements of a tile that keep a program of four warps well within its registers.
-_TILE = 4096
 # Elements of a tile that each thread has, where there are so many.
 _OWN = 16
 
@@ -68,7 +68,12 @@ class RowTile(Tile):
             parts = [self.value(source, at.at((*at.coords[:-1], str(index), at.coords[-1]))) for index in range(count)]
             return " + ".join(parts)
         place = self._row(shape, at)
+        if name == "dist.receive":
+            return received(self.graph, node)
         x = self.value(source, place)
+        if name == "dist.all_reduce":
+            print_send(self.writer, node, x, place.coords[-1], ranks_of(self.graph))
+            return received(self.graph, node)
         if name == "aten.amax":
             return f'tl.max(tl.where({place.mask}, {x}, float("-inf")), 1)[:, None]'
         if name == "nn.head_factors":
@@ -90,10 +95,6 @@ def _below(column: str, width: int) -> str:
     return "" if padded_width(width) == width else f"({column} < {width})"
 
 
-def padded_width(width: int) -> int:
-    return 1 << (width - 1).bit_length() if width > 1 else 1
-
-
 def norm_epsilon(node: Node) -> str:
     """The epsilon argument of a norm."""
     return repr(node.args[-1])
@@ -101,59 +102,92 @@ def norm_epsilon(node: Node) -> str:
 
 def rows_source(graph: Graph) -> str:
     """The file of a kernel of rows, without its header."""
-    kernel, launch = rows_kernel(graph, "launch")
+    sends = sent_by(graph)
+    kernel, launch = rows_kernel(graph, "launch_rows" if sends else "launch")
+    if sends:
+        names = ", ".join(parameters(graph))
+        rows = f"{sends.all_input_nodes[0].name}.shape[0]"
+        launch = f"{sending_text(sends)}{launch}\n\ndef launch({names}, ranks=None):\n"
+        launch += f"    launch_rows({names}, sending(ranks, {rows}))\n"
     return file_text(
         [kernel], f"{launch}\n\n# Every specialisation that launch may use.\nVARIANTS = [{graph.name.upper()}]\n"
     )
 
 
 def rows_kernel(graph: Graph, function: str) -> tuple[str, str]:
-    """A kernel of rows, and the host's part: its one variant, and the function that launches it."""
+    """A kernel of rows, and the host's part: its one variant, and the function that launches it.
+
+    Where ranks meet, that function takes the exchange, too, and returns whether the rows may meet in a kernel. What is sent
+    goes out if its last argument ``to_ranks`` says so.
+    """
     outputs: list[Node] = list(graph.output_node().args[0])  # type: ignore[arg-type]
     results = [value_written(node) for node in outputs]
     lead = leading(type_of(results[0]).shape)
     names = parameters(graph)
-    writer = Writer({node.name for node in graph.nodes} | set(names) | {"num_rows", "row_ok"})
+    meeting, sends = meeting_of(graph), sent_by(graph)
+    more = MEETING if meeting else SENDING if sends else {}
+    writer = Writer({node.name for node in graph.nodes} | set(names) | {"num_rows", "row_ok", *more, *LINE_NAMES})
     writer.line("row = (tl.program_id(0) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS))[:, None].to(tl.int64)")
     writer.line("row_ok = row < num_rows")
-    writer.line("if PDL:")
-    writer.line("    tl.extra.cuda.gdc_launch_dependents()")
-    writer.line("    tl.extra.cuda.gdc_wait()")
     tile = RowTile(graph, writer)
     inner = list(lead[1:])
     coords = _split_row(writer, inner)
     tile.row_names |= set(coords)
-    for output, result in zip(outputs, results):
+
+    def place_of(result: Node) -> Position:
         shape = type_of(result).shape
         if isinstance(shape[-1], Dim):
-            place = Position(coords[: len(shape)], "row_ok")
-        else:
-            column = tile.columns(shape[-1])
-            place = Position((*coords, column), "row_ok", _below(column, shape[-1]))
-        store(tile, output, result, place)
-    block = padded_width(max(1, min(32, _TILE // (tile.widest * len(outputs)))))
+            return Position(coords[: len(shape)], "row_ok")
+        column = tile.columns(shape[-1])
+        return Position((*coords, column), "row_ok", _below(column, shape[-1]))
+
+    print_wait(writer, early=not sends, wait=not waits_itself(meeting))
+    if meeting:
+        print_line(writer, "row", "row_ok", 0 if waits_itself(meeting) else ranks_of(graph))
+        tile.value(meeting, place_of(meeting))
+        if waits_itself(meeting):
+            print_wait(writer, early=True, launch=False)
+    elif sends:
+        with writer.block("if SEND:"):
+            print_line(writer, "row", "row_ok", ranks_of(graph))
+    for output, result in zip(outputs, results):
+        store(tile, output, result, place_of(result))
+    block = padded_width(max(1, min(32, TILE // (tile.widest * len(outputs)))))
     # Few rows are not many programs: more threads for each make them short.
-    warps = max(4, min(16, block * tile.widest // (32 * _OWN)))
+    own, most = (_OWN // 2, 32) if meeting else (_OWN, 16)  # what waits for others has little else to do
+    warps = max(4, min(most, block * tile.widest // (32 * own)))
     rows = (
         f"{results[0].name}.numel() // {_width(type_of(results[0]).stored.shape)}"
         if outputs[0] is results[0]
         else _rows_of(results[0], graph)
     )
-    constants = "BLOCK_ROWS: tl.constexpr, PDL: tl.constexpr"
-    arguments = f"{', '.join(f'{n}_ptr' for n in names)}, num_rows, {constants}"
-    launch = f"""\
+    constants = ["BLOCK_ROWS: tl.constexpr", *(["SEND: tl.constexpr"] if sends else []), "PDL: tl.constexpr"]
+    arguments = ", ".join([*(f"{name}_ptr" for name in names), "num_rows", *more, *constants])
+    types = {**pointer_types(graph), "num_rows": "i32", **more}
+    given = ', "SEND": True' if sends else ""
+    variant = f"""\
 {graph.name.upper()} = {{
-    "kernel": {graph.name}_kernel, "signature": {types_text({**pointer_types(graph), "num_rows": "i32"})},
-    "constexprs": {{"BLOCK_ROWS": {block}, "PDL": False}}, "num_warps": {warps}, "num_stages": 1,
+    "kernel": {graph.name}_kernel, "signature": {types_text(types)},
+    "constexprs": {{"BLOCK_ROWS": {block}{given}, "PDL": False}}, "num_warps": {warps}, "num_stages": 1,
 }}
 
 
-def {function}({", ".join(names)}):
-    num_rows = {rows}
-    if num_rows:
-        run({graph.name.upper()}, (triton.cdiv(num_rows, {block}),), {", ".join(names)}, num_rows)
 """
-    return kernel_text(f"{graph.name}_kernel", arguments, writer.text(), ["num_rows"]), launch
+    last = ", ranks" if meeting else ", to_ranks" if sends else ""
+    launch = [f"def {function}({', '.join(names)}{last}):", f"    num_rows = {rows}"]
+    if meeting:
+        width = tile.widest
+        launch += [f"    if not ranks.takes(num_rows, {width}, {meeting.all_input_nodes[0].name}.nbytes):"]
+        launch += ["        return False"]
+    how = ", **ranks.meeting" if meeting else ", **to_ranks" if sends else ""
+    launch += ["    if num_rows:"]
+    launch += [
+        f"        run({graph.name.upper()}, (triton.cdiv(num_rows, {block}),), {', '.join(names)}, num_rows{how})"
+    ]
+    launch += ["    return True"] if meeting else []
+    unspecialised = ["num_rows", "rank"] if more else ["num_rows"]
+    host = variant + "\n".join(launch) + "\n"
+    return kernel_text(f"{graph.name}_kernel", arguments, writer.text(), unspecialised), host
 
 
 def leading(shape: tuple[Size, ...]) -> tuple[Size, ...]:
@@ -203,6 +237,13 @@ def store(tile: Tile, output: Node, result: Node, at: Position) -> None:
         store_codes(tile, output, at)
         return
     value = tile.value(result, at)
+    if op_name(output.target) == "dist.send":
+        with tile.writer.block("if SEND:"):
+            print_send(tile.writer, output, value, at.coords[-1], ranks_of(tile.graph))
+        with tile.writer.block("else:"):
+            place = flat_index(at.coords, type_of(output).shape)
+            tile.writer.line(f"tl.store({output.name}_ptr + {place}, {value}, mask={at.mask})")
+        return
     coords, target = at.coords, output
     if output is not result:
         cache, _, slots = output.args

@@ -10,6 +10,7 @@ from ..ir.graph import Graph, type_of
 from ..ir.ops import op_name
 from ..ir.schemes import scheme_of
 from .expressions import helpers_used
+from .writer import Writer
 
 POINTERS = {
     "f32": "*fp32",
@@ -21,6 +22,9 @@ POINTERS = {
     "i8": "*i8",
     "bool": "*i1",
 }
+
+
+TRITON_TYPES = {"f32": "tl.float32", "f16": "tl.float16", "bf16": "tl.bfloat16"}
 
 
 def fresh_outputs(graph: Graph) -> list[Node]:
@@ -87,3 +91,16 @@ def kernel_text(name: str, parameters: str, body: str, unspecialised: Sequence[s
 def types_text(signature: Mapping[str, str]) -> str:
     """The types of a kernel's parameters as the text of a dict."""
     return "{" + ", ".join(f'"{name}": "{kind}"' for name, kind in signature.items()) + "}"
+
+
+def print_wait(writer: Writer, early: bool, launch: bool = True, wait: bool = True) -> None:
+    """Print when the next kernel may begin (``launch``), and the wait for the ones in front, after which all they wrote is
+    there (``wait``).
+
+    ``early``: the next one may begin while those in front still run. Not if it then waits for less than all of them.
+    """
+    begin = ["gdc_launch_dependents"] if launch else []
+    end = ["gdc_wait"] if wait else []
+    with writer.block("if PDL:"):
+        for name in [*begin, *end] if early else [*end, *begin]:
+            writer.line(f"tl.extra.cuda.{name}()")

@@ -86,6 +86,8 @@ def choose(module: ModuleType, timings: Sequence[Timing], margin: float = 0.01) 
 
 
 def _fits(module: ModuleType, arguments: Sequence[Tensor], config: int) -> bool:
+    if arguments[0].is_cuda:
+        torch.cuda.set_device(arguments[0].device)  # each thread has a current GPU of its own
     from triton.compiler.errors import CompilationError
     from triton.runtime.errors import OutOfResources, PTXASError
 

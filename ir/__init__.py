@@ -13,6 +13,7 @@ from .errors import (
     InvalidRequestError,
     UnsupportedModelError,
     VerificationError,
+    WeightsError,
 )
 from .graph import Graph, Region
 from .parse import ParseError, parse
@@ -30,6 +31,7 @@ __all__ = [
     "TensorType",
     "UnsupportedModelError",
     "VerificationError",
+    "WeightsError",
     "dump",
     "parse",
     "verify",

@@ -57,8 +57,22 @@ class Alone:
         return [x]
 
 
+@dataclass(frozen=True)
+class Mirror:
+    """The first of ``size`` ranks that all have what it has: runs by itself what is made for several."""
+
+    size: int
+    rank: int = 0
+
+    def all_reduce(self, x: Tensor) -> Tensor:
+        return x * self.size
+
+    def all_gather(self, x: Tensor) -> list[Tensor]:
+        return [x] * self.size
+
+
 ALONE = Alone()
-MEETINGS = frozenset({"dist.all_reduce", "dist.all_gather"})
+MEETINGS = frozenset({"dist.all_reduce", "dist.receive", "dist.all_gather"})
 """The operators in which ranks wait for each other; the others compute with what a rank has."""
 
 
@@ -136,6 +150,20 @@ def all_reduce(x: Tensor, ranks: int = 1, *, group: Group = ALONE) -> Tensor:
     return group.all_reduce(x) if ranks > 1 else x
 
 
+@register("dist.send", infer_type=_same_type)
+def send(x: Tensor, ranks: int = 1, *, group: Group = ALONE) -> Tensor:
+    """``x`` on its way to all ranks, for a ``dist.receive``: what makes it need not leave it behind here first."""
+    _check(group, ranks)
+    return x
+
+
+@register("dist.receive", infer_type=_same_type)
+def receive(sent: Tensor, ranks: int = 1, *, group: Group = ALONE) -> Tensor:
+    """The sum of what the ranks have sent: ``dist.all_reduce`` of it."""
+    _check(group, ranks)
+    return group.all_reduce(sent) if ranks > 1 else sent
+
+
 def _type_of_whole(x: Node, dim: int, ranks: int = 1) -> TensorType:
     kind = type_of(x)
     size = kind.shape[dim]
@@ -151,12 +179,14 @@ def all_gather(x: Tensor, dim: int, ranks: int = 1, *, group: Group = ALONE) -> 
     return torch.cat(group.all_gather(x), dim) if ranks > 1 else x
 
 
-def _pieces(x: Tensor, dim: int, sections: Sequence[int], ranks: int, rank: int) -> list[Tensor]:
+def spans(sections: Sequence[int], ranks: int, rank: int) -> list[tuple[int, int]]:
+    """Where a rank's part of each section begins, and its size."""
     starts = [sum(sections[:place]) for place in range(len(sections))]
-    return [
-        x.narrow(dim, start + rank * (size // ranks), size // ranks)
-        for start, size in zip(starts, sections, strict=True)
-    ]
+    return [(start + rank * (size // ranks), size // ranks) for start, size in zip(starts, sections, strict=True)]
+
+
+def _pieces(x: Tensor, dim: int, sections: Sequence[int], ranks: int, rank: int) -> list[Tensor]:
+    return [x.narrow(dim, start, size) for start, size in spans(sections, ranks, rank)]
 
 
 def _part_of(kind: TensorType, dim: int, sections: Sequence[int], ranks: int) -> int:

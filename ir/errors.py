@@ -14,6 +14,10 @@ class UnsupportedModelError(FuselineError, ValueError):
     """The model holds something that cannot be compiled without the risk of a wrong answer."""
 
 
+class WeightsError(FuselineError, ValueError):
+    """Weights that were given by name are not those of the model: one is missing, or has another shape."""
+
+
 class VerificationError(FuselineError, ValueError):
     """A graph is malformed, or a compiled graph does not compute what its source computes.
 

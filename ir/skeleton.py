@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import re
+import copy
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -12,20 +11,20 @@ from typing import Any
 import torch
 from accelerate import init_empty_weights
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.fx.experimental.symbolic_shapes import ShapeEnv
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
 from . import hooks
 from .checkpoints.held import Checkpoint
+from .checkpoints.plain import plain_weights
 from .checkpoints.read import plain_model, read_checkpoint, summary
 from .errors import UnsupportedModelError
-from .fold import Fold, shortened
-from .sharing import sharing_copy
-
-# Attention that computes what eager attention computes; another name is a function of the user's own.
-_STANDARD_ATTENTION = re.compile(r"eager|sdpa|flex_attention|.*flash.*|fuseline")
+from .fold import Fold
+from .prepare import fake_mode, fake_parameters, names_of_each, prepare, refuse_live, sharing
+from .score import score_few, score_model
+from .weights import GivenWeights, LazyWeights
 
 Weights = Mapping[str, torch.Tensor]
+Prompts = Sequence[Sequence[int]]
 
 
 @dataclass
@@ -34,7 +33,11 @@ class Skeleton:
 
     ``score(prompts, fold)`` gives for each prompt the logits ``[len(prompt), vocab]`` of the model itself with eager
     attention, the yardstick of what was compiled, with ``fold`` of the layers alone that are traced then; it may be
-    called after ``load`` and until ``forget``.
+    called after ``load`` and until ``forget``. It is nothing where there is no model but a structure.
+
+    ``lazy()`` gives the values that ``load`` brings without reading them, if each is one of a file's tensors.
+    ``score_few(prompts, fold, most)`` reads for ``score`` those of the layers that are traced alone, and gives nothing if
+    they take more than ``most`` bytes; it is there if ``lazy`` gave something.
 
     ``schemes`` are those of the matrices that the checkpoint holds rounded, by name; their values are rows of bytes.
     The inputs of the ``ordered`` ones stand in an order of their own, which is a value, too (see ``state_rounded``).
@@ -45,24 +48,40 @@ class Skeleton:
     mode: FakeTensorMode
     dtype: torch.dtype
     source_dtype: torch.dtype  # of the model that ``score`` runs
-    load: Callable[[], dict[str, torch.Tensor]]
-    score: Callable[[Sequence[Sequence[int]], Fold | None], list[torch.Tensor]]
+    load: Callable[[], Weights]
+    score: Callable[[Prompts, Fold | None], list[torch.Tensor]] | None
     forget: Callable[[], None]
+    lazy: Callable[[], LazyWeights | None] = lambda: None
+    score_few: Callable[[Prompts, Fold | None, int], list[torch.Tensor] | None] | None = None
     schemes: Mapping[str, str] = field(default_factory=dict)
     ordered: frozenset[str] = frozenset()
     held: str = ""
 
 
-def skeleton(source: PreTrainedModel | str | Path, dtype: torch.dtype, trust_remote_code: bool = False) -> Skeleton:
+def skeleton(
+    source: PreTrainedModel | str | Path,
+    dtype: torch.dtype,
+    trust_remote_code: bool = False,
+    weights: Weights | None = None,
+) -> Skeleton:
     """The structure of a model in ``dtype``. The given model, if it is one, is left unchanged.
 
     Args:
         source: a live model, a local directory, a ``.gguf`` file, or a hub id.
+        weights: the values of a live model whose parameters are on the meta device, by name.
 
     Raises:
         UnsupportedModelError: the source is no causal language model, or cannot be read.
+        WeightsError: ``weights`` lacks a parameter.
     """
     hooks.install()
+    if weights is not None:
+        if not isinstance(source, PreTrainedModel):
+            raise UnsupportedModelError(
+                "weights by name are for a transformers model that was built under torch.device('meta'), not for a "
+                f"{type(source).__name__}"
+            )
+        return _from_meta(source, dtype, weights)
     if isinstance(source, PreTrainedModel):
         return _from_live(source, dtype)
     if isinstance(source, (str, Path)):
@@ -72,118 +91,15 @@ def skeleton(source: PreTrainedModel | str | Path, dtype: torch.dtype, trust_rem
     )
 
 
-def _fake_mode() -> FakeTensorMode:
-    return FakeTensorMode(shape_env=ShapeEnv(), allow_non_fake_inputs=True)
-
-
-def _fake_parameters(model: PreTrainedModel, mode: FakeTensorMode, main: torch.dtype, dtype: torch.dtype) -> None:
-    """Replace every parameter by a fake one on the CPU, those of type ``main`` in ``dtype``; tied ones stay tied."""
-    made: dict[int, torch.nn.Parameter] = {}
-    wide = _kept_wide(model, dtype)
-    for where, module in model.named_modules():
-        for name, item in module._parameters.items():
-            if item is None:
-                continue
-            full = f"{where}.{name}" if where else name
-            if type(item.data) is not torch.Tensor:
-                raise UnsupportedModelError(
-                    f"{full} is a {type(item.data).__name__}, no plain tensor; dequantize the model first"
-                )
-            if id(item) not in made:
-                kind = item.dtype if item.dtype != main else torch.float32 if wide and wide.search(full) else dtype
-                with mode:
-                    empty = torch.empty(item.shape, dtype=kind, device="cpu")
-                    made[id(item)] = torch.nn.Parameter(empty, requires_grad=False)
-            module._parameters[name] = made[id(item)]
-
-
-def _kept_wide(model: PreTrainedModel, dtype: torch.dtype) -> re.Pattern[str] | None:
-    """The parameters that transformers keeps in fp32 when it loads the model in ``dtype``."""
-    kept = set(getattr(model, "_keep_in_fp32_modules_strict", None) or ()) if dtype != torch.float32 else set()
-    if dtype == torch.float16:
-        kept |= set(getattr(model, "_keep_in_fp32_modules", None) or ())
-    return re.compile("|".join(rf"(?:^|\.){re.escape(name)}(?:\.|$)" for name in sorted(kept))) if kept else None
-
-
-def _prepare(model: PreTrainedModel, attention: str, experts: str) -> None:
-    model.eval()
-    for option, value in (("output_attentions", False), ("output_hidden_states", False), ("return_dict", True)):
-        setattr(model.config, option, value)
-    try:
-        model.set_attn_implementation(attention)
-    except (ValueError, ImportError, AttributeError) as error:
-        raise UnsupportedModelError(
-            f"{type(model).__name__} does not take its attention from transformers' AttentionInterface: {error}"
-        ) from error
-    if attention == hooks.NAME and model.config._attn_implementation != attention:
-        # Transformers reads the source of a class to see whether it may; that of a class from a notebook it cannot read.
-        bases: list[Any] = [
-            base for base in type(model).__mro__[1:] if base.__module__.startswith("transformers.models.")
-        ]
-        if not any(base._can_set_attn_implementation() for base in bases if issubclass(base, PreTrainedModel)):
-            raise UnsupportedModelError(
-                f"{type(model).__name__} does not take its attention from transformers' AttentionInterface{_first_attention(model)}"
-            )
-        model.config._attn_implementation = attention
-    if hasattr(model, "set_experts_implementation"):
-        model.set_experts_implementation(experts)
-
-
-def _first_attention(model: PreTrainedModel) -> str:
-    for where, module in model.named_modules():
-        if "attention" in type(module).__name__.lower():
-            return f": {where} ({type(module).__name__}) computes its own"
-    return ""
-
-
-def _score(model: PreTrainedModel, prompts: Sequence[Sequence[int]], fold: Fold | None) -> list[torch.Tensor]:
-    found = []
-    with torch.inference_mode(), shortened(model, fold) if fold else nullcontext():
-        for prompt in prompts:
-            tokens = torch.tensor([list(prompt)], device=model.device)
-            try:
-                found.append(model(input_ids=tokens).logits[0].float().cpu())
-            except Exception as error:  # the model's own code
-                raise UnsupportedModelError(
-                    f"{type(model).__name__} itself fails on a prompt of {len(prompt)} tokens: {error}"
-                ) from error
-    return found
-
-
-def _sharing(model: PreTrainedModel) -> PreTrainedModel:
-    try:
-        return sharing_copy(model)
-    except Exception as error:  # anything may hang on a module
-        raise UnsupportedModelError(f"{type(model).__name__} holds something that cannot be copied: {error}") from error
-
-
-def _refuse_live(model: PreTrainedModel) -> None:
-    name = type(model).__name__
-    if getattr(model, "hf_quantizer", None) is not None or getattr(model, "peft_config", None):
-        raise UnsupportedModelError(f"{name} is quantized or carries adapters; merge or dequantize it first")
-    attention = getattr(model.config.get_text_config(), "_attn_implementation", None)
-    if isinstance(attention, str) and not _STANDARD_ATTENTION.fullmatch(attention.rpartition("|")[2]):
-        raise UnsupportedModelError(
-            f"{name} runs with the attention {attention!r}, whose meaning is not known; set attn_implementation='eager' "
-            "if that is what the model means"
-        )
-    for where, module in model.named_modules():
-        if module._forward_hooks or module._forward_pre_hooks:
-            raise UnsupportedModelError(f"{where or name} carries forward hooks, which a graph cannot hold")
-        for item, value in module.named_parameters(recurse=False):
-            if value.is_meta:
-                raise UnsupportedModelError(f"{where}.{item} is on the meta device: load the weights first")
-
-
 def _from_live(model: PreTrainedModel, dtype: torch.dtype) -> Skeleton:
-    _refuse_live(model)
-    mode, twin = _fake_mode(), _sharing(model)
+    refuse_live(model)
+    mode, twin = fake_mode(), sharing(model)
     for module in twin.modules():
         for name, item in module._buffers.items():
             if item is not None:
                 module._buffers[name] = item.cpu()
-    _fake_parameters(twin, mode, model.dtype, dtype)
-    _prepare(twin, hooks.NAME, hooks.NAME)
+    fake_parameters(twin, mode, model.dtype, dtype)
+    prepare(twin, hooks.NAME, hooks.NAME)
     kept: list[PreTrainedModel] = []
 
     def load() -> dict[str, torch.Tensor]:
@@ -191,13 +107,52 @@ def _from_live(model: PreTrainedModel, dtype: torch.dtype) -> Skeleton:
         named = [*model.named_parameters(remove_duplicate=False), *twin.named_buffers(remove_duplicate=False)]
         return {name: item.detach() for name, item in named}
 
-    def score(prompts: Sequence[Sequence[int]], fold: Fold | None = None) -> list[torch.Tensor]:
+    def score(prompts: Prompts, fold: Fold | None = None) -> list[torch.Tensor]:
         if not kept:
-            kept.append(_sharing(model))
-            _prepare(kept[0], "eager", "eager")
-        return _score(kept[0], prompts, fold)
+            kept.append(sharing(model))
+            prepare(kept[0], "eager", "eager")
+        return score_model(kept[0], prompts, fold)
 
     return Skeleton(twin, mode, dtype, model.dtype, load, score, kept.clear)
+
+
+def _from_meta(model: PreTrainedModel, dtype: torch.dtype, weights: Weights) -> Skeleton:
+    refuse_live(model, empty=True)
+    try:
+        twin = _built(lambda: type(model)._from_config(copy.deepcopy(model.config), dtype=dtype))
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UnsupportedModelError(f"{type(model).__name__} cannot be built from its config: {error}") from error
+    twin.tie_weights()
+    shapes = [
+        {name: item.shape for name, item in each.named_parameters(remove_duplicate=False)} for each in (model, twin)
+    ]
+    if shapes[0] != shapes[1]:
+        odd = sorted(set(shapes[0].items()) ^ set(shapes[1].items()))[0][0]
+        raise UnsupportedModelError(f"{type(model).__name__} is not what its config says: they differ in {odd}")
+    # Buffers that have values are the caller's; the others are those that the config gives.
+    given = {name: item for name, item in model.named_buffers(remove_duplicate=False) if not item.is_meta}
+    for where, module in twin.named_modules():
+        for name in module._buffers:
+            found = given.get(f"{where}.{name}" if where else name)
+            module._buffers[name] = module._buffers[name] if found is None else found.cpu()
+    twin.generation_config = copy.deepcopy(model.generation_config)
+    mode = fake_mode()
+    fake_parameters(twin, mode, dtype, dtype)
+    prepare(twin, hooks.NAME, hooks.NAME)
+    kinds = dict(twin.named_parameters(remove_duplicate=False))
+    names = names_of_each(twin)
+
+    def load() -> GivenWeights:
+        return GivenWeights(weights, kinds, names, dict(twin.named_buffers(remove_duplicate=False)))
+
+    load()  # what is missing is said before anything is traced
+    return Skeleton(twin, mode, dtype, dtype, load, None, lambda: None, load)
+
+
+def _built(build: Callable[[], PreTrainedModel]) -> PreTrainedModel:
+    """A model with all parameters on the meta device, and buffers that have their values."""
+    with init_empty_weights(include_buffers=False):
+        return build()
 
 
 def _from_path(path: str | Path, dtype: torch.dtype, trust_remote_code: bool) -> Skeleton:
@@ -205,19 +160,26 @@ def _from_path(path: str | Path, dtype: torch.dtype, trust_remote_code: bool) ->
     where: str | Path = path
     if str(path).endswith(".gguf"):
         where, options["gguf_file"] = Path(path).parent, Path(path).name
+
+    def of_config(config: PretrainedConfig) -> PreTrainedModel:
+        made: PreTrainedModel = AutoModelForCausalLM.from_config(
+            config, dtype=dtype, trust_remote_code=trust_remote_code
+        )
+        return made
+
     try:
         config = AutoConfig.from_pretrained(where, **options)
-        with init_empty_weights(include_buffers=False):
-            model = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=trust_remote_code)
+        plain = copy.deepcopy(config)
+        model = _built(lambda: of_config(config))
     except (OSError, ValueError, KeyError) as error:
         reason = str(error).strip().partition("\n")[0]
         raise UnsupportedModelError(
             f"{path}: not a causal language model that transformers can read: {reason}"
         ) from error
     rounded = _checkpoint(path, config, model)
-    mode = _fake_mode()
-    _fake_parameters(model, mode, dtype, dtype)
-    _prepare(model, hooks.NAME, hooks.NAME)
+    mode = fake_mode()
+    fake_parameters(model, mode, dtype, dtype)
+    prepare(model, hooks.NAME, hooks.NAME)
     kept: list[PreTrainedModel] = []
 
     def full() -> PreTrainedModel:
@@ -227,7 +189,7 @@ def _from_path(path: str | Path, dtype: torch.dtype, trust_remote_code: bool) ->
                 if rounded
                 else AutoModelForCausalLM.from_pretrained(where, dtype=dtype, **options)
             )
-            _prepare(kept[0], "eager", "eager")
+            prepare(kept[0], "eager", "eager")
         return kept[0]
 
     def load() -> dict[str, torch.Tensor]:
@@ -239,11 +201,28 @@ def _from_path(path: str | Path, dtype: torch.dtype, trust_remote_code: bool) ->
             **(rounded.values() if rounded else {}),
         }
 
-    def score(prompts: Sequence[Sequence[int]], fold: Fold | None = None) -> list[torch.Tensor]:
-        return _score(full(), prompts, fold)
+    def score(prompts: Prompts, fold: Fold | None = None) -> list[torch.Tensor]:
+        return score_model(full(), prompts, fold)
 
-    bones = Skeleton(model, mode, dtype, dtype, load, score, kept.clear)
+    found: list[LazyWeights] = []
+
+    def lazy() -> LazyWeights | None:
+        weights = plain_weights(path, model, options)
+        found.extend([weights] if weights else [])
+        return weights
+
+    def few(prompts: Prompts, fold: Fold | None, most: int) -> list[torch.Tensor] | None:
+        own = _built(lambda: of_config(plain))
+        prepare(own, "eager", "eager")
+        return score_few(own, found[0], prompts, fold, most)
+
+    def forget() -> None:
+        kept.clear()
+        found.clear()
+
+    bones = Skeleton(model, mode, dtype, dtype, load, score, forget, lazy, few)
     if rounded:
+        bones.lazy = lambda: None
         bones.schemes = {name: item.scheme for name, item in rounded.matrices.items()}
         bones.ordered = frozenset(name for name, item in rounded.matrices.items() if item.order is not None)
         bones.held = summary(rounded)

@@ -19,7 +19,7 @@ TILE_POINTWISE = frozenset(
         "ge.Scalar lt.Tensor le.Tensor gt.Tensor ge.Tensor eq.Tensor logical_and logical_or logical_not "
         "masked_fill.Scalar floor"
     ).split()
-) | {"nn.silu_mul", "nn.gelu_mul"}
+) | {"nn.silu_mul", "nn.gelu_mul", "dist.send"}
 
 # The same values at other coordinates: no work, only index arithmetic.
 TILE_VIEWS = frozenset(
@@ -46,6 +46,8 @@ TILE_REDUCTIONS = frozenset(
         "nn.head_factors",
     ]
 )
+# Sums over ranks, each of whole rows.
+TILE_MEETINGS = frozenset({"dist.all_reduce", "dist.receive"})
 # A row has to fit into the registers of one program.
 WIDEST_ROW = 16384
 
@@ -86,6 +88,8 @@ def is_row_op(node: Node) -> bool:
         return _reduces_rows(node, name)
     if name in ("nn.rope", "nn.head_codes", "nn.cache_write"):
         return True
+    if name in TILE_MEETINGS:
+        return _meets_by_rows(node)
     return name == "getitem" and isinstance(node.args[0], Node) and op_name(node.args[0].target) == "nn.add_rms_norm"
 
 
@@ -136,6 +140,14 @@ def _reduces_rows(node: Node, name: str) -> bool:
         return keep
     inner = shape[-2] if len(shape) > 2 else None
     return name == "aten.sum.dim_IntList" and dims == [-2] and not keep and isinstance(inner, int) and inner <= 64
+
+
+def _meets_by_rows(node: Node) -> bool:
+    """Whether ranks can add up whole rows in a kernel, which may write over what it adds up: no one else may read that."""
+    source, width = node.args[0], type_of(node).shape[-1]
+    alone = isinstance(source, Node) and len(source.users) == 1 and source.op == "call_function"
+    fits = isinstance(width, int) and 1 < width <= WIDEST_ROW and type_of(node).rank > 1
+    return alone and fits and type_of(node).dtype in ("f32", "f16", "bf16")
 
 
 def is_matmul(node: Node) -> bool:

@@ -9,7 +9,7 @@ from torch.fx import Node
 
 from ..ir.graph import Region, flat_types, is_constant, type_of
 from ..ir.ops import op_name
-from ..ir.tiles import is_pointwise
+from ..ir.tiles import TILE_MEETINGS, is_pointwise, is_row_op
 
 
 @dataclass(frozen=True)
@@ -135,6 +135,14 @@ def _consistent(members: list[Node], frames: dict[Node, Frame], sections: list[N
     return not split or len(split) == len(sections)
 
 
+def reads_meeting(norm: Node) -> bool:
+    """Whether a norm's rows are made where ranks meet: whole rows are at hand there already."""
+    rows = norm.args[0]
+    assert isinstance(rows, Node)
+    near = [rows, *(rows.all_input_nodes if is_pointwise(rows) else [])]
+    return any(op_name(item.target) in TILE_MEETINGS and is_row_op(item) for item in near)
+
+
 def prologue_of(anchor: Node, members: list[Node], taken: dict[Node, Region]) -> list[Node]:
     """The rounding and the norm that make the anchor's rows, and the selection of rows or columns before them, where no one
     else reads."""
@@ -145,6 +153,7 @@ def prologue_of(anchor: Node, members: list[Node], taken: dict[Node, Region]) ->
         norm = name in ("nn.rms_norm", "nn.layer_norm") and not any(
             op_name(item.target) in ("nn.rms_norm", "nn.layer_norm") for item in found
         )
+        norm = norm and not reads_meeting(node)
         lookup = name == "aten.index_select" and node.args[1] == 0
         part = name == "aten.slice.Tensor" and node.args[1] == -1
         rounded = name == "nn.quantize" and not found

@@ -13,10 +13,11 @@ from torch.fx import Node
 
 from ..ir.graph import Graph, Region, flat_types, is_constant
 from ..ir.ops import op_name
-from ..ir.tiles import is_matmul, is_row_op, is_view, loose, why_outside
-from .epilogue import epilogue_of, prologue_of
+from ..ir.tiles import TILE_MEETINGS, is_matmul, is_row_op, is_view, loose, why_outside
+from .epilogue import epilogue_of, prologue_of, reads_meeting
 from .ledger import PassReport
 from .ordering import make_contiguous
+from .sending import sent_after, take_turns
 
 _ALONE = frozenset({"nn.paged_attention", "nn.grouped_linear"})
 
@@ -39,7 +40,7 @@ def group_kernels(graph: Graph, report: PassReport) -> Graph:
             continue
         if is_matmul(node):
             members, refusal = epilogue_of(node, regions)
-            members = prologue_of(node, members, regions) + members
+            members = prologue_of(node, members, regions) + members + sent_after(graph, members)
             if refusal is not None:
                 report.refuse(node.name, *refusal)
             claim(members, stem(node.name))
@@ -56,6 +57,7 @@ def group_kernels(graph: Graph, report: PassReport) -> Graph:
     for node, region in regions.items():
         node.meta["region"] = region
     make_contiguous(graph)
+    take_turns(graph)
     return graph
 
 
@@ -66,6 +68,8 @@ def stem(name: str) -> str:
 
 # What a kernel of rows is called after, the first that occurs in it.
 _TITLES = {
+    "dist.all_reduce": "all_reduce",
+    "dist.receive": "all_reduce",
     "nn.add_rms_norm": "add_norm",
     "nn.rms_norm": "norm",
     "nn.layer_norm": "norm",
@@ -89,7 +93,7 @@ def row_name(members: list[Node]) -> str:
 def _clone_shared_prologues(graph: Graph) -> None:
     """A norm that several matmuls read is computed in each of their kernels: give each its own copy."""
     for node in list(graph.calls()):
-        if op_name(node.target) not in ("nn.rms_norm", "nn.layer_norm") or len(node.users) < 2:
+        if op_name(node.target) not in ("nn.rms_norm", "nn.layer_norm") or len(node.users) < 2 or reads_meeting(node):
             continue
         users = list(node.users)
         if all(user.op == "call_function" and is_matmul(user) and user.args[0] is node for user in users):
@@ -116,8 +120,9 @@ def _row_regions(graph: Graph, taken: dict[Node, Region]) -> list[list[Node]]:
             continue
         direct = {home[source] for source in node.all_input_nodes if source in home}
         # Joining a group is safe if nothing of that group reaches this node on a way through other kernels.
-        candidates = [index for index in sorted(direct) if index not in upstream and _same_rows(groups[index], node)]
-        if candidates:
+        candidates = [index for index in sorted(direct) if index not in upstream and _fits(groups[index], node)]
+        # Ranks meet once in a kernel, and on what another has made.
+        if candidates and op_name(node.target) not in TILE_MEETINGS:
             index = candidates[-1]
         else:
             groups.append([])
@@ -176,6 +181,15 @@ def _pull_views(graph: Graph, group: list[Node], grouped: set[Node], taken: dict
             break
         else:
             place += 1
+
+
+def _fits(group: list[Node], node: Node) -> bool:
+    """Whether a kernel of rows takes a value in. What ranks add up is there as whole rows, and nowhere else."""
+    if op_name(group[0].target) in TILE_MEETINGS:
+        return (
+            not is_view(node) and flat_types(node.meta["type"])[0].shape == flat_types(group[0].meta["type"])[0].shape
+        )
+    return _same_rows(group, node)
 
 
 def _same_rows(group: list[Node], node: Node) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import json
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -28,6 +29,7 @@ from .dumps import Dump
 from .garbage import rarely_searched_for_garbage
 from .lower import Wishes, lower
 from .memory import plan_memory
+from .nccl import gpu_of_rank
 from .options import (
     KVCacheConfig,
     OptionError,
@@ -40,14 +42,14 @@ from .options import (
     resolve_patterns,
     resolve_quantization,
 )
-from .parts import agreed, check_alike, groups_of, model_on, place_parts
+from .parts import agreed, check_alike, exchange_of, groups_of, model_on, place_parts, said_by_first
 from .progress import Progress
 from .rehearsal import Meter
 from .report import Report
 from .selfcheck import check_concatenation, check_source, most_slots
 from .step_tuning import tune_steps
 from .tune import TUNING_SECONDS, listed, replayed, tune_kernels
-from .yardstick import Yardstick, run_source
+from .yardstick import Yardstick, yardstick_of
 
 # Legal reordering of sums moves fp32 logits by about 1e-6 and rounded ones by a few percent; real mixing by far more.
 _CHECK_TOLERANCE = {torch.float32: 1e-4, torch.float16: 5e-2, torch.bfloat16: 1e-1}
@@ -78,7 +80,7 @@ def compile(
     expect: Mapping[str, int] | None = None,
     verify: bool = False,
     dump: str | Path | None = None,
-    weights: PreTrainedModel | str | Path | None = None,
+    weights: PreTrainedModel | str | Path | Mapping[str, torch.Tensor] | None = None,
     trust_remote_code: bool = False,
     progress: bool = False,
 ) -> CompiledModel:
@@ -120,12 +122,18 @@ def compile(
             and weights. A reproduction of a mismatch goes to ``dump``, else to ``fuseline-verification/``.
         dump: a directory for the text after each pass, the kernels, the report and a page to look at all of it; or
             a file that ends with ``.html`` for the page alone.
+        weights: for a graph, the model that its weights come from. For a ``transformers`` model that was built under
+            ``torch.device("meta")``, a mapping from the names of ``named_parameters()`` (of tied ones any) to tensors on
+            any device, which may make or read each when it is asked for: once for each place that uses it (and each rank
+            that runs here), and only what the compiled model holds is kept. Buffers that are on the meta device, too, get
+            the values that the config gives. There is no model then to compare with, as the report says.
         progress: show progress bars on stderr.
 
     Raises:
         UnsupportedModelError: the model cannot be compiled without the risk of wrong answers.
         VerificationError: with ``verify``, a pass or a kernel computes other numbers; names it, the site and the error.
         ExpectationError: ``expect`` was not met (what ``dump`` asks for is written all the same).
+        WeightsError: ``weights`` lacks a name, or a tensor has another shape than the parameter.
         OptionError: an option makes no sense or is not available yet. UnknownPassError: ``skip`` names no pass.
     """
     kv_cache = kv_cache or KVCacheConfig()
@@ -134,6 +142,8 @@ def compile(
     if calibration and not wanted and not isinstance(model, Graph):
         raise OptionError("calibration is for the weights that quantization rounds: ask for a scheme, or leave it out")
     place = resolve_device(device)
+    if tensor_parallel != 1 and place.type == "cuda" and torch.device(device or "cuda").index is None:
+        place = gpu_of_rank()
     groups = groups_of(tensor_parallel, simulate, place)
     kept = resolve_patterns("replicated", replicated)
     refuse_ranks(tensor_parallel, simulate, replicated, bool(verify or calibration), model)
@@ -143,7 +153,8 @@ def compile(
     report = Report(device=str(place), dtype=str(kind).removeprefix("torch."))
     show = Progress(progress)
 
-    source = model if weights is None else weights
+    given = weights if isinstance(weights, Mapping) else None
+    source: Any = model if weights is None or given is not None else weights
     if isinstance(source, Graph):
         raise OptionError("a graph has no weights: pass weights=<the model it was made from>")
     if isinstance(model, Graph) and wanted:
@@ -151,7 +162,7 @@ def compile(
     if isinstance(model, Graph) and kv_cache.dtype is not None:
         raise OptionError("a graph from a dump states the type of its caches itself; leave KVCacheConfig.dtype at None")
     with report.timed("read the model"):
-        bones = skeleton(source, kind, trust_remote_code)
+        bones = skeleton(source, kind, trust_remote_code, given)
     if bones.schemes and wanted:
         raise OptionError("the checkpoint holds rounded weights already; leave quantization at None")
     refuse_schemes(bones.schemes, place)
@@ -174,8 +185,10 @@ def compile(
     loop, kernels = lowered.loop, lowered.kernels
     if len(groups) == 1:
         check_alike(groups[0], loop.graph)
+    exchange = exchange_of(groups, loop.graph)
     with report.timed("load weights"), show.line("load weights"):
-        values = bones.load()
+        # One rank shares what the model holds that it is compared with.
+        values = (bones.lazy() if tensor_parallel > 1 else None) or bones.load()
     vocab = type_of(_result(loop.graph)).shape[-1]
     assert isinstance(vocab, int)
     yardstick = Yardstick()
@@ -185,14 +198,14 @@ def compile(
     if not isinstance(model, Graph) and not options.quantization and not codes:
         with report.timed("run the model itself"), show.line("run the model itself"):
             fold = fold_of(lowered.folded) if loop.repeats else None
-            yardstick = run_source(bones.score, fold, vocab, options.max_seq_len)
+            apart = 1 if simulate else tensor_parallel
+            yardstick, report.source_check = yardstick_of(bones, values, fold, vocab, options.max_seq_len, apart)
     bones.forget()
     block = loop.graph.options.get("kv_block", 16)
     launched = {region for kernel in kernels for region in kernel.regions} if gpu else set()
     most, budget = pool_limits(loop, options, block)
-    if len(groups) == 1:
-        most = agreed(groups[0], most)
     plan = plan_memory(loop, launched, values, place, load_of(options), block, most, budget)
+    plan = replace(plan, blocks=agreed(groups, plan.blocks))
     report.memory(plan, block)
     few = loop.short if loop.repeats else loop
     rounded: Mapping[str, torch.Tensor] = {}
@@ -219,8 +232,9 @@ def compile(
                     kernels, loop, constants, place, batch, until, lambda items: show.bar(items, "tuning")
                 )
                 choices = tune_steps(measured, kernels, few, few_constants, place, block, options.max_seq_len, until)
+            choices = json.loads(said_by_first(groups, json.dumps(choices)))
             report.tilings = listed(choices, kernels)
-            launches = load_launches(kernels, choices)
+            launches = load_launches(kernels, choices, exchange)
 
     with report.timed("self-check"), show.line("self-check"):
         whole = sample = model_on(parts, most_slots(block), place, launches)

@@ -16,7 +16,9 @@ from ..ir.graph import Region, flat_types, is_constant, type_of
 from ..ir.loop import Loop
 from ..ir.ops import PROJECTIONS, op_name
 from ..ir.schemes import scheme_of
+from ..ir.weights import LazyWeights, known_of
 from .caches import cache_bytes_per_token
+from .constants import read_in_parts
 from .liveness import last_uses, overwritten
 from .options import OptionError
 from .sampler import DRAW_BYTES, draw_rows
@@ -136,9 +138,10 @@ def constant_bytes(loop: Loop, weights: Mapping[str, Tensor], place: device) -> 
         size = _size(node, {}) if first or node not in loop.carries else 0
         if str(node.target) == "weight":
             name = loop.weight(node, time)
-            given = weights.get(name)
+            given = known_of(weights, name)
             own = given is not None and given.device == place and given.dtype == type_of(node).torch_dtype
-            if name in names or (own and node not in kept):
+            in_parts = isinstance(weights, LazyWeights) and weights.reads_parts and read_in_parts(node, loop, weights)
+            if name in names or in_parts or (own and node not in kept):
                 size = 0
             if node in kept:
                 names.add(name)

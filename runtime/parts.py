@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from torch.fx import Node
 
+from ..codegen.exchange import Exchange, places_for
 from ..ir.dist import ALONE, MEETINGS, Group
 from ..ir.graph import Graph, Region, type_of
 from ..ir.loop import Loop
@@ -20,6 +21,7 @@ from .constants import fold_constants
 from .executor import Executor, Launch
 from .groups import SimulatedGroup, simulated
 from .mpi import RankError, world
+from .nccl import NCCLGroup, gpus
 from .options import OptionError, positive
 from .packed import Linear, pack_linears
 from .simulated import SimulatedRanks
@@ -35,14 +37,34 @@ def groups_of(size: int, simulate: bool, device: torch.device) -> list[Group]:
     """
     if positive("tensor_parallel", size) == 1:
         return [ALONE]
-    if device.type != "cpu":
-        raise OptionError(f"tensor_parallel={size}: ranks run on the CPU so far, not on {device}: pass device='cpu'")
-    return simulated(size) if simulate else [world(size)]
+    if simulate and device.type != "cpu":
+        raise OptionError(f"simulate=True: all ranks run on the CPU, not on {device}: pass device='cpu'")
+    if simulate:
+        return simulated(size)
+    return [world(size) if device.type == "cpu" else gpus(size, device)]
 
 
-def agreed(group: Group, value: int) -> int:
+def agreed(groups: Sequence[Group], value: int) -> int:
     """The least of what the ranks say, if each runs in a process of its own."""
-    return int(min(item.item() for item in group.all_gather(torch.tensor([value]))))
+    if len(groups) > 1:
+        return value
+    return int(min(item.item() for item in groups[0].all_gather(torch.tensor([value]))))
+
+
+def said_by_first(groups: Sequence[Group], text: str) -> str:
+    """What the first of the ranks says, if each runs in a process of its own."""
+    if len(groups) > 1 or groups[0].size == 1:
+        return text
+    said = torch.tensor(list(text.encode()), dtype=torch.uint8)
+    room = torch.zeros(-agreed(groups, -len(said)), dtype=torch.uint8)
+    room[: len(said)] = said
+    return bytes(groups[0].all_gather(room)[0].tolist()).rstrip(b"\0").decode()
+
+
+def exchange_of(groups: Sequence[Group], graph: Graph) -> Exchange | None:
+    """How the kernels of a graph meet those of the other ranks, if they do. All ranks call this together."""
+    first = groups[0]
+    return first.connect(places_for(graph)) if isinstance(first, NCCLGroup) else None
 
 
 def check_alike(group: Group, graph: Graph) -> None:

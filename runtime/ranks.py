@@ -11,6 +11,7 @@ _VARIABLES = (
     ("PMI_RANK", "PMI_SIZE"),
     ("RANK", "WORLD_SIZE"),
 )
+_LOCAL = ("OMPI_COMM_WORLD_LOCAL_RANK", "MPI_LOCALRANKID", "SLURM_LOCALID", "LOCAL_RANK")
 
 
 def rank_of(environment: Mapping[str, str] = os.environ) -> int | None:
@@ -21,6 +22,12 @@ def rank_of(environment: Mapping[str, str] = os.environ) -> int | None:
 def size_of(environment: Mapping[str, str] = os.environ) -> int | None:
     """How many processes a launcher started; nothing if this one is alone."""
     return (_found(environment) or (0, None))[1]
+
+
+def local_rank_of(environment: Mapping[str, str] = os.environ) -> int | None:
+    """Which of a launcher's processes on this machine this one is; nothing if the launcher does not say."""
+    found = [environment.get(name, "") for name in _LOCAL]
+    return next((int(number) for number in found if number.isdecimal()), None)
 
 
 def _found(environment: Mapping[str, str]) -> tuple[int, int] | None:

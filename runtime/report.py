@@ -76,6 +76,7 @@ class Report:
     planned_bytes: int = 0
     measured_bytes: int | None = None
     self_check: float = 0.0
+    source_check: str = ""
     verification: str = ""
     calibration: str = ""
     checkpoint: str = ""
@@ -156,6 +157,7 @@ class Report:
             "planned_bytes": self.planned_bytes,
             "measured_bytes": self.measured_bytes,
             "self_check_relative_rmse": self.self_check,
+            "source_check": self.source_check,
             "verification": self.verification,
             "calibration": self.calibration,
             "checkpoint": self.checkpoint,
@@ -187,6 +189,7 @@ class Report:
             ("graphs", self.graphs),
             ("tilings", f"of {len(self.tilings)} kernels measured" if self.tilings else "those of the files"),
             ("self-check", f"concatenated sequences agree to {self.self_check:.0e}"),
+            *([("model itself", self.source_check)] if self.source_check else []),
             *([("checkpoint", self.checkpoint)] if self.checkpoint else []),
             *([("calibrated", self.calibration)] if self.calibration else []),
             ("verified", self.verification or "no"),

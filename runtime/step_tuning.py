@@ -13,10 +13,13 @@ from collections.abc import Callable, Mapping, Sequence
 
 import torch
 
+from ..codegen.exchange import MirrorExchange, places_for
 from ..codegen.kernels import Kernel
 from ..codegen.launch import cache_directory, load_launches, replace_file
 from ..codegen.tuning import Choices, Timing
+from ..ir.dist import Mirror
 from ..ir.loop import Loop
+from ..ir.placement import OPTION as TENSOR_PARALLEL
 from .caches import new_caches
 from .executor import Executor
 from .replay import GraphReplay, NotCapturable
@@ -129,11 +132,14 @@ class _Steps:
         self._caches = new_caches(loop, (_SEQUENCES + 1) * self._blocks * block_size, device)
         for store in self._caches.values():
             store.zero_()
+        # Each rank measures for itself.
+        self._group = Mirror(loop.graph.options.get(TENSOR_PARALLEL, 1))
+        self._exchange = MirrorExchange(places_for(loop.graph), device) if self._group.size > 1 else None
 
     def milliseconds(self, choices: Mapping[str, Choices], rows: int) -> float:
         """Median time of a step, replayed as a CUDA graph. Raises NotCapturable if it cannot be recorded."""
-        launches = load_launches(self._kernels, choices)
-        executor = Executor(self._loop, self._constants, self._caches, self._device, launches)
+        launches = load_launches(self._kernels, choices, self._exchange)
+        executor = Executor(self._loop, self._constants, self._caches, self._device, launches, group=self._group)
         step = self._step(rows)
 
         def compute(_: int) -> None:

@@ -264,8 +264,15 @@ def test_the_floor_counts_only_the_experts_and_the_keys_that_are_read() -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "billions"), [("llama-3.2-1b", 1.236), ("llama-3.1-8b", 8.030), ("llama-2-7b", 6.738), ("llama-2-13b", 13.016)]
-)  # fmt: skip
+    ("name", "billions"),
+    [
+        ("llama-3.2-1b", 1.236),
+        ("llama-3.1-8b", 8.030),
+        ("llama-2-7b", 6.738),
+        ("llama-2-13b", 13.016),
+        ("llama-2-70b", 68.977),
+    ],
+)
 def test_shapes_have_the_parameters_of_the_published_models(name: str, billions: float) -> None:
     model = shapes.random_model(shapes.shape_config(name), "meta", torch.bfloat16)
     assert sum(item.numel() for item in model.parameters()) / 1e9 == pytest.approx(billions, abs=5e-4)
@@ -304,7 +311,7 @@ def test_a_plot_is_drawn_from_result_files(tmp_path: Path, monkeypatch: pytest.M
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["shape:llama-9"], "no such shape; use one of shape:llama-2-13b, shape:llama-2-7b"),
+        (["shape:llama-9"], "no such shape; use one of shape:llama-2-13b, shape:llama-2-70b, shape:llama-2-7b"),
         (["TINY-gone/"], "there is no such directory"),
         (["TINY/bert"], "not a causal language model that transformers can read"),
         (["TINY", "--against", "eager,tgi"], "--against tgi: there is no such peer"),

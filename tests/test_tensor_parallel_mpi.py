@@ -42,6 +42,7 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> str:
 _SERVING = """
 import os, signal, sys, time
 import fuseline
+import transformers
 from fuseline.runtime import cli
 from fuseline.runtime.ranks import rank_of
 
@@ -51,6 +52,11 @@ cli.app(command, standalone_mode=False)
 compiled = fuseline.compile(model, device="cpu", max_seq_len=64, tensor_parallel=2)
 with open(f"{out}/drawn{rank}", "w") as file:
     file.write(repr(compiled.generate([[5, 6, 7], [9]], max_new_tokens=12, temperature=5.0)))
+transformers.AutoModelForCausalLM.from_pretrained = None
+parts = fuseline.compile("some/model", device="cpu", max_seq_len=64, tensor_parallel=2)
+with open(f"{out}/parts{rank}", "w") as file:
+    tokens = parts.generate([[5, 6, 7], [9]], max_new_tokens=12, stop_token_ids=[])
+    file.write(repr((tokens, parts.report.source_check)))
 made = []
 
 def made_one(event):
@@ -71,13 +77,38 @@ except fuseline.RankError as error:
 """
 
 
+@pytest.fixture(scope="module")
+def published(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """``some/model``, whose weights are in several files, in a local cache of the hub."""
+    torch.manual_seed(0)
+    sizes = {
+        "hidden_size": 48,
+        "intermediate_size": 64,
+        "num_hidden_layers": 6,
+        "head_dim": 8,
+        "initializer_range": 0.2,
+    }
+    heads = {"num_attention_heads": 8, "num_key_value_heads": 2, "max_position_embeddings": 128}
+    hub = tmp_path_factory.mktemp("hub")
+    cache = hub / "models--some--model"
+    snapshot = cache / "snapshots" / ("0" * 40)
+    made = LlamaForCausalLM(LlamaConfig(vocab_size=96, **sizes, **heads)).eval()
+    made.save_pretrained(snapshot, max_shard_size="99KB")
+    (cache / "refs").mkdir()
+    (cache / "refs" / "main").write_text("0" * 40)
+    return hub
+
+
 def test_ranks_serve_like_one_process_until_one_is_stopped(
-    tiny: str, tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    tiny: str, published: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """One start of two processes for what they print, what they draw, and what requests in flight get when one stops."""
+    """One start of two processes for what they print, what they draw, what they read, and what requests in flight get when
+    one stops."""
     cli.app(["run", tiny, "hello", "--max-new-tokens", "12", "--device", "cpu"], standalone_mode=False)
     alone = capfd.readouterr()
     monkeypatch.setenv("FUSELINE_WATCHDOG", "2.5")
+    monkeypatch.setenv("HF_HUB_CACHE", str(published))
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     script = tmp_path / "serving.py"
     script.write_text(_SERVING)
     done = mpirun(2, "-m", "mpi4py", str(script), tiny, str(tmp_path))
@@ -86,6 +117,12 @@ def test_ranks_serve_like_one_process_until_one_is_stopped(
     assert done.stderr.count("tokens/s") == alone.err.count("tokens/s"), "one rank speaks for all"
     # Without a seed each process draws numbers of its own: if the first rank's choice did not count, caches would part.
     assert (tmp_path / "drawn0").read_text() == (tmp_path / "drawn1").read_text()
+    # What loads a whole model was taken away: ranks read their parts, and the layers that are traced are compared.
+    (snapshot,) = published.glob("*/snapshots/*")
+    whole = fuseline.compile(snapshot, device="cpu", max_seq_len=64)
+    tokens = whole.generate([[5, 6, 7], [9]], max_new_tokens=12, stop_token_ids=[])
+    said = "compared with 3 of its 6 layers: of the others a rank reads its part alone"
+    assert [(tmp_path / f"parts{rank}").read_text() for rank in range(2)] == [repr((tokens, said))] * 2
     said = "rank 0 of 2 has waited 2.5 s for rank 1"
     found = (tmp_path / "raised0").read_text()
     assert said in found and int(found.split()[0]) >= 5, "what runs the requests gets the error"

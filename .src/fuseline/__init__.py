@@ -7,6 +7,7 @@ from .ir import (
     InvalidRequestError,
     UnsupportedModelError,
     VerificationError,
+    WeightsError,
 )
 from .runtime.compile import compile
 from .runtime.compiled import CompiledModel
@@ -29,6 +30,7 @@ __all__ = [
     "RankError",
     "UnsupportedModelError",
     "VerificationError",
+    "WeightsError",
     "compile",
     "ir",
     "load",

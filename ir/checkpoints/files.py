@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +29,11 @@ class Tensors(Mapping[str, torch.Tensor]):
     def __len__(self) -> int:
         return len(self._files)
 
+    def piece(self, name: str, dim: int, start: int, size: int) -> torch.Tensor:
+        """``size`` from ``start`` on along one dim of a tensor; nothing else of it is read. Raises ``KeyError``."""
+        part: torch.Tensor = self._files[name].get_slice(name)[(*[slice(None)] * dim, slice(start, start + size))]
+        return part
+
     def shape(self, name: str) -> tuple[int, ...]:
         """The shape of a tensor. Raises ``KeyError`` if there is none of that name."""
         return tuple(self._files[name].get_slice(name).get_shape())
@@ -47,7 +52,13 @@ def tensors_of(path: str | Path) -> Tensors:
     folder = Path(path)
     if not folder.is_dir():
         folder = Path(snapshot_download(str(path), allow_patterns=["*.safetensors"]))
-    opened = [safe_open(file, "pt") for file in sorted(folder.glob("*.safetensors"))]
-    if not opened:
+    files = sorted(folder.glob("*.safetensors"))
+    if not files:
         raise UnsupportedModelError(f"{path}: a quantized checkpoint must lie in .safetensors files; there are none")
-    return Tensors({name: file for file in opened for name in file.keys()})  # type: ignore[no-untyped-call] # noqa: SIM118
+    return opened(files)
+
+
+def opened(files: Iterable[str | Path]) -> Tensors:
+    """The tensors of safetensors files."""
+    handles = [safe_open(file, "pt") for file in files]
+    return Tensors({name: file for file in handles for name in file.keys()})  # type: ignore[no-untyped-call] # noqa: SIM118

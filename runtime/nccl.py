@@ -1,0 +1,142 @@
+"""Ranks on GPUs, a process each: NCCL for what is large, memory that all of them write to for what is small."""
+
+from __future__ import annotations
+
+import os
+import socket
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as distributed
+from torch import Tensor
+
+from ..codegen.exchange import Places, arguments_of
+from .mpi import WATCHDOG, MPIGroup, world
+from .options import OptionError
+from .ranks import local_rank_of, rank_of, size_of
+
+_LIMIT = 1 << 20
+"""Bytes up to which kernels meet by themselves, before it is measured."""
+
+
+class NCCLGroup:
+    """The ranks of a process group of torch, each on a GPU of its own."""
+
+    def __init__(self, group: Any, device: torch.device) -> None:
+        self._group = group
+        self.device = device
+        self.rank: int = distributed.get_rank(group)
+        self.size: int = distributed.get_world_size(group)
+
+    def all_reduce(self, x: Tensor) -> Tensor:
+        total = x.to(self.device, copy=True)
+        distributed.all_reduce(total, group=self._group)
+        return total.to(x.device)
+
+    def all_gather(self, x: Tensor) -> list[Tensor]:
+        own = x.to(self.device).contiguous()
+        found = own.new_empty(self.size, *own.shape)
+        distributed.all_gather_into_tensor(found, own, group=self._group)
+        return list(found.to(x.device).unbind())
+
+    def connect(self, places: Places) -> SymmetricExchange:
+        """Memory that the kernels of all ranks write to. All ranks call this together."""
+        return SymmetricExchange(self, self._group, places)
+
+
+class SymmetricExchange:
+    """Kernels meet over NVLink or PCIe, in memory that each GPU maps; what is more than ``limit`` bytes goes through NCCL.
+
+    Where GPUs cannot map each other's memory, all goes through NCCL: ``why`` says what stands in the way.
+    """
+
+    def __init__(self, group: NCCLGroup, process_group: Any, places: Places) -> None:
+        self._places, self._process_group = places, process_group
+        self.limit, self.why = _LIMIT, ""
+        mine, addresses = torch.zeros(places.words, dtype=torch.int64, device=group.device), [0] * group.size
+        try:
+            mine, addresses, self._handle = _mapped(places.words, group.device, process_group)
+        except (RuntimeError, ImportError) as error:
+            self.why = str(error).strip().partition("\n")[0]
+        torch.cuda.synchronize(group.device)
+        # Nobody writes before all have zeros; and all do as the others do.
+        if not all(item.item() for item in group.all_gather(torch.tensor([not self.why]))):
+            self.limit = -1
+            self.why = self.why or "another rank cannot map the memory of this one"
+        self.meeting, self.sending = arguments_of(places, mine, addresses, group.rank)
+
+    def takes(self, rows: int, width: int, nbytes: int) -> bool:
+        return nbytes <= self.limit and self._places.hold(rows, width)
+
+    def all_reduce(self, x: Tensor) -> Tensor:
+        distributed.all_reduce(x, group=self._process_group)
+        return x
+
+
+def _mapped(words: int, device: torch.device, process_group: Any) -> tuple[Tensor, list[int], Any]:
+    """Zeros that all ranks can write to, the addresses of all ranks' ones, and what keeps them mapped."""
+    import torch.distributed._symmetric_memory as symmetric
+
+    mine = symmetric.empty(words, dtype=torch.int64, device=device)
+    handle = symmetric.rendezvous(mine, process_group)
+    mine.zero_()
+    return mine, [int(address) for address in handle.buffer_ptrs], handle
+
+
+def gpu_of_rank() -> torch.device:
+    """The GPU of this process among those that a launcher started on this machine.
+
+    Raises:
+        OptionError: there are more processes here than GPUs.
+    """
+    local, count = local_rank_of() or 0, torch.cuda.device_count()
+    if local >= count:
+        raise OptionError(
+            f"rank {rank_of()} is the process {local} of this machine, which has {count} GPUs: start fewer"
+        )
+    device = torch.device("cuda", local)
+    torch.cuda.set_device(device)
+    return device
+
+
+def gpus(size: int, device: torch.device) -> NCCLGroup:
+    """The group of the processes that ``mpirun`` or ``torchrun`` started, one for each GPU.
+
+    They find each other at ``MASTER_ADDR`` and ``MASTER_PORT``, which torchrun sets; by default the first of those that
+    mpirun started tells the others.
+
+    Raises:
+        OptionError: there are not as many processes.
+    """
+    if not distributed.is_initialized():
+        started = size_of()
+        options: dict[str, Any] = {"timeout": timedelta(seconds=WATCHDOG), "device_id": device, "world_size": size}
+        if "MASTER_ADDR" in os.environ and started == size:
+            options |= {"init_method": "env://", "rank": rank_of()}
+        else:
+            everyone = world(size)
+            options |= {"store": _store(everyone), "rank": everyone.rank}
+        distributed.init_process_group("nccl", **options)
+    if distributed.get_world_size() != size:
+        raise OptionError(f"tensor_parallel={size}, but {distributed.get_world_size()} processes are in torch's group")
+    return NCCLGroup(distributed.group.WORLD, device)
+
+
+def _store(everyone: MPIGroup) -> Any:
+    """Where ranks learn how to reach the others: at the first one, whose address goes round through MPI."""
+    timeout = timedelta(seconds=WATCHDOG)
+    hosts = set(_told(everyone, socket.gethostname()))
+    address = "127.0.0.1" if len(hosts) == 1 else socket.getfqdn()
+    if everyone.rank == 0:
+        made = distributed.TCPStore(address, 0, everyone.size, True, timeout, wait_for_workers=False)  # type: ignore[attr-defined]
+        _told(everyone, f"{address}:{made.port}")
+        return made
+    address, _, port = _told(everyone, "")[0].rpartition(":")
+    return distributed.TCPStore(address, int(port), everyone.size, False, timeout)  # type: ignore[attr-defined]
+
+
+def _told(everyone: MPIGroup, text: str) -> list[str]:
+    """What each rank says, in at most 256 bytes."""
+    said = torch.tensor(list(text.encode().ljust(256)), dtype=torch.uint8)
+    return [bytes(item.tolist()).decode().rstrip() for item in everyone.all_gather(said)]
