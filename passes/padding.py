@@ -40,9 +40,9 @@ def pad_vocabulary(graph: Graph, ranks: int, may_be_cut: Callable[[Node], bool],
     for node in way:
         node.meta["type"] = infer(node.target, node.args, dict(node.kwargs))
     output = graph.output_node()
-    args = (result, -1, 0, width)
+    taken = (result, -1, 0, width)
     cut = insert_before(
-        graph, output, infer, aten("slice.Tensor"), args, name=f"{result.name}_unpadded", source="Shard"
+        graph, output, infer, aten("slice.Tensor"), taken, name=f"{result.name}_unpadded", source="Shard"
     )
     output.replace_input_with(result, cut)
     report.near.append(
