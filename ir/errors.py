@@ -50,5 +50,9 @@ class ExpectationError(FuselineError, ValueError):
     """A fusion that the caller demanded did not happen the demanded number of times."""
 
 
+class OptionError(FuselineError, ValueError):
+    """An option of ``compile`` that makes no sense, or that is not available yet."""
+
+
 class InvalidRequestError(FuselineError, ValueError):
     """A request that can never be served: an empty prompt, an unknown token, a bad sampling parameter."""

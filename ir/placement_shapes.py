@@ -104,6 +104,23 @@ def _cat(node: Node, known: Known, ranks: int) -> Placement:
     return Shard(first.dim, tuple(sections) if joined else first.sections)
 
 
+@rule("aten.stack", linear=True)
+def _stack(node: Node, known: Known, ranks: int) -> Placement:
+    """Parts that are cut alike are put next to each other in a new dim."""
+    arguments: list[Any] = [*node.args, 0][:2]
+    parts, dim = arguments
+    first = next(item for item in parts if known(item) is not None)
+    for item in parts:
+        if known(item) != known(first):
+            raise Needs(
+                first, None, f"{node.name} (aten.stack) joins it with {item.name}, which is cut otherwise or whole"
+            )
+    found = known(first)
+    if not isinstance(found, Shard):
+        return found
+    return Shard(found.dim + (dim % len(shape_of(node)) <= found.dim), found.sections)
+
+
 @rule("aten.unsqueeze", linear=True)
 def _unsqueeze(node: Node, known: Known, ranks: int) -> Placement:
     found = known(_source(node))

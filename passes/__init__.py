@@ -3,6 +3,8 @@
 from ..ir.placement import OPTION as TENSOR_PARALLEL
 from .cache_rounding import OPTION as KV_DTYPE
 from .ledger import PassReport, Refusal
+from .model_plan import OPTION as MODEL_PLAN
+from .model_plan import choices_of, compare, plan_of
 from .pipeline import NEEDED, PASSES, RULES, Step, apply, run, steps
 from .quantize import OPTION as QUANTIZATION
 from .quantize import SMOOTHING, spelled, wanted_of
@@ -16,6 +18,7 @@ register = PASSES.register
 
 __all__ = [
     "KV_DTYPE",
+    "MODEL_PLAN",
     "NEEDED",
     "PASSES",
     "QUANTIZATION",
@@ -32,6 +35,9 @@ __all__ = [
     "Switches",
     "UnknownPassError",
     "apply",
+    "choices_of",
+    "compare",
+    "plan_of",
     "register",
     "rule",
     "run",

@@ -15,7 +15,9 @@ from .ledger import PassReport
 
 # Operators whose row t of the result depends on row t of their rows alone.
 _ROWWISE = (
-    POINTWISE | PROJECTIONS | {"nn.quantize", "nn.rms_norm", "nn.layer_norm", "dist.all_reduce", "dist.all_gather"}
+    POINTWISE
+    | PROJECTIONS
+    | {"nn.quantize", "nn.rms_norm", "nn.layer_norm", "aten.slice.Tensor", "dist.all_reduce", "dist.all_gather"}
 )
 
 
@@ -60,6 +62,8 @@ def _row_operand(node: Node) -> Node | None:
         for item in node.all_input_nodes
         if any(isinstance(size, Dim) for size in flat_types(item.meta["type"])[0].shape)
     ]
+    if op_name(node.target) == "aten.slice.Tensor" and node.args[1] != -1:
+        return None
     if len(with_rows) != 1 or not shape or shape[0] != Dim.named("T") or len(shape) != 2:
         return None
     operand = with_rows[0]

@@ -12,8 +12,11 @@ from ..ir.ops import is_collective, resolve
 from ..ir.placement import OPTION, PARTIAL, Placement, Shard, annotate
 from ..ir.quantized import is_quantised
 from .heads import repeat_heads
-from .ledger import PassReport
-from .partition import Plan, Site, plan_for
+from .ledger import PassReport, Refusal
+from .model_plan import GATHERED, WHOLE, chosen
+from .padding import pad_vocabulary
+from .partition import Plan, Site, fits, plan_for
+from .quantize import matrices_of
 from .sink_cuts import sink_cuts
 
 REPLICATED = "replicated"
@@ -25,7 +28,7 @@ def shard(graph: Graph, report: PassReport) -> Graph:
 
     Shapes stay whole; types say after ``@`` what a rank holds. Weights are cut by ``dist.shard``; a sum of parts that
     something else than a sum reads goes through ``dist.all_reduce``, and parts of the result through ``dist.all_gather``.
-    What cannot be divided is computed whole by every rank, and the report says why.
+    A vocabulary that cannot be divided is padded; what else cannot is computed whole by every rank, and the report says why.
 
     Raises:
         UnsupportedModelError: a pattern of weights that are not to be cut fits none.
@@ -35,13 +38,19 @@ def shard(graph: Graph, report: PassReport) -> Graph:
         return graph
     repeat_heads(graph, ranks)
     patterns = [item for item in str(graph.options.get(REPLICATED, "")).split(", ") if item]
-    plan = plan_for(graph, ranks, {item: f"{item!r} is not to be cut" for item in patterns}, report)
-    unused = [item for item in patterns if f"{item!r} is not to be cut" not in plan.kept.values()]
+    whole = dict.fromkeys(chosen(graph, WHOLE), "the model's own plan keeps it whole")
+    whole |= {item: f"{item!r} is not to be cut" for item in patterns}
+    pad_vocabulary(graph, ranks, lambda weight: not any(fits(item, matrices_of(weight)) for item in whole), report)
+    plan = plan_for(graph, ranks, whole, report, chosen(graph, GATHERED))
+    unused = [item for item in patterns if whole[item] not in plan.kept.values()]
     if unused:
         raise UnsupportedModelError(f"tensor_parallel: {unused[0]!r} fits the name of no projection's weight")
     for node, why in plan.kept.items():
         if why:
             report.refuse(node.name, f"every rank computes it whole: {why}", node)
+    for node, why in plan.gathered.items():
+        if node in plan.column:
+            report.near.append(Refusal(node.name, f"its outputs are cut, and its inputs gathered: {why}"))
     report.fused += [node.name for node in graph.calls() if node in {*plan.column, *plan.row}]
     _write(graph, plan)
     sink_cuts(graph)

@@ -36,11 +36,11 @@ def sink_transposes(graph: Graph, report: PassReport) -> Graph:
 
 
 def _is_swap(node: Node) -> bool:
+    """Whether a value is ``[heads, T, d]`` or ``[heads, T, d, e]`` made of tokens' rows of heads, or the other way."""
     return (
         node.op == "call_function"
         and op_name(node.target) == "aten.transpose.int"
-        and set(node.args[1:]) == {-3, -2}
-        and type_of(node).rank == 3
+        and (type_of(node).rank, set(node.args[1:])) in ((3, {-3, -2}), (4, {-4, -3}))
     )
 
 
@@ -76,13 +76,27 @@ def _sink(graph: Graph, node: Node, infer: Inference) -> str | None:
             return value
         if kind.rank == 3 and kind.shape[0] == 1 and kind.shape[1] == 1:
             return value
-        if op_name(value.target) == "aten.unsqueeze" and value.args[1] == -3 and kind.rank == 3:
-            return add(aten("unsqueeze"), (value.args[0], -2))
+        if kind.rank == 3 and kind.shape[0] == 1:
+            table = for_all_heads(value)
+            if table is not None:
+                return add(aten("unsqueeze"), (table, -2))
         if kind.rank == 3:
             return add(aten("transpose.int"), (value, -3, -2))
         if kind.rank == 2:  # [T, d] against [heads, T, d] is [T, 1, d] against [T, heads, d]
             return add(aten("unsqueeze"), (value, -2))
         raise LookupError
+
+    def for_all_heads(value: Node) -> Node | None:
+        """The ``[T, d]`` that a value is, with a dim for the heads in front; nothing if that is not how it is made."""
+        if op_name(value.target) == "aten.unsqueeze":
+            return value.args[0] if value.args[1] == -3 else None  # type: ignore[return-value]
+        if (
+            op_name(value.target) not in ("aten.slice.Tensor", "aten.repeat_interleave.self_int")
+            or -1 not in value.args
+        ):
+            return None
+        table = for_all_heads(value.args[0])  # type: ignore[arg-type]
+        return None if table is None else add(value.target, (table, *value.args[1:]))
 
     def add(target: Any, args: Any) -> Node:
         fresh = insert_before(graph, node, infer, target, args)
@@ -96,7 +110,8 @@ def _sink(graph: Graph, node: Node, infer: Inference) -> str | None:
             args[1] = [shape[1], shape[0], *shape[2:]]
         moved = insert_before(graph, node, infer, node.target, args, node.kwargs, source=node.meta.get("source", ""))
         made.append(moved)
-        back = add(aten("transpose.int"), (moved, -3, -2))
+        rank = type_of(node).rank
+        back = add(aten("transpose.int"), (moved, -rank, 1 - rank))
         if type_of(back) != type_of(node):
             raise LookupError
     except (LookupError, TypeInferenceError):

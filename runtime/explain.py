@@ -38,6 +38,8 @@ def explain(graph: Graph, report: Report, layer: int | None = None) -> str:
                 times = f" (and {count - 1} like it)" if count > 1 else ""
                 lines.append(f"  {title}: {item.site}{times}: {item.why}")
                 lines += [f"      {line}" for line in item.lines.splitlines()]
+    if report.model_plan:
+        lines += ["", f"the plan for several ranks {report.model_plan}"]
     lines += ["", *(_layers(report) if layer is None else _kernels(graph, layer))]
     return "\n".join(lines) + "\n"
 

@@ -71,6 +71,7 @@ def lower(source: Skeleton | Graph, options: Options, wishes: Wishes, report: Re
         UnsupportedModelError, ExpectationError, VerificationError, UnknownPassError, OptionError: see ``compile``.
     """
     skip = _switches(wishes.skip)
+    stated: dict[str, str] = {}  # by the model, about ranks
     if isinstance(source, Graph):
         graph = source
     else:
@@ -84,10 +85,12 @@ def lower(source: Skeleton | Graph, options: Options, wishes: Wishes, report: Re
                 choices[passes.SMOOTHING] = True
             if options.tensor_parallel > 1:
                 choices[passes.TENSOR_PARALLEL] = options.tensor_parallel
+                stated = passes.plan_of(source.model)
+                choices |= passes.choices_of(stated, source.model)
             if options.replicated:
                 choices[passes.REPLICATED] = ", ".join(options.replicated)
             # A pattern with numbers may tell equal layers apart.
-            patterns = [*options.quantization, *options.replicated]
+            patterns = [*options.quantization, *options.replicated, *stated]
             fold = fold and not any(re.search(r"[0-9?\[]", pattern) for pattern in patterns)
             graph = capture(source, choices, options.max_seq_len, fold)
     captured = graph
@@ -101,6 +104,8 @@ def lower(source: Skeleton | Graph, options: Options, wishes: Wishes, report: Re
         for step in wishes.progress.bar(steps, "passes", len(names)):
             graph = step.graph
             done.append(step.report)
+            if step.name == "Shard" and stated:
+                report.model_plan = passes.compare(stated, graph, step.report)
             if wishes.dump:
                 wishes.dump.graph(step.name, graph)
         verify_graph(graph, Inference())

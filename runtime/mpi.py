@@ -2,23 +2,28 @@
 
 from __future__ import annotations
 
+import os
 import sys
+import tempfile
 import time
 import traceback
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from functools import cache
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..ir.errors import FuselineError
+from ..ir.errors import FuselineError, OptionError
 from .groups import summed
-from .options import OptionError
+from .guard import Guard
 from .ranks import rank_of, size_of
 
 # Seconds that a rank waits for the others: longer than one may take to load its weights while another has done so.
 WATCHDOG = 120.0
+WATCHDOG_VARIABLE = "FUSELINE_WATCHDOG"
+"""The environment variable that sets other seconds."""
 # So often a rank looks whether the others' tensors are there before it sleeps in between.
 _EAGER = 2000
 
@@ -66,7 +71,7 @@ class MPIGroup:
                 if time.monotonic() > until:
                     late = ", ".join(map(str, sorted({rank for rank, _ in under_way})))
                     raise RankError(
-                        f"rank {self.rank} of {self.size} has waited {self._watchdog:.0f} s for rank {late}: it has "
+                        f"rank {self.rank} of {self.size} has waited {self._watchdog:g} s for rank {late}: it has "
                         "stopped, or is much slower than the others"
                     )
 
@@ -75,8 +80,9 @@ def world(size: int) -> MPIGroup:
     """The group of the processes that ``mpirun`` started.
 
     Raises:
-        OptionError: there are not as many, or mpi4py is not installed.
+        OptionError: there are not as many, mpi4py is not installed, or ``FUSELINE_WATCHDOG`` is no number of seconds.
     """
+    seconds = watchdog()
     started = size_of()
     if started != size:
         found = f"mpirun started {started}" if started else "this process is alone"
@@ -90,7 +96,40 @@ def world(size: int) -> MPIGroup:
             f"mpirun started {size} processes, but mpi4py sees {everyone.Get_size()}: it belongs to another MPI than this "
             "mpirun; use the mpirun that the extra 'mpi' of fuseline installs"
         )
-    return MPIGroup(everyone.Dup())
+    _guard()
+    return MPIGroup(everyone.Dup(), seconds)
+
+
+def watchdog(environment: Mapping[str, str] = os.environ) -> float:
+    """How many seconds a rank waits for the others: what ``FUSELINE_WATCHDOG`` says, or 120.
+
+    Raises:
+        OptionError: it says no number greater than 0.
+    """
+    said = environment.get(WATCHDOG_VARIABLE, "")
+    try:
+        seconds = float(said or WATCHDOG)
+    except ValueError:
+        seconds = 0.0
+    if not 0 < seconds < float("inf"):
+        raise OptionError(f"{WATCHDOG_VARIABLE}={said} is no number of seconds greater than 0")
+    return seconds
+
+
+@cache
+def _guard() -> Guard:
+    """What names this rank if it is killed, one for the life of the process. All ranks make theirs together."""
+    from mpi4py import MPI
+
+    host = MPI.COMM_WORLD.Split_type(MPI.COMM_TYPE_SHARED)
+    path = torch.zeros(1024, dtype=torch.uint8)
+    if host.Get_rank() == 0:
+        made = tempfile.mkdtemp(prefix="fuseline-ranks-").encode()
+        path[: len(made)] = torch.frombuffer(bytearray(made), dtype=torch.uint8)
+    host.Bcast(_bytes(path), 0)
+    host.Free()
+    folder = bytes(path.tolist()).rstrip(b"\0").decode()
+    return Guard(MPI.COMM_WORLD.Get_rank(), MPI.COMM_WORLD.Get_size(), folder)
 
 
 @contextmanager
@@ -114,6 +153,8 @@ def one_job(size: int) -> Iterator[None]:
             everyone = _everyone()
         except OptionError:
             raise error from None
+        if _guard.cache_info().currsize:
+            _guard().dismiss()
         everyone.Abort(1)
 
 

@@ -9,15 +9,11 @@ from typing import Any
 import torch
 
 from ..ir.capture import MAX_STEP_TOKENS
-from ..ir.errors import FuselineError
+from ..ir.errors import OptionError as OptionError
 from ..ir.graph import Graph
 from ..ir.placement import OPTION as TENSOR_PARALLEL
 from ..ir.schemes import ALIASES
 from ..ir.schemes import NAMES as SCHEMES
-
-
-class OptionError(FuselineError, ValueError):
-    """An option of ``compile`` that makes no sense, or that is not available yet."""
 
 
 @dataclass(frozen=True)

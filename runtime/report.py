@@ -80,6 +80,7 @@ class Report:
     verification: str = ""
     calibration: str = ""
     checkpoint: str = ""
+    model_plan: str = ""
     graphs: str = "off"
     tilings: dict[str, dict[str, object]] = field(default_factory=dict)
 
@@ -160,6 +161,7 @@ class Report:
             "verification": self.verification,
             "calibration": self.calibration,
             "checkpoint": self.checkpoint,
+            "model_plan": self.model_plan,
             "graphs": self.graphs,
             "tilings": self.tilings,
             "seconds": {name: round(value, 3) for name, value in self.seconds.items()},
@@ -177,6 +179,7 @@ class Report:
             ("model", f"{self.model}, {self.dtype} on {self.device}"),
             ("captured", f"{self.nodes} nodes, {self.layers} attention layers ({kinds})"),
             ("fused", ", ".join(fused) or "nothing"),
+            *([("ranks", self.model_plan)] if self.model_plan else []),
             ("kernels", f"{self.distinct_kernels} distinct, {self.kernel_calls} in a step"),
             ("other operators", other),
             ("weights", self._weights_text()),

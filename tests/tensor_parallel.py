@@ -1,16 +1,43 @@
-"""Ranks of a graph without a runtime: each interprets it in a thread, and what each gave is put together again."""
+"""Several ranks in tests: threads that interpret a graph, models that are traced once for many compiles, and ``mpirun``."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import importlib.util
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
 
+import pytest
 from torch import Tensor
 
+from fuseline.ir.capture import capture
 from fuseline.ir.dist import Group
 from fuseline.ir.graph import Graph
 from fuseline.ir.interpret import interpret
+from fuseline.ir.skeleton import Skeleton
+from fuseline.runtime import lower
 from fuseline.runtime.groups import simulated
+
+_SOURCE = Path(__file__).parent.parent / ".src"
+# A mpirun of the environment first, as the wheels of MPICH bring it.
+_MPIRUN = shutil.which("mpirun", path=str(Path(sys.executable).parent)) or shutil.which("mpirun")
+needs_mpirun = pytest.mark.skipif(
+    _MPIRUN is None or importlib.util.find_spec("mpi4py") is None, reason="needs mpirun and mpi4py"
+)
+
+# A package without its front door: a module of it is imported without the compiler and transformers, in a third of the time.
+LIGHT = f"""
+import sys, types
+package = types.ModuleType("fuseline")
+package.__path__ = [{str(_SOURCE / "fuseline")!r}]
+sys.modules["fuseline"] = package
+"""
 
 
 def on_ranks(
@@ -23,3 +50,36 @@ def on_ranks(
 
     with ThreadPoolExecutor(ranks) as threads:
         return list(threads.map(run, simulated(ranks)))
+
+
+@contextmanager
+def traced_once() -> Iterator[None]:
+    """Inside, models of one config are traced by the first of their compiles: that is most of what one takes here."""
+    known: dict[tuple[Any, ...], Graph] = {}
+
+    def remembered(
+        source: Skeleton, options: dict[str, Any] | None = None, max_seq_len: int | None = None, fold: bool = False
+    ) -> Graph:
+        model = source.model
+        key = (type(model), model.config.to_json_string(), str(source.dtype), max_seq_len, fold)
+        if source.schemes:
+            return capture(source, options, max_seq_len, fold)
+        if key not in known:
+            known[key] = capture(source, None, max_seq_len, fold)
+        graph = known[key].copy()
+        graph.options.update(options or {})
+        return graph
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(lower, "capture", remembered)
+        yield
+
+
+def mpirun(
+    count: int, *arguments: str, flags: tuple[str, ...] = (), within: tuple[str, ...] = ()
+) -> subprocess.CompletedProcess[str]:
+    """The end of ``count`` Pythons that were started with these arguments; ``within`` is a command that starts mpirun."""
+    path = os.pathsep.join([str(_SOURCE), *filter(None, [os.environ.get("PYTHONPATH")])])
+    environment = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
+    command = [*within, str(_MPIRUN), *flags, "-n", str(count), sys.executable, *arguments]
+    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=280)

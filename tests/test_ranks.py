@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 from families import make
+from tensor_parallel import LIGHT, mpirun, needs_mpirun
 
 import fuseline
 from fuseline.runtime.ranks import path_of_rank, rank_of
@@ -49,21 +47,7 @@ def test_ranks_dump_to_folders_of_their_own(tmp_path: Path, monkeypatch: pytest.
     assert (tmp_path / "page.rank1.html").exists()
 
 
-# A mpirun of the environment first, as the wheels of MPICH bring it.
-_MPIRUN = shutil.which("mpirun", path=str(Path(sys.executable).parent)) or shutil.which("mpirun")
-
-
-@pytest.mark.skipif(_MPIRUN is None, reason="needs mpirun")
+@needs_mpirun
 def test_processes_of_mpirun_are_told_apart() -> None:
-    code = "from fuseline.runtime.ranks import path_of_rank; print(path_of_rank('out'))"
-    source = Path(__file__).parent.parent / ".src"
-    command = [
-        str(_MPIRUN),
-        "-n",
-        "2",
-        sys.executable,
-        "-c",
-        f"import sys; sys.path.insert(0, {str(source)!r}); {code}",
-    ]
-    done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=120)
-    assert sorted(done.stdout.split()) == ["out/rank0", "out/rank1"]
+    done = mpirun(2, "-c", LIGHT + "from fuseline.runtime.ranks import path_of_rank; print(path_of_rank('out'))")
+    assert sorted(done.stdout.split()) == ["out/rank0", "out/rank1"], done.stderr

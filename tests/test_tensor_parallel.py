@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from functools import cache
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ import pytest
 import torch
 from families import FAMILIES, REQUIRED, config, make, randomize
 from quantized_models import wide
+from tensor_parallel import traced_once
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
 import fuseline
@@ -33,6 +35,13 @@ _DIVISIBLE: Mapping[str, int] = {
 }
 
 
+@pytest.fixture(scope="module", autouse=True)
+def models_are_traced_once() -> Iterator[None]:
+    with traced_once():
+        yield
+
+
+@cache
 def divisible(name: str, **more: Any) -> PreTrainedModel:
     """A tiny model of a family with 8 heads (2 of keys and values, if they may differ), 64 features and 96 tokens."""
     family = FAMILIES[name]
@@ -63,7 +72,7 @@ def cut_and_kept(compiled: fuseline.CompiledModel) -> tuple[list[str], dict[str,
     return report.fused, {item.site: item.why for item in report.refused}
 
 
-@pytest.mark.parametrize("name", REQUIRED)
+@pytest.mark.parametrize("name", [*REQUIRED, "cohere", "glm4"])
 def test_ranks_generate_the_tokens_of_the_whole_model(name: str) -> None:
     """A cut in the wrong place, a bias added twice or heads with the keys of others would change tokens."""
     model = divisible(name)
@@ -96,15 +105,41 @@ def test_every_rank_has_the_same_bits_and_its_part_of_weights_and_cache() -> Non
 
 
 def test_what_cannot_be_divided_is_whole_for_a_reason() -> None:
-    """6 heads and 99 tokens among 4 ranks: attention and output are computed by each, the MLP is divided."""
+    """6 heads among 4 ranks: attention is computed by each, MLP and output are divided."""
     model = make("llama")
     _, expected = tokens(model)
     compiled, found = tokens(model, tensor_parallel=4, simulate=True)
     assert found == expected
     cut, kept = cut_and_kept(compiled)
-    assert cut == ["l0_gate_up", "l0_down_proj", "l1_gate_up", "l1_down_proj"]
+    assert cut == ["l0_gate_up", "l0_down_proj", "l1_gate_up", "l1_down_proj", "lm_head"]
     assert kept["l0_qkv"] == "every rank computes it whole: 6 cannot be divided among 4 ranks"
-    assert kept["lm_head"] == "every rank computes it whole: 99 outputs cannot be divided among 4 ranks"
+
+
+@pytest.mark.parametrize(
+    ("name", "ranks", "more", "quantization", "rows"),
+    [
+        ("llama", 3, {"num_attention_heads": 6, "hidden_size": 48, "intermediate_size": 48}, None, 48),
+        ("gemma2", 2, {}, None, 64),
+        ("llama", 2, {}, {"lm_head": "int8"}, 64),
+    ],
+)
+def test_vocabularies_are_padded(
+    name: str, ranks: int, more: dict[str, int], quantization: dict[str, str | None] | None, rows: int
+) -> None:
+    """97 tokens: each rank makes the logits of a part of more rows, and none of those that were added is ever seen."""
+    model = divisible(name, vocab_size=97, **more)
+    whole, expected = tokens(model, quantization=quantization)
+    compiled, found = tokens(model, quantization=quantization, tensor_parallel=ranks, simulate=True)
+    assert found == expected
+    cut, kept = cut_and_kept(compiled)
+    assert "lm_head" in cut and "l0_down_proj" in cut and not kept
+    report = next(item for item in compiled.report.passes if item.name == "Shard")
+    said = f"lm_head: padded to {rows * ranks} outputs, since 97 cannot be divided among {ranks} ranks"
+    assert [str(item) for item in report.near] == [said]
+    part = next(node for node in compiled.graph.calls() if node.name == "lm_head")
+    assert str(part.meta["type"]) == f"f32[R, {rows}]"
+    prompt = [[3, 5, 96]]
+    torch.testing.assert_close(compiled(prompt).logits, whole(prompt).logits, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize(
@@ -117,7 +152,6 @@ def test_what_cannot_be_divided_is_whole_for_a_reason() -> None:
             "l0_gate_up",
             "64 outputs cannot be divided among 3 ranks",
         ),
-        ("olmo2", 2, {}, "l0_qkv", "l0_mul_1 (nn.rms_norm) reads whole rows"),
         ("deepseek_v3", 2, {"num_key_value_heads": 8}, "l0_q_a_proj", "l0_mul_3 (nn.rms_norm) reads whole rows"),
     ],
 )
@@ -172,11 +206,25 @@ def test_groups_of_128_are_divided() -> None:
     assert found == expected and len(cut_and_kept(compiled)[0]) == 9
 
 
-def test_groups_that_would_be_torn_are_not_cut() -> None:
-    compiled, _ = tokens(wide("llama"), quantization="int4g32", tensor_parallel=2, simulate=True)
+@pytest.mark.parametrize(("name", "last"), [("llama", "down_proj"), ("mixtral", "experts_1")])
+def test_groups_that_would_be_torn_are_put_together_first(name: str, last: str) -> None:
+    """80 of 160 inputs of a product are no whole groups: its rows are gathered, and its outputs are cut and gathered."""
+    model = wide(name)
+    _, expected = tokens(model, quantization="int4g32")
+    compiled, found = tokens(model, quantization="int4g32", tensor_parallel=2, simulate=True)
+    assert found == expected
     cut, kept = cut_and_kept(compiled)
-    assert not cut
-    assert kept["l0_gate_up"].endswith("l0_down_proj: 80 of 160 inputs are no whole groups of int4g32")
+    assert {"l0_qkv", "l0_o_proj", f"l0_{last}", f"l1_{last}"} <= set(cut)
+    assert {site.rpartition("_")[2] for site in kept} <= {"head", "gate"}
+    report = next(item for item in compiled.report.passes if item.name == "Shard")
+    (why,) = [item.why for item in report.near if item.site == f"l0_{last}"]
+    assert why == (
+        f"its outputs are cut, and its inputs gathered: l0_{last}: 80 of 160 inputs are no whole groups of int4g32"
+    )
+    gathered = [
+        line.strip() for line in str(compiled.graph).splitlines() if line.lstrip().startswith("l0") and "all_g" in line
+    ]
+    assert len(gathered) == 4, "the inputs and outputs of two projections"
 
 
 def test_patterns_keep_weights_whole() -> None:
@@ -188,10 +236,48 @@ def test_patterns_keep_weights_whole() -> None:
     _, expected = tokens(model)
     compiled, found = tokens(model, tensor_parallel=2, simulate=True, replicated=["*.down_proj"])
     cut, kept = cut_and_kept(compiled)
-    assert found == expected and "l0_o_proj" in cut and not {"l0_gate_up", "l0_down_proj"} & set(cut)
-    assert kept["l0_gate_up"].endswith("l0_down_proj reads it whole, since '*.down_proj' is not to be cut")
+    assert found == expected and {"l0_o_proj", "l0_gate_up"} <= set(cut) and "l0_down_proj" not in cut
+    assert kept["l0_down_proj"] == "every rank computes it whole: '*.down_proj' is not to be cut"
     with pytest.raises(fuseline.UnsupportedModelError, match="'nothing' fits the name of no projection's weight"):
         tokens(model, tensor_parallel=2, simulate=True, replicated=["nothing"])
+
+
+def plan_line(compiled: fuseline.CompiledModel) -> str:
+    return dict(compiled.report.rows())["ranks"]
+
+
+def test_the_plan_of_the_model_is_compared() -> None:
+    same = "agrees with base_model_tp_plan in {} of {} kinds of projections"
+    compiled, _ = tokens(divisible("mixtral"), tensor_parallel=2, simulate=True)
+    assert plan_line(compiled) == same.format(7, 7)
+    compiled, _ = tokens(divisible("llama"), tensor_parallel=2, simulate=True, replicated=["*.v_proj"])
+    first, *others = plan_line(compiled).split("; ")
+    assert first == same.format(4, 8) and len(others) == 4
+    why = "model.layers.*.self_attn.k_proj is colwise there, and whole here ('*.v_proj' is not to be cut)"
+    assert why in others
+    compiled, _ = tokens(divisible("gpt2"), tensor_parallel=2, simulate=True)
+    assert "ranks" not in dict(compiled.report.rows()), "a model may state no plan"
+
+
+def test_the_plan_of_the_model_is_followed_where_there_is_a_choice() -> None:
+    """olmo2 has norms over whole rows of queries and keys: its plan gathers what the ranks have of them."""
+    model = divisible("olmo2")
+    _, expected = tokens(model)
+    compiled, found = tokens(model, tensor_parallel=2, simulate=True)
+    assert found == expected
+    cut, kept = cut_and_kept(compiled)
+    assert {"l0_qkv", "l0_o_proj", "l1_down_proj"} <= set(cut) and not kept
+    assert "l0_q_proj_gathered: f32[T, 64] = dist.all_gather(l0_q_proj, 1, 2)" in str(compiled.graph)
+    assert "8 of 8" in plan_line(compiled)
+    model = divisible.__wrapped__("llama")  # one of its own, since its plan is changed
+    model._tp_plan = {**model.tp_plan, "model.layers.*.mlp.down_proj": "replicate"}
+    _, expected = tokens(model)
+    compiled, found = tokens(model, tensor_parallel=2, simulate=True)
+    assert found == expected
+    cut, kept = cut_and_kept(compiled)
+    assert "l0_gate_up" in cut
+    assert kept["l0_down_proj"] == "every rank computes it whole: the model's own plan keeps it whole"
+    assert "8 of 8" in plan_line(compiled), "it keeps that one whole, too"
 
 
 def test_a_rank_that_fails_is_named_and_the_others_go_on() -> None:

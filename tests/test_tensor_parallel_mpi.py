@@ -2,28 +2,20 @@
 
 from __future__ import annotations
 
-import importlib.util
-import os
-import shutil
-import subprocess
-import sys
 import time
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
+from tensor_parallel import LIGHT, mpirun, needs_mpirun
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 import fuseline
+from fuseline.runtime import cli
+from fuseline.runtime.mpi import watchdog
 
-# A mpirun of the environment first, as the wheels of MPICH bring it.
-_MPIRUN = shutil.which("mpirun", path=str(Path(sys.executable).parent)) or shutil.which("mpirun")
-pytestmark = pytest.mark.skipif(
-    _MPIRUN is None or importlib.util.find_spec("mpi4py") is None, reason="needs mpirun and mpi4py"
-)
-_SOURCE = Path(__file__).parent.parent / ".src"
+pytestmark = needs_mpirun
 
 
 @pytest.fixture(scope="module")
@@ -47,48 +39,47 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> str:
     return str(path)
 
 
-def mpirun(count: int, *arguments: str, **more: str) -> subprocess.CompletedProcess[str]:
-    path = os.pathsep.join([str(_SOURCE), *filter(None, [os.environ.get("PYTHONPATH")])])
-    environment = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1", **more}
-    command = [str(_MPIRUN), "-n", str(count), sys.executable, *arguments]
-    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=280)
-
-
-def script(tmp_path: Path, body: str) -> str:
-    file = tmp_path / "ranks.py"
-    file.write_text(body)
-    return str(file)
-
-
-@pytest.mark.parametrize("count", [2, 4])
-def test_run_prints_what_one_process_prints_once(tiny: str, count: int) -> None:
-    arguments = ["-m", "fuseline.runtime.cli", "run", tiny, "hello", "--max-new-tokens", "12", "--device", "cpu"]
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(_SOURCE), os.environ.get("PYTHONPATH", "")])}
-    alone = subprocess.run([sys.executable, *arguments], env=environment, capture_output=True, text=True, timeout=280)
-    assert alone.returncode == 0, alone.stderr
-    together = mpirun(count, *arguments, "--tensor-parallel", str(count))
-    assert together.returncode == 0, together.stderr
-    assert together.stdout == alone.stdout and len(alone.stdout) > 5
-    assert together.stderr.count("tokens/s") == alone.stderr.count("tokens/s"), "one rank speaks for all"
-
-
-def test_draws_are_those_of_one_rank(tiny: str, tmp_path: Path) -> None:
-    """Without a seed each process draws numbers of its own: if the first rank's choice did not count, caches would part."""
-    body = f"""
+_SERVING = """
+import os, signal, sys, time
 import fuseline
+import transformers
+from fuseline.runtime import cli
 from fuseline.runtime.ranks import rank_of
-compiled = fuseline.compile({tiny!r}, device="cpu", max_seq_len=64, tensor_parallel=2)
-tokens = compiled.generate([[5, 6, 7], [9]], max_new_tokens=12, temperature=5.0)
-open({str(tmp_path)!r} + f"/{{rank_of()}}", "w").write(repr(tokens))
+
+model, out = sys.argv[1:]
+rank, command = rank_of(), ["run", model, "hello", "--max-new-tokens", "12", "--device", "cpu", "--tensor-parallel", "2"]
+cli.app(command, standalone_mode=False)
+compiled = fuseline.compile(model, device="cpu", max_seq_len=64, tensor_parallel=2)
+with open(f"{out}/drawn{rank}", "w") as file:
+    file.write(repr(compiled.generate([[5, 6, 7], [9]], max_new_tokens=12, temperature=5.0)))
+transformers.AutoModelForCausalLM.from_pretrained = None
+parts = fuseline.compile("some/model", device="cpu", max_seq_len=64, tensor_parallel=2)
+with open(f"{out}/parts{rank}", "w") as file:
+    tokens = parts.generate([[5, 6, 7], [9]], max_new_tokens=12, stop_token_ids=[])
+    file.write(repr((tokens, parts.report.source_check)))
+made = []
+
+def made_one(event):
+    made.append(event)
+    if len(made) == 5 and rank == 1:
+        with open(f"{out}/stopped", "w") as file:
+            file.write(str(time.time()))
+        os.kill(os.getpid(), signal.SIGSTOP)
+
+for prompt in ([5, 6, 7], [9]):
+    compiled.engine.add(prompt, fuseline.runtime.sequence.SamplingParams(20))
+try:
+    compiled.engine.run(made_one)
+except fuseline.RankError as error:
+    with open(f"{out}/raised{rank}", "w") as file:
+        file.write(f"{len(made)} tokens, then {error}")
+    raise
 """
-    done = mpirun(2, "-m", "mpi4py", script(tmp_path, body))
-    assert done.returncode == 0, done.stderr
-    first, second = (Path(tmp_path / str(rank)).read_text() for rank in range(2))
-    assert first == second
 
 
-def test_ranks_read_their_parts_and_no_model(tmp_path: Path) -> None:
-    """From a hub id in the local cache. What loads a whole model is taken away; the layers that are traced are compared."""
+@pytest.fixture(scope="module")
+def published(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """``some/model``, whose weights are in several files, in a local cache of the hub."""
     torch.manual_seed(0)
     sizes = {
         "hidden_size": 48,
@@ -98,78 +89,98 @@ def test_ranks_read_their_parts_and_no_model(tmp_path: Path) -> None:
         "initializer_range": 0.2,
     }
     heads = {"num_attention_heads": 8, "num_key_value_heads": 2, "max_position_embeddings": 128}
-    cache = tmp_path / "hub" / "models--some--model"
+    hub = tmp_path_factory.mktemp("hub")
+    cache = hub / "models--some--model"
     snapshot = cache / "snapshots" / ("0" * 40)
-    LlamaForCausalLM(LlamaConfig(vocab_size=96, **sizes, **heads)).eval().save_pretrained(
-        snapshot, max_shard_size="99KB"
-    )
+    made = LlamaForCausalLM(LlamaConfig(vocab_size=96, **sizes, **heads)).eval()
+    made.save_pretrained(snapshot, max_shard_size="99KB")
     (cache / "refs").mkdir()
     (cache / "refs" / "main").write_text("0" * 40)
-    body = f"""
-import fuseline
-import transformers
-from fuseline.runtime.ranks import rank_of
-transformers.AutoModelForCausalLM.from_pretrained = None
-compiled = fuseline.compile("some/model", device="cpu", max_seq_len=64, tensor_parallel=2)
-tokens = compiled.generate([[5, 6, 7], [9]], max_new_tokens=12, stop_token_ids=[])
-open({str(tmp_path)!r} + f"/{{rank_of()}}", "w").write(repr((tokens, compiled.report.source_check)))
-"""
-    done = mpirun(2, "-m", "mpi4py", script(tmp_path, body), HF_HUB_CACHE=str(tmp_path / "hub"), HF_HUB_OFFLINE="1")
-    assert done.returncode == 0, done.stderr
-    alone = fuseline.compile(snapshot, device="cpu", max_seq_len=64)
-    tokens = alone.generate([[5, 6, 7], [9]], max_new_tokens=12, stop_token_ids=[])
+    return hub
+
+
+def test_ranks_serve_like_one_process_until_one_is_stopped(
+    tiny: str, published: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One start of two processes for what they print, what they draw, what they read, and what requests in flight get when
+    one stops."""
+    cli.app(["run", tiny, "hello", "--max-new-tokens", "12", "--device", "cpu"], standalone_mode=False)
+    alone = capfd.readouterr()
+    monkeypatch.setenv("FUSELINE_WATCHDOG", "2.5")
+    monkeypatch.setenv("HF_HUB_CACHE", str(published))
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    script = tmp_path / "serving.py"
+    script.write_text(_SERVING)
+    done = mpirun(2, "-m", "mpi4py", str(script), tiny, str(tmp_path))
+    ended = time.time()
+    assert done.stdout == alone.out and len(alone.out) > 5, done.stderr
+    assert done.stderr.count("tokens/s") == alone.err.count("tokens/s"), "one rank speaks for all"
+    # Without a seed each process draws numbers of its own: if the first rank's choice did not count, caches would part.
+    assert (tmp_path / "drawn0").read_text() == (tmp_path / "drawn1").read_text()
+    # What loads a whole model was taken away: ranks read their parts, and the layers that are traced are compared.
+    (snapshot,) = published.glob("*/snapshots/*")
+    whole = fuseline.compile(snapshot, device="cpu", max_seq_len=64)
+    tokens = whole.generate([[5, 6, 7], [9]], max_new_tokens=12, stop_token_ids=[])
     said = "compared with 3 of its 6 layers: of the others a rank reads its part alone"
-    assert [Path(tmp_path / str(rank)).read_text() for rank in range(2)] == [repr((tokens, said))] * 2
+    assert [(tmp_path / f"parts{rank}").read_text() for rank in range(2)] == [repr((tokens, said))] * 2
+    said = "rank 0 of 2 has waited 2.5 s for rank 1"
+    found = (tmp_path / "raised0").read_text()
+    assert said in found and int(found.split()[0]) >= 5, "what runs the requests gets the error"
+    assert done.returncode != 0 and said in done.stderr
+    assert "ended without a word" not in done.stderr, "a rank that is ended with the job is no news"
+    assert ended - float((tmp_path / "stopped").read_text()) < 2.5 + 10
 
 
-_FAILING = """
-import os, signal, time
-import fuseline
-from fuseline.runtime.mpi import one_job, world
-from fuseline.runtime.ranks import rank_of
+_MEETING = f"""{LIGHT}
+import os, signal, sys, time
 import torch
-with one_job(2):
-    group = world(2)
-    group.all_reduce(torch.ones(3))
-    {how}
-    group.all_reduce(torch.ones(3))
+from fuseline.runtime.mpi import OptionError, one_job, world
+
+size, out = int(sys.argv[1]), sys.argv[2]
+with one_job(size):
+    try:
+        world(size + 2)
+    except OptionError as error:
+        print(error)
+    group = world(size)
+    x = torch.arange(3.0) + group.rank
+    parts = group.all_gather(x)
+    assert all(torch.equal(part, torch.arange(3.0) + rank) for rank, part in enumerate(parts))
+    assert torch.equal(group.all_reduce(x.bfloat16()), sum(parts).bfloat16())
+    assert group.all_gather(torch.empty(0, 4))[0].shape == (0, 4)
+    if group.rank == 1:
+        with open(f"{{out}}/ended", "w") as file:
+            file.write(str(time.time()))
+        if size == 2:
+            raise ValueError("out of luck")
+        os.kill(os.getpid(), signal.SIGKILL)
+    group.all_reduce(x)
 """
 
 
 @pytest.mark.parametrize(
-    ("how", "said"),
-    [
-        ("if rank_of() == 1: raise ValueError('out of luck')", "fuseline: rank 1 of 2: ValueError('out of luck')"),
-        ("if rank_of() == 1: os.kill(os.getpid(), signal.SIGKILL)", ""),
-        (
-            "group._watchdog = 2.0\n    if rank_of() == 1: time.sleep(100)",
-            "rank 0 of 2 has waited 2 s for rank 1",
-        ),
-    ],
-    ids=["raises", "is killed", "stalls"],
+    ("count", "said"),
+    [(2, "fuseline: rank 1 of 2: ValueError('out of luck')"), (4, "fuseline: rank 1 of 4 has ended without a word")],
+    ids=["raises", "is killed"],
 )
-def test_a_rank_that_fails_ends_the_job(tmp_path: Path, how: str, said: str) -> None:
-    begin = time.monotonic()
-    imported = subprocess.run([sys.executable, "-c", "import fuseline"], env=_environment(), timeout=60)
-    importing = time.monotonic() - begin
-    assert imported.returncode == 0
-    begin = time.monotonic()
-    done = mpirun(2, script(tmp_path, _FAILING.format(how=how)))
+def test_a_rank_that_fails_ends_the_job_and_is_named(tmp_path: Path, count: int, said: str) -> None:
+    """The others would wait for it for ever. Nobody else is to blame: the launcher kills them for it."""
+    done = mpirun(count, "-c", _MEETING, str(count), str(tmp_path))
+    ended = time.time()
+    assert ended - float((tmp_path / "ended").read_text()) < 10, done.stderr
     assert done.returncode != 0
-    assert said in done.stderr
-    assert time.monotonic() - begin < 3 * importing + 10
-
-
-def _environment() -> dict[str, Any]:
-    return {**os.environ, "PYTHONPATH": os.pathsep.join([str(_SOURCE), os.environ.get("PYTHONPATH", "")])}
-
-
-def test_another_number_of_processes_is_refused(tiny: str) -> None:
-    done = mpirun(2, "-m", "fuseline.runtime.cli", "run", tiny, "hello", "--device", "cpu", "--tensor-parallel", "4")
-    assert done.returncode != 0
-    assert "tensor_parallel=4 needs as many processes, and mpirun started 2" in done.stderr
+    assert [line[: len(said)] for line in done.stderr.splitlines() if "fuseline: rank" in line] == [said]
+    refused = f"tensor_parallel={count + 2} needs as many processes, and mpirun started {count}"
+    assert done.stdout.count(refused) == count
 
 
 def test_without_a_launcher_compile_says_how_to_start_ranks(tiny: str) -> None:
     with pytest.raises(fuseline.OptionError, match=r"this process is alone: .*mpirun -n 2 .*simulate=True"):
         fuseline.compile(tiny, device="cpu", tensor_parallel=2)
+
+
+def test_the_watchdog_is_a_number_of_seconds() -> None:
+    assert watchdog({}) == 120 and watchdog({"FUSELINE_WATCHDOG": "0.5"}) == 0.5
+    for wrong in ("soon", "0", "-3", "inf", "nan"):
+        with pytest.raises(fuseline.OptionError, match=f"FUSELINE_WATCHDOG={wrong} is no number of seconds"):
+            watchdog({"FUSELINE_WATCHDOG": wrong})
