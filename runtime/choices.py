@@ -8,8 +8,9 @@ import torch
 from torch import Tensor
 
 from ..codegen.launch import load_greedy
-from ..ir.dist import Group
+from ..ir.dist import ALONE, Group
 from .layout import ALIGNMENT, Layout
+from .nccl import NCCLGroup
 from .sampler import draw_sampled
 from .sequence import SamplingParams
 
@@ -52,23 +53,28 @@ class Choices:
         if group.size > 1:
             self._store.copy_(group.all_gather(self._store)[0])
 
-    def send(self, count: int) -> Pending:
-        """Copy the first ``count`` choices to the host, without waiting for them."""
+    def send(self, count: int, group: Group = ALONE) -> Pending:
+        """Copy the first ``count`` choices, those of all in ``group``, to the host, without waiting for them."""
         host = self._hosts.pop(0)
         self._hosts.append(host)
-        return host.receive(self._store, count)
+        return host.receive(self._store, count, group)
 
 
 class Pending:
     """Choices on their way to the host."""
 
-    def __init__(self, host: _Host, count: int) -> None:
+    def __init__(self, host: _Host, count: int, group: Group) -> None:
         self._host = host
         self._count = count
+        self._group = group
 
     def wait(self) -> Chosen:
-        """The choices, once they are there."""
-        return self._host.read(self._count)
+        """The choices, once they are there.
+
+        Raises:
+            RankError: another rank does not do its part.
+        """
+        return self._host.read(self._count, self._group)
 
 
 class _Host:
@@ -80,14 +86,16 @@ class _Host:
         self._views = layout.views(self._store)
         self._event = torch.cuda.Event() if gpu else None  # type: ignore[no-untyped-call]
 
-    def receive(self, store: Tensor, count: int) -> Pending:
+    def receive(self, store: Tensor, count: int, group: Group) -> Pending:
         self._store.copy_(store, non_blocking=True)
         if self._event is not None:
             self._event.record()
-        return Pending(self, count)
+        return Pending(self, count, group)
 
-    def read(self, count: int) -> Chosen:
-        if self._event is not None:
+    def read(self, count: int, group: Group) -> Chosen:
+        if isinstance(group, NCCLGroup):
+            group.wait(self._event)
+        elif self._event is not None:
             self._event.synchronize()
         return Chosen(self._views["tokens"][:count].tolist(), self._views["finite"][:count].tolist())
 

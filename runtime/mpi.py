@@ -18,7 +18,7 @@ from torch import Tensor
 from ..ir.errors import FuselineError, OptionError
 from .groups import summed
 from .guard import Guard
-from .ranks import rank_of, size_of
+from .ranks import rank_of, size_of, started_by_mpi
 
 # Seconds that a rank waits for the others: longer than one may take to load its weights while another has done so.
 WATCHDOG = 120.0
@@ -149,6 +149,8 @@ def one_job(size: int) -> Iterator[None]:
             traceback.print_exc()
         what = error.args[0] if isinstance(error, FuselineError) and error.args else repr(error)
         print(f"fuseline: rank {rank} of {size}: {what}", file=sys.stderr, flush=True)
+        if not started_by_mpi():
+            os._exit(1)  # torchrun ends the others; what runs on a GPU may wait for them for ever
         try:
             everyone = _everyone()
         except OptionError:

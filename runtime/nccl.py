@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import socket
+import time
 from datetime import timedelta
 from typing import Any
 
@@ -12,12 +13,13 @@ import torch.distributed as distributed
 from torch import Tensor
 
 from ..codegen.exchange import Exchange, Places
-from .mpi import WATCHDOG, MPIGroup, world
+from .exchange_limit import faster_up_to
+from .mpi import MPIGroup, RankError, watchdog, world
 from .options import OptionError
 from .ranks import local_rank_of, rank_of, size_of
 
-_LIMIT = 1 << 20
-"""Bytes up to which kernels meet by themselves, before it is measured."""
+# So often the host looks whether a step is done before it sleeps in between.
+_EAGER = 100_000
 
 
 class NCCLGroup:
@@ -40,9 +42,49 @@ class NCCLGroup:
         distributed.all_gather_into_tensor(found, own, group=self._group)
         return list(found.to(x.device).unbind())
 
+    def wait(self, event: Any) -> None:
+        """Wait until the device has come to an event.
+
+        Raises:
+            RankError: another rank, which it names, keeps it waiting for longer than ``FUSELINE_WATCHDOG`` says.
+        """
+        seconds = watchdog()
+        until, looks = time.monotonic() + seconds, 0
+        while not event.query():
+            looks += 1
+            if looks > _EAGER:
+                time.sleep(2e-5)
+            if time.monotonic() > until:
+                late = ", ".join(map(str, self._silent())) or "another one"
+                raise RankError(
+                    f"rank {self.rank} of {self.size} has waited {seconds:g} s for a step that needs all ranks: rank {late} "
+                    "has stopped, or is much slower than the others"
+                )
+
+    def _silent(self) -> list[int]:
+        """The ranks that do not say, as this one does now, that they wait for the others."""
+        store = distributed.distributed_c10d._get_default_store()
+        said, patience = f"fuseline/{self.rank}", timedelta(seconds=5)
+        try:
+            store.set(said, "waits")
+        except RuntimeError:
+            return [0]  # where the store is
+        silent = []
+        for rank in range(self.size):
+            try:
+                store.wait([f"fuseline/{rank}"], patience)
+            except RuntimeError:
+                silent.append(rank)
+                patience = timedelta(seconds=0.1)
+        return silent
+
     def connect(self, places: Places) -> SymmetricExchange:
         """Memory that the kernels of all ranks write to. All ranks call this together."""
-        return SymmetricExchange(self, self._group, places)
+        exchange = SymmetricExchange(self, self._group, places)
+        if not exchange.why:
+            found = faster_up_to(exchange, exchange.all_reduce, self.device)
+            exchange.limit = int(self.all_gather(torch.tensor([found]))[0].item())
+        return exchange
 
 
 class SymmetricExchange(Exchange):
@@ -53,7 +95,7 @@ class SymmetricExchange(Exchange):
 
     def __init__(self, group: NCCLGroup, process_group: Any, places: Places) -> None:
         self._process_group = process_group
-        self.limit, self.why = _LIMIT, ""
+        self.limit, self.why = 1 << 62, ""
         mine, addresses = torch.zeros(1, dtype=torch.int64, device=group.device), [0] * group.size
         try:
             mine, addresses, self._handle = _mapped(places.words, group.device, process_group)
@@ -111,7 +153,7 @@ def gpus(size: int, device: torch.device) -> NCCLGroup:
     """
     if not distributed.is_initialized():
         started = size_of()
-        options: dict[str, Any] = {"timeout": timedelta(seconds=WATCHDOG), "device_id": device, "world_size": size}
+        options: dict[str, Any] = {"timeout": timedelta(seconds=watchdog()), "device_id": device, "world_size": size}
         if "MASTER_ADDR" in os.environ and started == size:
             options |= {"init_method": "env://", "rank": rank_of()}
         else:
@@ -125,7 +167,7 @@ def gpus(size: int, device: torch.device) -> NCCLGroup:
 
 def _store(everyone: MPIGroup) -> Any:
     """Where ranks learn how to reach the others: at the first one, whose address goes round through MPI."""
-    timeout = timedelta(seconds=WATCHDOG)
+    timeout = timedelta(seconds=watchdog())
     hosts = set(_told(everyone, socket.gethostname()))
     address = "127.0.0.1" if len(hosts) == 1 else socket.getfqdn()
     if everyone.rank == 0:

@@ -24,6 +24,11 @@ def size_of(environment: Mapping[str, str] = os.environ) -> int | None:
     return (_found(environment) or (0, None))[1]
 
 
+def started_by_mpi(environment: Mapping[str, str] = os.environ) -> bool:
+    """Whether the launcher of this process speaks MPI."""
+    return any(name in environment for name, _ in _VARIABLES[:2])
+
+
 def local_rank_of(environment: Mapping[str, str] = os.environ) -> int | None:
     """Which of a launcher's processes on this machine this one is; nothing if the launcher does not say."""
     found = [environment.get(name, "") for name in _LOCAL]

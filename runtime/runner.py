@@ -67,7 +67,7 @@ class Runner:
             params = [sequence.params for sequence in sampled]
             self._choices.draw(logits, params, [sequence.num_generated for sequence in sampled])
         self._choices.agree(self._group)
-        return Flight(sampled, self._choices.send(len(sampled)))
+        return Flight(sampled, self._choices.send(len(sampled), self._group))
 
     def run(self, chunks: list[Chunk], *, all_rows: bool = False) -> torch.Tensor:
         """Compute the chunks and return logits [R, V], in the order of the chunks.
