@@ -28,7 +28,8 @@ from fuseline.codegen.kernels import Kernel, kernel_file
 from fuseline.codegen.launch import load_launch
 from fuseline.runtime.bench.random_weights import RandomWeights
 from fuseline.runtime.bench.shapes import shape_config
-from fuseline.runtime.nccl import NCCLGroup, gpu_of_rank, gpus
+from fuseline.runtime.join import gpu_of_rank, torch_group
+from fuseline.runtime.nccl import NCCLGroup
 from fuseline.runtime.options import quantization_of
 from fuseline.runtime.ranks import rank_of, size_of
 
@@ -136,7 +137,8 @@ def main() -> None:
 
     tell({"gpu": torch.cuda.get_device_name(), "torch": torch.__version__, "ranks": ranks})
     if options.what == "sum":
-        group = gpus(ranks, gpu_of_rank())
+        group = torch_group(ranks, gpu_of_rank())
+        assert isinstance(group, NCCLGroup)
         for width in (4096, 8192):
             for rows in (1, 8, 64, 256):
                 tell(time_sums(group, width, rows))

@@ -27,9 +27,9 @@ from .calibration.texts import Calibration, windows_of
 from .compiled import CompiledModel
 from .dumps import Dump
 from .garbage import rarely_searched_for_garbage
+from .join import gpu_of_rank
 from .lower import Wishes, lower
 from .memory import plan_memory
-from .nccl import gpu_of_rank
 from .options import (
     KVCacheConfig,
     OptionError,

@@ -88,7 +88,7 @@ def world(size: int) -> MPIGroup:
         found = f"mpirun started {started}" if started else "this process is alone"
         raise OptionError(
             f"tensor_parallel={size} needs as many processes, and {found}: start them with mpirun -n {size} fuseline run "
-            f"MODEL PROMPT --tensor-parallel {size}, or run all ranks in this process with simulate=True"
+            f"MODEL PROMPT --tensor-parallel {size} or with torchrun, or run all ranks in this process with simulate=True"
         )
     everyone = _everyone()
     if everyone.Get_size() != size:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import socket
 import time
 from datetime import timedelta
 from typing import Any
@@ -14,9 +12,7 @@ from torch import Tensor
 
 from ..codegen.exchange import Exchange, Places
 from .exchange_limit import faster_up_to
-from .mpi import MPIGroup, RankError, watchdog, world
-from .options import OptionError
-from .ranks import local_rank_of, rank_of, size_of
+from .mpi import RankError, watchdog
 
 # So often the host looks whether a step is done before it sleeps in between.
 _EAGER = 100_000
@@ -124,61 +120,3 @@ def _mapped(words: int, device: torch.device, process_group: Any) -> tuple[Tenso
     handle = symmetric.rendezvous(mine, process_group)
     mine.zero_()
     return mine, [int(address) for address in handle.buffer_ptrs], handle
-
-
-def gpu_of_rank() -> torch.device:
-    """The GPU of this process among those that a launcher started on this machine.
-
-    Raises:
-        OptionError: there are more processes here than GPUs.
-    """
-    local, count = local_rank_of() or 0, torch.cuda.device_count()
-    if local >= count:
-        raise OptionError(
-            f"rank {rank_of()} is the process {local} of this machine, which has {count} GPUs: start fewer"
-        )
-    device = torch.device("cuda", local)
-    torch.cuda.set_device(device)
-    return device
-
-
-def gpus(size: int, device: torch.device) -> NCCLGroup:
-    """The group of the processes that ``mpirun`` or ``torchrun`` started, one for each GPU.
-
-    They find each other at ``MASTER_ADDR`` and ``MASTER_PORT``, which torchrun sets; by default the first of those that
-    mpirun started tells the others.
-
-    Raises:
-        OptionError: there are not as many processes.
-    """
-    if not distributed.is_initialized():
-        started = size_of()
-        options: dict[str, Any] = {"timeout": timedelta(seconds=watchdog()), "device_id": device, "world_size": size}
-        if "MASTER_ADDR" in os.environ and started == size:
-            options |= {"init_method": "env://", "rank": rank_of()}
-        else:
-            everyone = world(size)
-            options |= {"store": _store(everyone), "rank": everyone.rank}
-        distributed.init_process_group("nccl", **options)
-    if distributed.get_world_size() != size:
-        raise OptionError(f"tensor_parallel={size}, but {distributed.get_world_size()} processes are in torch's group")
-    return NCCLGroup(distributed.group.WORLD, device)
-
-
-def _store(everyone: MPIGroup) -> Any:
-    """Where ranks learn how to reach the others: at the first one, whose address goes round through MPI."""
-    timeout = timedelta(seconds=watchdog())
-    hosts = set(_told(everyone, socket.gethostname()))
-    address = "127.0.0.1" if len(hosts) == 1 else socket.getfqdn()
-    if everyone.rank == 0:
-        made = distributed.TCPStore(address, 0, everyone.size, True, timeout, wait_for_workers=False)  # type: ignore[attr-defined]
-        _told(everyone, f"{address}:{made.port}")
-        return made
-    address, _, port = _told(everyone, "")[0].rpartition(":")
-    return distributed.TCPStore(address, int(port), everyone.size, False, timeout)  # type: ignore[attr-defined]
-
-
-def _told(everyone: MPIGroup, text: str) -> list[str]:
-    """What each rank says, in at most 256 bytes."""
-    said = torch.tensor(list(text.encode().ljust(256)), dtype=torch.uint8)
-    return [bytes(item.tolist()).decode().rstrip() for item in everyone.all_gather(said)]

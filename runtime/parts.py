@@ -21,10 +21,12 @@ from .caches import new_caches
 from .constants import fold_constants
 from .executor import Executor, Launch
 from .groups import SimulatedGroup, simulated
+from .join import torch_group
 from .mpi import RankError, world
-from .nccl import NCCLGroup, gpus
+from .nccl import NCCLGroup
 from .options import OptionError, positive
 from .packed import Linear, pack_linears
+from .ranks import size_of, started_by_mpi
 from .simulated import SimulatedRanks
 
 RankModel = Executor | SimulatedRanks
@@ -42,7 +44,8 @@ def groups_of(size: int, simulate: bool, device: torch.device) -> list[Group]:
         raise OptionError(f"simulate=True: all ranks run on the CPU, not on {device}: pass device='cpu'")
     if simulate:
         return simulated(size)
-    return [world(size) if device.type == "cpu" else gpus(size, device)]
+    by_torchrun = size_of() is not None and not started_by_mpi()
+    return [torch_group(size, device) if device.type == "cuda" or by_torchrun else world(size)]
 
 
 def agreed(groups: Sequence[Group], value: int) -> int:
