@@ -47,6 +47,7 @@ from .progress import Progress
 from .rehearsal import Meter
 from .report import Report
 from .selfcheck import check_concatenation, check_source, most_slots
+from .started import compiled_on_ranks, starts_ranks
 from .step_tuning import tune_steps
 from .tune import TUNING_SECONDS, listed, replayed, tune_kernels
 from .yardstick import Yardstick, yardstick_of
@@ -106,6 +107,8 @@ def compile(
             least; ``Calibration()`` takes sources of Python's library. With ``"int8-dynamic"`` rows are smoothed as well
             (SmoothQuant). Needs ``quantization``.
         tensor_parallel: so many ranks divide the model among them, each with its part of the weights and of the KV cache.
+            They are the processes that ``mpirun`` or ``torchrun`` started; in a process that none of them started, the
+            others are started here, one for each GPU or on the CPU, and end with the model (see ``CompiledModel.close``).
         simulate: run all ranks in this process, on the CPU, each in a thread.
         replicated: patterns of weights, as for ``quantization``, that every rank is to hold whole.
         graphs: run steps that only decode as CUDA graphs, recorded here for a few batch sizes that others are padded
@@ -136,6 +139,9 @@ def compile(
         WeightsError: ``weights`` lacks a name, or a tensor has another shape than the parameter.
         OptionError: an option makes no sense or is not available yet. UnknownPassError: ``skip`` names no pass.
     """
+    arguments = dict(locals())
+    if starts_ranks(tensor_parallel, simulate):
+        return compiled_on_ranks(compile, arguments)
     kv_cache = kv_cache or KVCacheConfig()
     wanted = resolve_quantization(quantization)
     refuse_later(schedule, kv_cache)

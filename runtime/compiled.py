@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
 from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass
 from pathlib import Path
@@ -55,6 +56,7 @@ class CompiledModel:
         self.report = report
         self.engine = engine
         self._decode = decode
+        self.on_close: Callable[[], object] | None = None
         self.options = options
         self.config = config
         self.eos_token_ids = _token_ids(
@@ -163,6 +165,7 @@ class CompiledModel:
                 f"no decode step of {batch} sequences of {context} tokens can come, or be timed {repeats} times: "
                 f"max_batch_size is {self.options.max_batch_size}, max_seq_len {self.options.max_seq_len}"
             )
+        self.engine.tell("decode_step_ms", batch, context, repeats)
         return self._decode.milliseconds(batch, context, repeats)
 
     def dump(self, directory: str | Path) -> None:
@@ -170,6 +173,14 @@ class CompiledModel:
         record = Dump(directory)
         record.graph("graph", self.graph)
         record.finish(self.kernels, self.report)
+
+    def close(self) -> None:
+        """End the processes of the other ranks, if ``compile`` started them; the model cannot be used then any more.
+
+        It happens by itself when the model is forgotten, or Python ends.
+        """
+        if self.on_close is not None:
+            self.on_close()
 
     def save(self, directory: str | Path) -> None:
         """Not available yet."""

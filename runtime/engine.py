@@ -13,6 +13,7 @@ from ..ir.dist import ALONE, Group
 from ..ir.errors import InvalidRequestError
 from .decode import DecodeSteps
 from .events import Stats, TokenEvent
+from .mpi import RankError
 from .pool import BlockPool, PoolError
 from .runner import Flight, Runner
 from .sampler import not_finite
@@ -20,6 +21,12 @@ from .scheduler import Chunk, Scheduler
 from .scoring import score_all
 from .sequence import SamplingParams, Sequence, validate_prompt
 from .step import Model
+
+Tell = Callable[..., None]
+
+
+def _nobody(name: str, *values: object) -> None:
+    """There is no one to tell."""
 
 
 class Engine:
@@ -58,7 +65,10 @@ class Engine:
         self.max_seq_len = max_seq_len
         self.vocab_size = vocab_size
         self._runner = Runner(model, block_size, device, max_batch_size, max_seq_len, decode, group)
+        self.group = group
         self._lookahead = lookahead
+        self.tell: Tell = _nobody
+        """Is told of every call that changes something before it is done, by name and arguments: other ranks follow it."""
         self._flight: Flight | None = None
         self._live: dict[int, Sequence] = {}
         self._next_id = 0
@@ -80,6 +90,7 @@ class Engine:
         self.validate(prompt, params)
         if params.seed is None:
             params = dataclasses.replace(params, seed=secrets.randbits(64))
+        self.tell("add", list(prompt), params)
         sequence = Sequence(self._next_id, list(prompt), params)
         self._next_id += 1
         self._live[sequence.id] = sequence
@@ -122,6 +133,10 @@ class Engine:
 
     def abort(self, sequence_id: int) -> bool:
         """End a request without a further token. False if it is unknown or has ended already."""
+        self.tell("abort", sequence_id)
+        return self._end(sequence_id)
+
+    def _end(self, sequence_id: int) -> bool:
         sequence = self._live.pop(sequence_id, None)
         if sequence is None:
             return False
@@ -131,6 +146,10 @@ class Engine:
 
     def abort_all(self) -> None:
         """End every request; the pool is then as at the start."""
+        self.tell("abort_all")
+        self._end_all()
+
+    def _end_all(self) -> None:
         self.scheduler.clear()
         self._live.clear()
         self._flight = None
@@ -149,6 +168,7 @@ class Engine:
                     f"prompts[{index}] has {len(prompt)} tokens, but max_seq_len is {self.max_seq_len}: shorten it"
                 )
             self._validate_room(len(prompt), f"prompts[{index}]")
+        self.tell("score", prompts)
         self.scheduler.preempt_all()
         scheduler = Scheduler(self.pool, self.scheduler.max_batch_size, self.scheduler.max_step_tokens)
         return score_all(prompts, scheduler, self._all_logits)
@@ -171,13 +191,18 @@ class Engine:
             # What may still be under way are tokens too many: nobody waits for them.
             self._flight = None
             return [], []
+        self.tell("step")
         try:
             flight = self._flight or self._launch()
             self._flight = self._launch() if self._lookahead else None
             assert flight is not None, "requests that live are in the scheduler or under way"
             return self._land(flight)
-        except BaseException:
-            self.abort_all()
+        except BaseException as error:
+            self._end_all()
+            try:
+                self.tell("abort_all")  # where it happened here alone
+            except RankError as gone:
+                raise gone from error
             raise
 
     def _launch(self) -> Flight | None:
@@ -211,7 +236,7 @@ class Engine:
             events.append(TokenEvent(sequence.id, token, sequence.finish_reason))
             if sequence.finish_reason is not None:
                 ended.append(sequence)
-                self.abort(sequence.id)
+                self._end(sequence.id)
                 # The step launched meanwhile has fed this token back for nothing.
                 self._decode_tokens -= sequence.num_tokens - len(sequence.prompt) - len(sequence.output)
         self._tokens += len(events)

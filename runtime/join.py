@@ -88,6 +88,26 @@ def torch_group(size: int, device: torch.device) -> NCCLGroup | GlooGroup:
     return NCCLGroup(distributed.group.WORLD, device) if gpu else GlooGroup(distributed.group.WORLD)
 
 
+def store_of_first(size: int) -> Any:
+    """Where the first rank, which calls this, and the others of its machine leave what they need to reach each other."""
+    timeout = timedelta(seconds=watchdog())
+    return distributed.TCPStore("127.0.0.1", 0, size, True, timeout, wait_for_workers=False)  # type: ignore[attr-defined]
+
+
+def join(store: Any, rank: int, size: int, kind: str) -> torch.device:
+    """Make this process one of ``size`` ranks of this machine; returns its device. ``store`` is the first one's, or its port."""
+    timeout = timedelta(seconds=watchdog())
+    if isinstance(store, int):
+        store = distributed.TCPStore("127.0.0.1", store, size, False, timeout)  # type: ignore[attr-defined]
+    device = torch.device(kind, rank) if kind == "cuda" else torch.device(kind)
+    options: dict[str, Any] = {"device_id": device} if kind == "cuda" else {}
+    if kind == "cuda":
+        torch.cuda.set_device(device)
+    backend = "nccl" if kind == "cuda" else "gloo"
+    distributed.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=timeout, **options)
+    return device
+
+
 def _store(everyone: MPIGroup) -> Any:
     """Where ranks learn how to reach the others: at the first one, whose address goes round through MPI."""
     timeout = timedelta(seconds=watchdog())

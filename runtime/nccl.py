@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from datetime import timedelta
 from typing import Any
 
@@ -26,6 +27,8 @@ class NCCLGroup:
         self.device = device
         self.rank: int = distributed.get_rank(group)
         self.size: int = distributed.get_world_size(group)
+        self.gone: Callable[[], str] = str
+        """Says which rank has ended, if that is known; else nothing."""
 
     def all_reduce(self, x: Tensor) -> Tensor:
         total = x.to(self.device, copy=True)
@@ -50,6 +53,8 @@ class NCCLGroup:
             looks += 1
             if looks > _EAGER:
                 time.sleep(2e-5)
+                if looks % 1000 == 0 and (said := self.gone()):
+                    raise RankError(said)
             if time.monotonic() > until:
                 late = ", ".join(map(str, self._silent())) or "another one"
                 raise RankError(

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.distributed import is_initialized
 from torch.fx import Node
 
 from ..codegen.exchange import Exchange, Places, places_for
@@ -44,8 +45,8 @@ def groups_of(size: int, simulate: bool, device: torch.device) -> list[Group]:
         raise OptionError(f"simulate=True: all ranks run on the CPU, not on {device}: pass device='cpu'")
     if simulate:
         return simulated(size)
-    by_torchrun = size_of() is not None and not started_by_mpi()
-    return [torch_group(size, device) if device.type == "cuda" or by_torchrun else world(size)]
+    by_torch = is_initialized() or (size_of() is not None and not started_by_mpi())
+    return [torch_group(size, device) if device.type == "cuda" or by_torch else world(size)]
 
 
 def agreed(groups: Sequence[Group], value: int) -> int:

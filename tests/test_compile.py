@@ -164,7 +164,7 @@ def test_a_pool_too_small_for_a_request(model: torch.nn.Module) -> None:
     ("options", "message"),
     [
         ({"quantization": "int3"}, "no scheme"),
-        ({"tensor_parallel": 2}, "needs as many processes, and this process is alone"),
+        ({"tensor_parallel": 0}, "tensor_parallel must be a whole number of at least 1"),
         ({"schedule": "persistent"}, "not available yet"),
         ({"dtype": "int8"}, "not supported"),
         ({"device": "meta"}, "not supported"),

@@ -1,0 +1,157 @@
+"""``compile`` starts the other ranks itself: processes of this machine that follow the first one call by call."""
+
+from __future__ import annotations
+
+import os
+import pickle
+import subprocess
+import sys
+import tempfile
+import time
+import weakref
+from collections.abc import Callable, Mapping
+from contextlib import ExitStack, suppress
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as distributed
+from transformers import PreTrainedModel
+
+from ..ir.graph import Graph
+from .compiled import CompiledModel
+from .join import join, store_of_first
+from .mpi import RankError
+from .nccl import NCCLGroup
+from .options import OptionError, positive, resolve_device
+from .ranks import size_of
+from .worker import END
+
+# Seconds in which the end of a process is known to the one that started it.
+_MOMENT = 0.2
+
+
+def starts_ranks(tensor_parallel: int, simulate: bool) -> bool:
+    """Whether there is nobody yet to be the other ranks."""
+    return (
+        positive("tensor_parallel", tensor_parallel) > 1
+        and not simulate
+        and size_of() is None
+        and not distributed.is_initialized()
+    )
+
+
+def compiled_on_ranks(compile: Callable[..., CompiledModel], arguments: Mapping[str, Any]) -> CompiledModel:
+    """What ``compile(**arguments)`` gives on the first of the ranks, which are started for it and end with the model.
+
+    Raises:
+        OptionError: the arguments cannot be told to other processes, or there are fewer GPUs than ranks.
+        RankError: another rank has ended. Else as ``compile``.
+    """
+    size, model = arguments["tensor_parallel"], arguments["model"]
+    place = resolve_device(arguments["device"])
+    if place.type == "cuda" and torch.cuda.device_count() < size:
+        raise OptionError(
+            f"tensor_parallel={size}: this machine has {torch.cuda.device_count()} GPUs, one for each rank"
+        )
+    if isinstance(model, Graph):
+        raise OptionError("a graph from a dump runs on ranks that mpirun or torchrun starts, or with simulate=True")
+    with tempfile.TemporaryDirectory(prefix="fuseline-model-") as folder:
+        told = {**arguments, "device": place.type, "progress": False}
+        if isinstance(model, PreTrainedModel) and not isinstance(arguments["weights"], Mapping):
+            model.save_pretrained(folder)
+            told |= {"model": folder, "dtype": arguments["dtype"] or (model.dtype if place.type == "cpu" else None)}
+        team = Team(size, told)
+        try:
+            compiled = compile(**{**arguments, "device": join(team.store, 0, size, place.type)})
+        except BaseException as error:
+            gone = team.gone()
+            team.close(kill=True)
+            if gone and not isinstance(error, (KeyboardInterrupt, SystemExit)):
+                raise RankError(gone) from error
+            raise
+    compiled.engine.tell = team.tell
+    if isinstance(compiled.engine.group, NCCLGroup):
+        compiled.engine.group.gone = team.gone
+    compiled.on_close = weakref.finalize(compiled.engine, team.close)
+    return compiled
+
+
+class Team:
+    """The other ranks of this machine, and where all meet."""
+
+    def __init__(self, size: int, arguments: Mapping[str, Any]) -> None:
+        self.store = store_of_first(size)
+        try:
+            first = pickle.dumps((self.store.port, size, dict(arguments)))
+        except (TypeError, AttributeError, pickle.PicklingError) as error:
+            raise OptionError(
+                f"the arguments of compile cannot be told to other processes ({error}): start the ranks with mpirun or "
+                "torchrun"
+            ) from error
+        source = Path(__file__).parent.parent.parent
+        threads = max(1, (os.cpu_count() or 1) // size)
+        self._processes: list[tuple[int, subprocess.Popen[bytes], Any]] = []
+        self._files = ExitStack()
+        for rank in range(1, size):
+            environment = {**os.environ, "RANK": str(rank), "WORLD_SIZE": str(size), "LOCAL_RANK": str(rank)}
+            environment |= {"OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", str(threads))}
+            environment["PYTHONPATH"] = os.pathsep.join(filter(None, [str(source), os.environ.get("PYTHONPATH")]))
+            said = self._files.enter_context(tempfile.TemporaryFile())  # noqa: SIM115
+            command = [sys.executable, "-m", "fuseline.runtime.worker"]
+            process = subprocess.Popen(command, env=environment, stdin=subprocess.PIPE, stdout=said, stderr=said)
+            self._processes.append((rank, process, said))
+        self._size = size
+        self._say(first)
+
+    def tell(self, name: str, *values: Any) -> None:
+        """Have all do what the first rank is about to do.
+
+        Raises:
+            RankError: one has ended.
+        """
+        if not self._processes:
+            raise RankError("the processes of the other ranks have been ended: compile the model again")
+        if name == "abort_all":
+            time.sleep(_MOMENT)  # perhaps because another rank has just ended
+        gone = self.gone()
+        if gone:
+            raise RankError(gone)
+        self._say(pickle.dumps((name, values)))
+
+    def gone(self) -> str:
+        """Which rank has ended, with the last that it said; empty if none has."""
+        for rank, process, said in self._processes:
+            if process.poll() is not None:
+                said.seek(0)
+                lines = said.read().decode(errors="replace").strip().splitlines()
+                last = next((line for line in reversed(lines) if line.startswith("fuseline:")), "".join(lines[-1:]))
+                return f"rank {rank} of {self._size} has ended ({process.returncode}): {last or 'it said nothing'}"
+        return ""
+
+    def close(self, kill: bool = False) -> None:
+        """End the other ranks."""
+        with suppress(RankError):
+            self._say(pickle.dumps(END))
+        for _, process, _ in self._processes:
+            if process.stdin is not None:
+                with suppress(OSError):
+                    process.stdin.close()
+            try:
+                process.wait(0 if kill else 10)
+            except subprocess.TimeoutExpired:
+                process.kill()
+                process.wait()
+        self._processes.clear()
+        self._files.close()
+        if distributed.is_initialized():
+            distributed.destroy_process_group()
+
+    def _say(self, text: bytes) -> None:
+        for rank, process, _ in self._processes:
+            try:
+                assert process.stdin is not None
+                process.stdin.write(text)
+                process.stdin.flush()
+            except OSError as error:
+                raise RankError(self.gone() or f"rank {rank} of {self._size} does not listen: {error}") from error
