@@ -28,7 +28,7 @@ SENDING = {
     "rank": "i32",
     "number": "i32",
     "meetings": "i32",
-    "lines": "i32",
+    "stride": "i32",
     "slot": "i32",
 }
 """The parameters of a kernel that sends, and their types."""
@@ -64,22 +64,22 @@ def unpacked(bits, KIND: tl.constexpr):
 """,
     "send_to_ranks": """@triton.jit
 def send_to_ranks(
-    x, line, line_ok, col, tag, turn, ranks_at, rank, lines, slot, KIND: tl.constexpr, WIDTH: tl.constexpr
+    x, line, line_ok, col, tag, turn, ranks_at, rank, stride, slot, KIND: tl.constexpr, WIDTH: tl.constexpr
 ):
     # A tile of whole pairs to the memory of all ranks, this one's as well.
     bits = packed(x, KIND)
     PER: tl.constexpr = x.shape[1] // bits.shape[1]
     if PER == 2:
         col, _ = tl.split(tl.reshape(col, (1, bits.shape[1], 2)))
-    place = (turn * len(ranks_at) + rank) * lines + line
+    place = (turn * len(ranks_at) + rank) * stride + line * slot
     word = (bits.to(tl.int64) & 0xFFFFFFFF) | (tag.to(tl.int64) << 32)
     for peer in tl.static_range(len(ranks_at)):
         theirs = ranks_at[peer].to(tl.pointer_type(tl.int64))
-        tl.store(theirs + place * slot + col // PER, word, mask=line_ok & (col < WIDTH))
+        tl.store(theirs + place + col // PER, word, mask=line_ok & (col < WIDTH))
 """,
     "sum_of_ranks": """@triton.jit
 def sum_of_ranks(
-    line, line_ok, tag, turn, mine_ptr, lines, slot,
+    line, line_ok, tag, turn, mine_ptr, stride, slot,
     RANKS: tl.constexpr, KIND: tl.constexpr, WIDTH: tl.constexpr, PADDED: tl.constexpr,
 ):
     # The sum of the rows that the ranks have sent, in the order of the ranks: every rank gets the same bits.
@@ -88,12 +88,12 @@ def sum_of_ranks(
     wanted = line_ok & (column * PER < WIDTH)
     total = tl.zeros((line.shape[0], PADDED), tl.float32)
     for source in tl.static_range(RANKS):
-        place = (turn * RANKS + source) * lines
+        place = (turn * RANKS + source) * stride
         # One word after the other is cheap to wait for: what sends may run on the same processor.
-        first = place + tl.program_id(0) * line.shape[0]
-        while (tl.load(mine_ptr + first * slot + (WIDTH - 1) // PER, volatile=True) >> 32).to(tl.int32) != tag:
+        first = place + tl.program_id(0) * line.shape[0] * slot
+        while (tl.load(mine_ptr + first + (WIDTH - 1) // PER, volatile=True) >> 32).to(tl.int32) != tag:
             pass
-        pointers = mine_ptr + (place + line) * slot + column
+        pointers = mine_ptr + place + line * slot + column
         found = tl.load(pointers, mask=wanted, other=0, volatile=True)
         while tl.max((wanted & ((found >> 32).to(tl.int32) != tag)).to(tl.int32)) > 0:
             found = tl.load(pointers, mask=wanted, other=0, volatile=True)
@@ -123,7 +123,12 @@ class Places:
     @property
     def words(self) -> int:
         """Numbers of 64 bits."""
-        return PLACES * self.ranks * self.lines * self.slot
+        return PLACES * self.ranks * self.stride
+
+    @property
+    def stride(self) -> int:
+        """Those that one rank writes to for a meeting."""
+        return self.lines * self.slot
 
 
 class Exchange:
@@ -139,7 +144,7 @@ class Exchange:
         ranks_at = torch.tensor(addresses, dtype=torch.int64, device=mine.device)
         self._mine = {"mine_ptr": mine}
         self._fixed: dict[str, Any] = {"ranks_ptr": ranks_at, "steps_ptr": self._steps, "rank": rank}
-        self._fixed |= {"meetings": places.meetings, "lines": places.lines, "slot": places.slot}
+        self._fixed |= {"meetings": places.meetings, "stride": places.stride, "slot": places.slot}
 
     def begin(self) -> None:
         """A step begins: its meetings are others than those of the last."""
@@ -166,6 +171,10 @@ class Exchange:
         """Whether so many rows, ``nbytes`` in all, meet this way. Who sends and who receives ask the same."""
         return rows <= self.places.lines and width <= self.places.slot
 
+    def holds(self, words: int) -> bool:
+        """Whether so many words from each rank are gathered this way."""
+        return words <= self.places.stride
+
     def all_reduce(self, x: Tensor) -> Tensor:
         """The sum over the ranks of what is larger; may be written over ``x``."""
         raise NotImplementedError
@@ -179,7 +188,7 @@ class MirrorExchange(Exchange):
 
     def __init__(self, places: Places, device: torch.device | str) -> None:
         mine = torch.zeros(places.words, dtype=torch.int64, device=device)
-        step = places.lines * places.slot * mine.itemsize
+        step = places.stride * mine.itemsize
         super().__init__(places, mine, [mine.data_ptr() + peer * step for peer in range(places.ranks)], 0)
 
     def all_reduce(self, x: Tensor) -> Tensor:

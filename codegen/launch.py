@@ -12,6 +12,7 @@ from typing import Any
 
 from ..ir.graph import Region
 from .exchange import Exchange, meeting_of, sent_by
+from .gather import gather_source
 from .greedy import greedy_source
 from .kernels import Kernel
 from .offline import load_kernel_file
@@ -82,3 +83,8 @@ def load_launches(
 def load_greedy() -> Launch:
     """``launch(logits, tokens, finite)`` of the kernel that chooses the most likely tokens."""
     return load_kernel_file(_written("greedy", greedy_source())).launch  # type: ignore[no-any-return]
+
+
+def load_gather(ranks: int) -> Callable[..., bool]:
+    """``launch(x, whole, exchange)`` of the kernel that gathers the columns of so many ranks."""
+    return load_kernel_file(_written(f"gather_{ranks}", gather_source(ranks))).launch  # type: ignore[no-any-return]

@@ -31,7 +31,7 @@ def print_send(writer: Writer, node: Node, value: str, column: str, ranks: int) 
     kind, width = type_of(node), type_of(node).shape[-1]
     places = ", ".join(f"at_{rank}" for rank in range(ranks))
     writer.line(
-        f"send_to_ranks({value}, line, line_ok, {column}, tag, turn, ({places},), rank, lines, slot, "
+        f"send_to_ranks({value}, line, line_ok, {column}, tag, turn, ({places},), rank, stride, slot, "
         f"{TRITON_TYPES[kind.dtype]}, {width})"
     )
 
@@ -41,7 +41,7 @@ def received(graph: Graph, node: Node) -> str:
     kind, width = type_of(node), type_of(node).shape[-1]
     assert isinstance(width, int)
     constants = f"{ranks_of(graph)}, {TRITON_TYPES[kind.dtype]}, {width}, {padded_width(width)}"
-    return f"sum_of_ranks(line, line_ok, tag, turn, mine_ptr, lines, slot, {constants})"
+    return f"sum_of_ranks(line, line_ok, tag, turn, mine_ptr, stride, slot, {constants})"
 
 
 def sending_text(node: Node) -> str:
@@ -57,7 +57,7 @@ def with_sending(variant):
     """A variant that sends, of one that does not."""
     constants = {{name: value for name, value in variant["constexprs"].items() if name not in NOT_SENT}}
     types = {{**variant["signature"], **SENDING}}
-    return {{**variant, "signature": types, "constexprs": {{**constants, "SEND": True}}, "divisible_by_16": ["lines", "slot"]}}
+    return {{**variant, "signature": types, "constexprs": {{**constants, "SEND": True}}, "divisible_by_16": ["stride", "slot"]}}
 
 
 def sending(ranks, num_rows):

@@ -97,6 +97,7 @@ def run(
             progress=first,
         )
         speed = _stream(compiled, tokenizer, tokens, params, first)
+        compiled.close()
     if first:
         Console(stderr=True).print(two_columns([*compiled.report.rows(), *speed]))
 

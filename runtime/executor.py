@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.fx import Node
 
 from ..codegen.exchange import Exchange
+from ..codegen.launch import load_gather
 from ..codegen.region import RegionView, regions_of
 from ..ir.dist import ALONE, Group
 from ..ir.graph import Region, is_constant, node_inputs, type_of
@@ -189,6 +190,8 @@ class Executor:
                 values[out] = values[linear](*[values[source] for source in sources])
 
             return packed
+        if op_name(node.target) == "dist.all_gather" and self._exchange is not None and _last_of_two(node):
+            return self._gathered(node, self._exchange)
         target: Any = node.target
         target = getattr(target, "reference", target)
         if (
@@ -224,6 +227,17 @@ class Executor:
 
         return positional
 
+    def _gathered(self, node: Node, exchange: Exchange) -> Instruction:
+        source, out, group = self._slots[node.args[0]], self._slots[node], self._group
+        gather = load_gather(group.size)
+
+        def run(values: list[Any], dims: Mapping[str, int]) -> None:
+            x = values[source]
+            whole = x.new_empty(x.shape[0], group.size * x.shape[1])
+            values[out] = whole if gather(x, whole, exchange) else torch.cat(group.all_gather(x), 1)
+
+        return run
+
     def _launch(self, view: RegionView, launch: Launch) -> Instruction:
         inputs = [self._slots[node] for node in view.inputs]
         written = {node: self._slots[source] for node, source in view.in_place.items()}
@@ -250,6 +264,11 @@ class Executor:
                 values[slot] = value
 
         return run
+
+
+def _last_of_two(node: Node) -> bool:
+    """Whether columns of a matrix are gathered."""
+    return bool(node.args[1] == 1) and type_of(node).rank == 2
 
 
 def _row_count(value: Any) -> Any:

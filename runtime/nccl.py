@@ -112,6 +112,9 @@ class SymmetricExchange(Exchange):
     def takes(self, rows: int, width: int, nbytes: int) -> bool:
         return nbytes <= self.limit and super().takes(rows, width, nbytes)
 
+    def holds(self, words: int) -> bool:
+        return not self.why and super().holds(words)
+
     def all_reduce(self, x: Tensor) -> Tensor:
         distributed.all_reduce(x, group=self._process_group)
         return x

@@ -17,7 +17,6 @@ from ..ir.dist import ALONE, MEETINGS, Group
 from ..ir.graph import Graph, Region, type_of
 from ..ir.loop import Loop
 from ..ir.ops import is_collective, op_name
-from ..ir.tiles import TILE_MEETINGS
 from .caches import new_caches
 from .constants import fold_constants
 from .executor import Executor, Launch
@@ -73,9 +72,9 @@ def exchange_of(groups: Sequence[Group], loop: Loop) -> Exchange | None:
 
 
 def places_of(loop: Loop) -> Places:
-    """Room for the sums over ranks of a whole model."""
+    """Room for the meetings of the ranks in a step of a whole model."""
     meetings = sum(
-        len(stage.times) for stage in loop.stages for node in stage.nodes if op_name(node.target) in TILE_MEETINGS
+        len(stage.times) for stage in loop.stages for node in stage.nodes if op_name(node.target) in MEETINGS
     )
     return places_for(loop.graph, meetings)
 

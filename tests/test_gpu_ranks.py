@@ -35,9 +35,11 @@ for family in sys.argv[2].split(","):
         )
         answers = compiled.generate(prompts, max_new_tokens=12, stop_token_ids=[])
         drawn = compiled.generate(prompts, max_new_tokens=12, temperature=0.7, seed=5, stop_token_ids=[])
+        compiled.close()
         return answers, drawn, compiled.report.graphs
     alone = tokens()
-    plain, recorded = tokens(tensor_parallel=2, graphs=False), tokens(tensor_parallel=2)
+    plain = tokens(tensor_parallel=2, graphs=False)
+    recorded = tokens(tensor_parallel=2)
     found[family] = [alone[:2] == plain[:2], alone[:2] == recorded[:2], recorded[2]]
 if not rank_of():
     print(json.dumps(found), flush=True)
@@ -72,3 +74,8 @@ def test_mpirun_starts_ranks_that_give_the_tokens_of_one_gpu(tmp_path: Path) -> 
 
 def _version() -> str:
     return subprocess.run(["mpirun", "--version"], capture_output=True, text=True).stdout
+
+
+def test_ranks_that_compile_starts_give_the_tokens_of_one_gpu(tmp_path: Path) -> None:
+    found = _started([sys.executable], tmp_path, "llama")
+    assert found["llama"][:2] == [True, True]

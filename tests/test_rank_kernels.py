@@ -11,7 +11,8 @@ import torch
 from triton_interpreter import interpreter
 
 from fuseline import passes
-from fuseline.codegen.exchange import Exchange, Places
+from fuseline.codegen.exchange import Exchange, MirrorExchange, Places
+from fuseline.codegen.gather import gather_source
 from fuseline.codegen.kernels import Kernel, emit_kernels, kernel_file
 from fuseline.codegen.offline import check_file, load_kernel_file
 from fuseline.ir.parse import parse
@@ -139,6 +140,28 @@ def test_ranks_one_after_the_other_on_one_gpu(kind: str, width: int, ranks: int,
     for config in (None, *range(len(load_kernel_file(sender).CONFIGS))):
         found = sums(sender, receiver, kind, width, ranks, config, "cuda")
         assert max(found) <= (1e-5 if kind == "f32" else 3e-2), config
+
+
+def gathered(path: str, rows: int, width: int, kind: str, ranks: int) -> bool:
+    """Whether columns are gathered as they are; the others have what this rank has. Where Triton interprets."""
+    x = torch.randn(rows, width, generator=torch.Generator().manual_seed(width)).to(getattr(torch, kind))
+    exchange = MirrorExchange(Places(ranks, 256, 2, 16), "cpu")
+    same = []
+    for scale in (1.0, -2.0, 3.0):
+        whole = torch.full((rows, ranks * width), torch.nan, dtype=x.dtype)
+        taken = load_kernel_file(path).launch(x * scale, whole, exchange)
+        same.append(taken and torch.equal(whole, torch.cat([x * scale] * ranks, 1)))
+    return all(same)
+
+
+@pytest.mark.parametrize(("rows", "width", "kind"), [(3, 300, "float32"), (1, 2500, "bfloat16"), (4, 77, "float16")])
+def test_columns_of_all_ranks_are_gathered(
+    rows: int, width: int, kind: str, pool: ProcessPoolExecutor, tmp_path: Path
+) -> None:
+    path = tmp_path / "gather.py"
+    path.write_text(gather_source(3))
+    assert pool.submit(gathered, str(path), rows, width, kind, 3).result(timeout=200)
+    assert check_file(path, (90,))
 
 
 @pytest.mark.parametrize("kind", ["f32", "bf16"])

@@ -174,9 +174,12 @@ def test_a_rank_that_fails_ends_the_job_and_is_named(tmp_path: Path, count: int,
     assert done.stdout.count(refused) == count
 
 
-def test_without_a_launcher_compile_says_how_to_start_ranks(tiny: str) -> None:
-    with pytest.raises(fuseline.OptionError, match=r"this process is alone: .*mpirun -n 2 .*simulate=True"):
-        fuseline.compile(tiny, device="cpu", tensor_parallel=2)
+def test_without_a_launcher_the_other_ranks_are_started(tiny: str, capfd: pytest.CaptureFixture[str]) -> None:
+    command = ["run", tiny, "hello", "--max-new-tokens", "12", "--device", "cpu"]
+    cli.app(command, standalone_mode=False)
+    alone = capfd.readouterr().out
+    cli.app([*command, "--tensor-parallel", "2"], standalone_mode=False)
+    assert capfd.readouterr().out == alone
 
 
 def test_the_watchdog_is_a_number_of_seconds() -> None:
