@@ -142,9 +142,7 @@ def rows_kernel(graph: Graph, function: str) -> tuple[str, str]:
         return Position((*coords, column), "row_ok", _below(column, shape[-1]))
 
     awaits = waits_itself(meeting)
-    print_begin(writer)
-    if not awaits:
-        print_wait(writer)
+    print_begin(writer, wait=not awaits)
     if meeting:
         print_line(writer, "row", "row_ok", 0 if awaits else ranks_of(graph))
         tile.value(meeting, place_of(meeting))

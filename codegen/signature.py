@@ -93,10 +93,12 @@ def types_text(signature: Mapping[str, str]) -> str:
     return "{" + ", ".join(f'"{name}": "{kind}"' for name, kind in signature.items()) + "}"
 
 
-def print_begin(writer: Writer) -> None:
-    """Print that the next kernel may begin; it waits for this one by itself."""
+def print_begin(writer: Writer, wait: bool = False) -> None:
+    """Print that the next kernel may begin, which waits for this one by itself; and the ``wait`` for those in front."""
     writer.line("if PDL:")
     writer.line("    tl.extra.cuda.gdc_launch_dependents()")
+    if wait:
+        writer.line("    tl.extra.cuda.gdc_wait()")
 
 
 def print_wait(writer: Writer) -> None:

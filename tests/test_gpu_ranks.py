@@ -7,12 +7,29 @@ import os
 import shutil
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from families import make
 
-pytestmark = pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+from fuseline.codegen.exchange import Exchange
+from fuseline.codegen.launch import load_launches
+from fuseline.ir.dist import ALONE
+from fuseline.ir.skeleton import skeleton
+from fuseline.runtime.caches import new_caches
+from fuseline.runtime.executor import Executor
+from fuseline.runtime.groups import simulated
+from fuseline.runtime.lower import Wishes, lower
+from fuseline.runtime.options import KVCacheConfig, resolve
+from fuseline.runtime.parts import place_parts, places_of
+from fuseline.runtime.report import Report
+from fuseline.runtime.selfcheck import step_of
+
+two_gpus = pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
 _HERE = Path(__file__).parent
 
 _RANK = """
@@ -57,6 +74,7 @@ def _started(command: list[str], tmp_path: Path, families: str) -> dict[str, lis
     return json.loads(done.stdout.strip().splitlines()[-1])
 
 
+@two_gpus
 def test_torchrun_starts_ranks_that_give_the_tokens_of_one_gpu(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"]
     for family, (plain, recorded, graphs) in _started(command, tmp_path, "llama,qwen3,gpt2,mixtral").items():
@@ -65,6 +83,7 @@ def test_torchrun_starts_ranks_that_give_the_tokens_of_one_gpu(tmp_path: Path) -
         assert str(graphs).startswith("decode in"), f"{family}: {graphs}"
 
 
+@two_gpus
 @pytest.mark.skipif(shutil.which("mpirun") is None, reason="needs mpirun")
 def test_mpirun_starts_ranks_that_give_the_tokens_of_one_gpu(tmp_path: Path) -> None:
     root = ["--allow-run-as-root"] if "Open MPI" in _version() and os.geteuid() == 0 else []
@@ -76,6 +95,59 @@ def _version() -> str:
     return subprocess.run(["mpirun", "--version"], capture_output=True, text=True).stdout
 
 
+@two_gpus
 def test_ranks_that_compile_starts_give_the_tokens_of_one_gpu(tmp_path: Path) -> None:
     found = _started([sys.executable], tmp_path, "llama")
     assert found["llama"][:2] == [True, True]
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize(("family", "ranks"), [("llama", 2), ("qwen3", 2), ("gpt2", 2), ("mixtral", 2), ("llama", 4)])
+def test_ranks_on_streams_of_one_gpu_give_the_logits_of_one(family: str, ranks: int) -> None:
+    """Their kernels run beside each other and meet as those of several GPUs do."""
+    model = make(family)
+    device = torch.device("cuda", 0)
+    alone = logits_of_ranks(model, device, 1)
+    for found, wanted in zip(logits_of_ranks(model, device, ranks), alone * ranks):
+        for ours, theirs in zip(found, wanted):
+            assert float((ours - theirs).norm() / theirs.norm()) < 1e-4
+
+
+class Side(Exchange):
+    """One rank's exchange, in the memory of the GPU that all share."""
+
+    def all_reduce(self, x: torch.Tensor) -> torch.Tensor:
+        raise AssertionError("all meets in kernels here")
+
+
+def logits_of_ranks(model: Any, device: torch.device, ranks: int) -> list[list[torch.Tensor]]:
+    """The logits of a few steps, prompts of several lengths and single tokens, as each rank has them."""
+    bones = skeleton(model, torch.float32)
+    options = resolve(bones.model.config.get_text_config(), device, torch.float32, 8, 128, None, KVCacheConfig())
+    lowered = lower(bones, replace(options, tensor_parallel=ranks), Wishes(), Report(device="cuda", dtype="float32"))
+    loop, groups = lowered.loop, simulated(ranks) if ranks > 1 else [ALONE]
+    parts, _ = place_parts(loop, loop, bones.load(), device, {}, groups, lambda items: items)
+    places = places_of(loop)
+    stores = [torch.zeros(places.words, dtype=torch.int64, device=device) for _ in groups]
+    addresses = [store.data_ptr() for store in stores]
+    vocab = bones.model.config.get_text_config().vocab_size
+    generator = torch.Generator().manual_seed(1)
+    steps = [
+        step_of([torch.randint(0, vocab, (length,), generator=generator).tolist() for length in lengths], 16, device)
+        for lengths in ((1,), (5, 3), (1, 1, 1), (40, 20), (7,))
+    ]
+
+    def run(rank: int) -> list[torch.Tensor]:
+        exchange = Side(places, stores[rank], addresses, rank) if ranks > 1 else None
+        launches = load_launches(lowered.kernels, None, exchange)
+        caches = new_caches(loop, 512, device)
+        torch.cuda.set_device(device)
+        with torch.cuda.stream(torch.cuda.Stream(device)):
+            executor = Executor(loop, parts[rank].constants, caches, device, launches, None, groups[rank], exchange)
+            found = [executor(step).clone() for step in steps]
+            torch.cuda.current_stream().synchronize()
+        return found
+
+    torch.cuda.synchronize()
+    with ThreadPoolExecutor(ranks) as threads:
+        return list(threads.map(run, range(ranks)))
