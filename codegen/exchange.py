@@ -77,6 +77,12 @@ def send_to_ranks(
         theirs = ranks_at[peer].to(tl.pointer_type(tl.int64))
         tl.store(theirs + place + col // PER, word, mask=line_ok & (col < WIDTH))
 """,
+    "await_word": """@triton.jit
+def await_word(pointer, tag):
+    # One word after the other is cheap to wait for: what sends may run on the same processor.
+    while (tl.load(pointer, volatile=True) >> 32).to(tl.int32) != tag:
+        pass
+""",
     "sum_of_ranks": """@triton.jit
 def sum_of_ranks(
     line, line_ok, tag, turn, mine_ptr, stride, slot,
@@ -89,10 +95,7 @@ def sum_of_ranks(
     total = tl.zeros((line.shape[0], PADDED), tl.float32)
     for source in tl.static_range(RANKS):
         place = (turn * RANKS + source) * stride
-        # One word after the other is cheap to wait for: what sends may run on the same processor.
-        first = place + tl.program_id(0) * line.shape[0] * slot
-        while (tl.load(mine_ptr + first + (WIDTH - 1) // PER, volatile=True) >> 32).to(tl.int32) != tag:
-            pass
+        await_word(mine_ptr + place + tl.program_id(0) * line.shape[0] * slot + (WIDTH - 1) // PER, tag)
         pointers = mine_ptr + place + line * slot + column
         found = tl.load(pointers, mask=wanted, other=0, volatile=True)
         while tl.max((wanted & ((found >> 32).to(tl.int32) != tag)).to(tl.int32)) > 0:

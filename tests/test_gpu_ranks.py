@@ -10,7 +10,6 @@ import sys
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
-from threading import Barrier
 from typing import Any
 
 import pytest
@@ -138,27 +137,26 @@ def logits_of_ranks(model: Any, device: torch.device, ranks: int) -> list[list[t
         for lengths in ((1,), (5, 3), (1, 1, 1), (40, 20), (7,))
     ]
 
-    together = Barrier(ranks)
+    streams = [torch.cuda.Stream(device) for _ in groups]
 
-    def run(rank: int) -> list[torch.Tensor]:
+    def executor(rank: int, exchange: Exchange | None) -> Executor:
+        launches = load_launches(lowered.kernels, None, exchange)
+        caches, group = new_caches(loop, 512, device), groups[rank]
+        return Executor(loop, parts[rank].constants, caches, device, launches, None, group, exchange)
+
+    def run(rank: int, model: Executor) -> list[torch.Tensor]:
         torch.cuda.set_device(device)
-        found: list[torch.Tensor] = []
-        with torch.cuda.stream(torch.cuda.Stream(device)):
-            # Alone first: what is loaded and allocated waits for kernels that run, and they would wait for others.
-            exchanges: list[Exchange | None] = [None]
-            if ranks > 1:
-                exchanges = [MirrorExchange(places, device), Side(places, stores[rank], addresses, rank)]
-            for exchange in exchanges:
-                launches = load_launches(lowered.kernels, None, exchange)
-                caches, group = new_caches(loop, 512, device), groups[rank]
-                executor = Executor(loop, parts[rank].constants, caches, device, launches, None, group, exchange)
-                found = [torch.empty(0)] * len(steps)
-                torch.cuda.current_stream().synchronize()
-                together.wait(60)
-                found = [executor(step) for step in steps]
-                torch.cuda.current_stream().synchronize()
+        with torch.cuda.stream(streams[rank]):
+            found = [model(step) for step in steps]
+            streams[rank].synchronize()
         return found
 
+    if ranks == 1:
+        return [run(0, executor(0, None))]
+    # One after the other first: what is loaded and allocated waits for kernels that run, and they would wait for others.
+    for rank in range(ranks):
+        run(rank, executor(rank, MirrorExchange(places, device)))
+    executors = [executor(rank, Side(places, stores[rank], addresses, rank)) for rank in range(ranks)]
     torch.cuda.synchronize()
     with ThreadPoolExecutor(ranks) as threads:
-        return list(threads.map(run, range(ranks)))
+        return list(threads.map(run, range(ranks), executors))
