@@ -189,12 +189,16 @@ def _library(inner: Graph, finish: list[Graph], given: bool, device: str) -> lis
             return f"scaled_product({x}, {weight}, {added}, {place})"
         return f"torch.mm({product}, out={place})" if added is None else f"torch.addmm({added}, {product}, out={place})"
 
-    own = fresh_outputs(inner)[0].name
     lines = []
     if finish and all(op_name(call.target) == "dist.send" for item in finish for call in item.calls()):
-        lines = ['if not to_ranks["SEND"]:', f"    {into(own)}", "    return"]  # the product itself
+        lines = [
+            'if not to_ranks["SEND"]:',
+            f"    {into(fresh_outputs(inner)[0].name)}",
+            "    return",
+        ]  # the product itself
     lines += [_empty(anchor, device)] if finish and device else []
-    return [*lines, into(anchor.name if finish or given else own), *map(_finished, finish)]
+    place = anchor.name if finish or given else fresh_outputs(inner)[0].name
+    return [*lines, into(place), *map(_finished, finish)]
 
 
 def _finished(graph: Graph) -> str:
