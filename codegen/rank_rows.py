@@ -8,7 +8,7 @@ from ..ir.graph import Graph, type_of
 from ..ir.ops import op_name
 from .coordinates import padded_width
 from .exchange import FEW_ROWS, NOT_SENT, SENDING, ranks_of
-from .signature import TRITON_TYPES, print_begin
+from .signature import TRITON_TYPES
 from .writer import Writer
 
 LINE_NAMES = frozenset({"line", "line_ok", "step", "tag", "turn", "SEND"} | {f"at_{rank}" for rank in range(64)})
@@ -34,19 +34,6 @@ def print_send(writer: Writer, node: Node, value: str, column: str, ranks: int) 
         f"send_to_ranks({value}, line, line_ok, {column}, tag, turn, ({places},), rank, stride, slot, "
         f"{TRITON_TYPES[kind.dtype]}, {width})"
     )
-
-
-def print_await_own(writer: Writer, graph: Graph, node: Node) -> None:
-    """Print the wait for what this rank sends itself.
-
-    The kernel in front is nearly done then. The next one may begin: earlier, what it reads ahead would delay that.
-    """
-    kind, width = type_of(node), type_of(node).shape[-1]
-    assert isinstance(width, int)
-    last = width - 1 if kind.dtype == "f32" else (width - 1) // 2
-    own = f"(turn * {ranks_of(graph)} + rank) * stride + tl.program_id(0) * BLOCK_ROWS * slot"
-    writer.line(f"await_word(mine_ptr + {own} + {last}, tag)")
-    print_begin(writer)
 
 
 def received(graph: Graph, node: Node) -> str:

@@ -13,7 +13,7 @@ from ..ir.ops import op_name
 from ..ir.types import Dim, Size
 from .coordinates import TILE, flat_index, padded_width, strides_of
 from .exchange import FEW_ROWS, MEETING, SENDING, UNSPECIALISED, meeting_of, ranks_of, sent_by
-from .rank_rows import LINE_NAMES, print_await_own, print_line, print_send, received, sending_text, waits_itself
+from .rank_rows import LINE_NAMES, print_line, print_send, received, sending_text, waits_itself
 from .round_rows import store_codes
 from .signature import file_text, kernel_text, parameters, pointer_types, print_begin, print_wait, types_text
 from .tile import Position, Tile
@@ -142,12 +142,9 @@ def rows_kernel(graph: Graph, function: str) -> tuple[str, str]:
         return Position((*coords, column), "row_ok", _below(column, shape[-1]))
 
     awaits = waits_itself(meeting)
-    if not awaits:
-        print_begin(writer, wait=True)
+    print_begin(writer, wait=not awaits)
     if meeting:
         print_line(writer, "row", "row_ok", 0 if awaits else ranks_of(graph))
-        if awaits:
-            print_await_own(writer, graph, meeting)
         tile.value(meeting, place_of(meeting))
         if awaits:  # it needs nothing else of the kernel in front
             print_wait(writer)

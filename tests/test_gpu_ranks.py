@@ -7,6 +7,7 @@ import os
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
@@ -103,12 +104,19 @@ def test_ranks_that_compile_starts_give_the_tokens_of_one_gpu(tmp_path: Path) ->
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 @pytest.mark.parametrize(("family", "ranks"), [("llama", 2), ("qwen3", 2), ("gpt2", 2), ("mixtral", 2), ("llama", 4)])
-def test_ranks_on_streams_of_one_gpu_give_the_logits_of_one(family: str, ranks: int) -> None:
+def test_ranks_on_streams_of_one_gpu_give_the_logits_of_one(
+    family: str, ranks: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Their kernels run beside each other and meet as those of several GPUs do."""
     model = make(family)
     device = torch.device("cuda", 0)
-    alone = logits_of_ranks(model, device, 1)
-    for found, wanted in zip(logits_of_ranks(model, device, ranks), alone * ranks):
+
+    def own_files(rank: int) -> None:
+        # What a kernel file keeps between launches, such as counters, belongs to one rank.
+        monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / f"rank{rank}"))
+
+    alone = logits_of_ranks(model, device, 1, own_files)
+    for found, wanted in zip(logits_of_ranks(model, device, ranks, own_files), alone * ranks):
         for ours, theirs in zip(found, wanted):
             assert float((ours - theirs).norm() / theirs.norm()) < 1e-4
 
@@ -120,7 +128,9 @@ class Side(Exchange):
         raise AssertionError("all meets in kernels here")
 
 
-def logits_of_ranks(model: Any, device: torch.device, ranks: int) -> list[list[torch.Tensor]]:
+def logits_of_ranks(
+    model: Any, device: torch.device, ranks: int, own_files: Callable[[int], None]
+) -> list[list[torch.Tensor]]:
     """The logits of a few steps, prompts of several lengths and single tokens, as each rank has them."""
     bones = skeleton(model, torch.float32)
     options = resolve(bones.model.config.get_text_config(), device, torch.float32, 8, 128, None, KVCacheConfig())
@@ -140,6 +150,7 @@ def logits_of_ranks(model: Any, device: torch.device, ranks: int) -> list[list[t
     streams = [torch.cuda.Stream(device) for _ in groups]
 
     def executor(rank: int, exchange: Exchange | None) -> Executor:
+        own_files(rank)
         launches = load_launches(lowered.kernels, None, exchange)
         caches, group = new_caches(loop, 512, device), groups[rank]
         return Executor(loop, parts[rank].constants, caches, device, launches, None, group, exchange)
