@@ -225,7 +225,6 @@ PRINTERS: dict[str, Print] = {
     "nn.silu_mul": lambda a, node: f"silu({a[0]}) * {a[1]}",
     "nn.gelu_mul": _gelu_mul,
     "nn.head_codes": _head_codes,
-    "dist.send": lambda a, node: a[0],
     **{
         f"aten.{name}.{kind}": _infix(symbol)
         for name, symbol in (("eq", "=="), ("ne", "!="), ("lt", "<"), ("le", "<="), ("gt", ">"), ("ge", ">="))

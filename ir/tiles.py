@@ -19,7 +19,7 @@ TILE_POINTWISE = frozenset(
         "ge.Scalar lt.Tensor le.Tensor gt.Tensor ge.Tensor eq.Tensor logical_and logical_or logical_not "
         "masked_fill.Scalar floor"
     ).split()
-) | {"nn.silu_mul", "nn.gelu_mul", "dist.send"}
+) | {"nn.silu_mul", "nn.gelu_mul"}
 
 # The same values at other coordinates: no work, only index arithmetic.
 TILE_VIEWS = frozenset(
@@ -58,6 +58,8 @@ _ELEMENTS = frozenset({"f32", "f16", "bf16", "f8e4m3", "i64", "i32", "i8", "bool
 def is_pointwise(node: Node) -> bool:
     """Whether the operator is one expression on a tile."""
     name = op_name(node.target)
+    if name == "dist.send":
+        return _plain(node)
     if name not in TILE_POINTWISE or not _plain(node):
         return False
     if name == "aten.pow.Tensor_Scalar":
