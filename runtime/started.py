@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import pickle
 import subprocess
 import sys
 import tempfile
@@ -25,6 +24,7 @@ from .mpi import RankError
 from .nccl import NCCLGroup
 from .options import OptionError, positive, resolve_device
 from .ranks import size_of
+from .told import line_of
 from .worker import END
 
 # Seconds in which the end of a process is known to the one that started it.
@@ -54,11 +54,13 @@ def compiled_on_ranks(compile: Callable[..., CompiledModel], arguments: Mapping[
         raise OptionError(
             f"tensor_parallel={size}: this machine has {torch.cuda.device_count()} GPUs, one for each rank"
         )
+    if isinstance(arguments["weights"], Mapping):
+        raise OptionError("weights from a mapping are for ranks that mpirun or torchrun starts, or with simulate=True")
     if isinstance(model, Graph):
         raise OptionError("a graph from a dump runs on ranks that mpirun or torchrun starts, or with simulate=True")
     with tempfile.TemporaryDirectory(prefix="fuseline-model-") as folder:
         told = {**arguments, "device": place.type, "progress": False}
-        if isinstance(model, PreTrainedModel) and not isinstance(arguments["weights"], Mapping):
+        if isinstance(model, PreTrainedModel):
             model.save_pretrained(folder)
             told |= {"model": folder, "dtype": arguments["dtype"] or (model.dtype if place.type == "cpu" else None)}
         team = Team(size, told)
@@ -83,8 +85,8 @@ class Team:
     def __init__(self, size: int, arguments: Mapping[str, Any]) -> None:
         self.store = store_of_first(size)
         try:
-            first = pickle.dumps((self.store.port, size, dict(arguments)))
-        except (TypeError, AttributeError, pickle.PicklingError) as error:
+            first = line_of((self.store.port, size, dict(arguments)))
+        except TypeError as error:
             raise OptionError(
                 f"the arguments of compile cannot be told to other processes ({error}): start the ranks with mpirun or "
                 "torchrun"
@@ -117,7 +119,7 @@ class Team:
         gone = self.gone()
         if gone:
             raise RankError(gone)
-        self._say(pickle.dumps((name, values)))
+        self._say(line_of((name, values)))
 
     def gone(self) -> str:
         """Which rank has ended, with the last that it said; empty if none has."""
@@ -132,7 +134,7 @@ class Team:
     def close(self, kill: bool = False) -> None:
         """End the other ranks."""
         with suppress(RankError):
-            self._say(pickle.dumps(END))
+            self._say(line_of(END))
         for _, process, _ in self._processes:
             if process.stdin is not None:
                 with suppress(OSError):

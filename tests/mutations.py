@@ -58,7 +58,7 @@ _IN_PASSES = {
         in_pass(
             "SinkTransposes",
             transposes,
-            'back = add(aten("transpose.int"), (moved, -3, -2))',
+            'back = add(aten("transpose.int"), (moved, -rank, 1 - rank))',
             'back = add(aten("reshape"), (moved, list(type_of(node).shape)))',
         ),
     ),

@@ -6,6 +6,7 @@ import gc
 import os
 import signal
 import time
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -15,6 +16,8 @@ from families import make
 
 import fuseline
 from fuseline.runtime import started
+from fuseline.runtime.sequence import SamplingParams
+from fuseline.runtime.told import line_of, value_of
 
 PROMPTS = [[1, 2, 3], [4, 5], [7] * 20]
 
@@ -78,9 +81,23 @@ def test_ranks_end_with_the_model_and_with_a_compile_that_fails(teams: list[Any]
 
 
 def test_what_cannot_be_told_to_other_processes_is_refused(teams: list[Any]) -> None:
-    weights = {"here alone": lambda: None}
     with torch.device("meta"):
         model = make("llama")
     with pytest.raises(fuseline.OptionError, match="mpirun or torchrun"):
-        fuseline.compile(model, device="cpu", tensor_parallel=2, weights=weights)  # type: ignore[arg-type]
+        fuseline.compile(model, device="cpu", tensor_parallel=2, weights={"here alone": torch.zeros(1)})
     assert teams == []
+
+
+def test_what_is_told_is_what_is_heard() -> None:
+    said = {
+        "kv_cache": fuseline.KVCacheConfig(16, 64, dtype=torch.float16),
+        "calibration": fuseline.Calibration(windows=3),
+        "params": SamplingParams(7, 0.5, None, 0.9, 2**63 + 1, (5, 6)),
+        "dtype": torch.bfloat16,
+        "skip": ["FuseRope", 3],
+        "quantization": {"*.down_proj": "int8", "*": None},
+    }
+    assert value_of(line_of(said)) == said
+    assert value_of(line_of(Path("a/b"))) == "a/b"
+    with pytest.raises(TypeError, match="a set is neither"):
+        line_of({1})

@@ -144,7 +144,7 @@ def test_steps_are_measured_once_where_they_can_be_recorded(
         return lambda size: None
 
     monkeypatch.setattr(step_tuning, "GraphReplay", replay)
-    monkeypatch.setattr(step_tuning, "load_launches", lambda kernels, choices: {})
+    monkeypatch.setattr(step_tuning, "load_launches", lambda kernels, choices, exchange: {})
     monkeypatch.setattr(step_tuning, "median_milliseconds", lambda work, repeats, device: 1.0)
     loop, constants = tuned_model()
     tunings = tune.tune_kernels(emitted(), loop, constants, CPU, 2, math.inf)
