@@ -25,5 +25,8 @@ Quantization = Annotated[
     ),
 ]
 TensorParallel = Annotated[
-    int, typer.Option(metavar="N", help="Divide the model among so many ranks, which mpirun -n N starts for run.")
+    int,
+    typer.Option(
+        metavar="N", help="Divide the model among so many ranks: those of mpirun or torchrun, or started here."
+    ),
 ]

@@ -36,7 +36,7 @@ def bench(
         list[str],
         typer.Argument(
             metavar="MODEL...",
-            help="What fuseline run takes, or shape:NAME (llama-3.2-1b, llama-3.1-8b, llama-2-7b, llama-2-13b) with "
+            help="What fuseline run takes, or shape:NAME (llama-3.2-1b, llama-3.1-8b, llama-2-7b, llama-2-13b, llama-2-70b) with "
             "random weights; with --plot, files that --json wrote.",
         ),
     ],
