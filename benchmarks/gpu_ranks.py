@@ -1,7 +1,7 @@
 """Ranks on the GPUs of one machine: the sum over ranks by itself, and decode steps and prompts of a shape.
 
     python -m torch.distributed.run --nproc-per-node 2 benchmarks/gpu_ranks.py sum
-    mpirun -n 2 python benchmarks/gpu_ranks.py steps llama-2-7b
+    mpirun -n 2 python -m mpi4py benchmarks/gpu_ranks.py steps llama-2-7b
 
 ``sum``: microseconds of the kernel that adds up rows over the ranks, adds the residual and takes the norm, in a CUDA graph, by
 rows and width; of the same through NCCL; and of torch's own one-shot sum alone. ``steps``: a JSON line of milliseconds as
@@ -18,10 +18,9 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from gpu_schemes import LENGTH, PROMPTS, STEPS, prompt_ms
+from gpu_schemes import compiled_for, times_of
 from transformers import AutoModelForCausalLM
 
-import fuseline
 from fuseline import ir
 from fuseline.codegen.exchange import places_for
 from fuseline.codegen.kernels import Kernel, kernel_file
@@ -30,7 +29,6 @@ from fuseline.runtime.bench.random_weights import RandomWeights
 from fuseline.runtime.bench.shapes import shape_config
 from fuseline.runtime.join import gpu_of_rank, torch_group
 from fuseline.runtime.nccl import NCCLGroup
-from fuseline.runtime.options import quantization_of
 from fuseline.runtime.ranks import rank_of, size_of
 
 REGION = """\
@@ -54,12 +52,12 @@ def replayed_us(work: Callable[[], Any], begin: Callable[[], None] = lambda: Non
             work()
     times = []
     for _ in range(12):
-        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        begin.record()
+        before, after = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        before.record()
         graph.replay()
-        end.record()
-        end.synchronize()
-        times.append(1e3 * begin.elapsed_time(end) / launches)
+        after.record()
+        after.synchronize()
+        times.append(1e3 * before.elapsed_time(after) / launches)
     return statistics.median(times[2:])
 
 
@@ -103,24 +101,11 @@ def time_steps(shape: str, scheme: str, ranks: int) -> dict[str, Any]:
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).eval()
     begin = time.perf_counter()
-    compiled = fuseline.compile(
-        model,
-        weights=RandomWeights(model, device),
-        device="cuda",
-        dtype=torch.bfloat16,
-        max_batch_size=64,
-        max_seq_len=1536,
-        kv_cache=fuseline.KVCacheConfig(max_tokens=64 * 1040),
-        quantization=None if scheme == "none" else quantization_of(scheme),
-        tensor_parallel=ranks,
-    )
+    compiled = compiled_for(model, scheme, weights=RandomWeights(model, device), tensor_parallel=ranks)
     found: dict[str, Any] = {"shape": shape, "scheme": scheme, "ranks": ranks}
     found["compile_s"] = round(time.perf_counter() - begin, 1)
     found["weights_GB"] = round(compiled.report.weight_bytes / 1e9, 2)
-    for batch, context in STEPS:
-        found[f"decode {batch} at {context}"] = round(compiled.decode_step_ms(batch, context), 3)
-    found[f"prompts {PROMPTS} x {LENGTH}"] = round(prompt_ms(compiled, config.vocab_size), 1)
-    return found
+    return found | times_of(compiled, config.vocab_size)
 
 
 def main() -> None:

@@ -37,12 +37,9 @@ def prompt_ms(compiled: Any, vocab: int, runs: int = 5) -> float:
     return statistics.median(once() for _ in range(runs))
 
 
-def measure(shape: str, spec: str) -> dict[str, Any]:
-    scheme, _, cache = spec.partition("/")
-    config = shape_config(shape)
-    model = random_model(config, "cuda", torch.bfloat16)
-    begin = time.perf_counter()
-    compiled = fuseline.compile(
+def compiled_for(model: Any, scheme: str, cache: str = "", **options: Any) -> Any:
+    """A model compiled for what is timed; ``scheme`` may be ``"none"``."""
+    return fuseline.compile(
         model,
         device="cuda",
         dtype=torch.bfloat16,
@@ -50,12 +47,26 @@ def measure(shape: str, spec: str) -> dict[str, Any]:
         max_seq_len=1536,
         kv_cache=fuseline.KVCacheConfig(max_tokens=64 * 1040, dtype=cache or None),
         quantization=None if scheme == "none" else quantization_of(scheme),
+        **options,
     )
+
+
+def times_of(compiled: Any, vocab: int) -> dict[str, float]:
+    """Milliseconds of decode steps and of prompts."""
+    found = {
+        f"decode {batch} at {context}": round(compiled.decode_step_ms(batch, context), 3) for batch, context in STEPS
+    }
+    return {**found, f"prompts {PROMPTS} x {LENGTH}": round(prompt_ms(compiled, vocab), 1)}
+
+
+def measure(shape: str, spec: str) -> dict[str, Any]:
+    scheme, _, cache = spec.partition("/")
+    config = shape_config(shape)
+    model = random_model(config, "cuda", torch.bfloat16)
+    begin = time.perf_counter()
+    compiled = compiled_for(model, scheme, cache)
     found: dict[str, Any] = {"shape": shape, "scheme": spec, "compile_s": round(time.perf_counter() - begin, 1)}
-    for batch, context in STEPS:
-        found[f"decode {batch} at {context}"] = round(compiled.decode_step_ms(batch, context), 3)
-    found[f"prompts {PROMPTS} x {LENGTH}"] = round(prompt_ms(compiled, config.vocab_size), 1)
-    return found
+    return found | times_of(compiled, config.vocab_size)
 
 
 def main() -> None:

@@ -8,6 +8,7 @@ again has seen what all wrote to another since, so all have read what it held.
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -134,7 +135,7 @@ class Places:
         return self.lines * self.slot
 
 
-class Exchange:
+class Exchange(ABC):
     """What launchers need so that their kernels meet those of other ranks: all do so in the same order.
 
     ``mine i64[places.words]`` is memory that all ranks write to, all zeros, and ``addresses`` are those of all ranks'.
@@ -178,9 +179,9 @@ class Exchange:
         """Whether so many words from each rank are gathered this way."""
         return words <= self.places.stride
 
+    @abstractmethod
     def all_reduce(self, x: Tensor) -> Tensor:
         """The sum over the ranks of what is larger; may be written over ``x``."""
-        raise NotImplementedError
 
 
 class MirrorExchange(Exchange):

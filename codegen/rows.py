@@ -177,7 +177,9 @@ def rows_kernel(graph: Graph, function: str) -> tuple[str, str]:
     last = ", ranks" if meeting else ", to_ranks" if sends else ""
     launch = [f"def {function}({', '.join(names)}{last}):", f"    num_rows = {rows}"]
     if meeting:
-        width = tile.widest
+        size = type_of(meeting).shape[-1]
+        assert isinstance(size, int)
+        width = padded_width(size)  # as whoever sends it counts
         few = f"num_rows > {FEW_ROWS} or " if awaits else ""
         launch += [f"    if {few}not ranks.takes(num_rows, {width}, {meeting.all_input_nodes[0].name}.nbytes):"]
         launch += ["        return False"]

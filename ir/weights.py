@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 
 import torch
@@ -54,8 +55,9 @@ class LazyWeights(Mapping[str, Tensor]):
         """
         return cut(self[name], dim, sections, ranks, rank)
 
+    @abstractmethod
     def _read(self, name: str) -> Tensor:
-        raise NotImplementedError
+        """The value of one of ``kinds``."""
 
 
 class GivenWeights(LazyWeights):

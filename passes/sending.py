@@ -5,6 +5,7 @@ from __future__ import annotations
 from torch.fx import Node
 
 from ..ir.build import insert_before
+from ..ir.dist import MEETINGS
 from ..ir.graph import Graph, type_of
 from ..ir.infer import Inference
 from ..ir.ops import op_name, resolve
@@ -40,7 +41,7 @@ def take_turns(graph: Graph) -> None:
     under_way: Node | None = None
     for node in list(graph.calls()):
         name = op_name(node.target)
-        if under_way is not None and name in ("dist.send", "dist.all_reduce"):
+        if under_way is not None and name in ("dist.send", *MEETINGS - {"dist.receive"}):
             _keep(graph, under_way)
             under_way = None
         if name == "dist.send":

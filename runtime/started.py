@@ -18,6 +18,7 @@ import torch.distributed as distributed
 from transformers import PreTrainedModel
 
 from ..ir.graph import Graph
+from ..ir.skeleton import skeleton
 from .compiled import CompiledModel
 from .join import join, store_of_first
 from .mpi import RankError
@@ -59,11 +60,11 @@ def compiled_on_ranks(compile: Callable[..., CompiledModel], arguments: Mapping[
     if isinstance(model, Graph):
         raise OptionError("a graph from a dump runs on ranks that mpirun or torchrun starts, or with simulate=True")
     with tempfile.TemporaryDirectory(prefix="fuseline-model-") as folder:
-        told = {**arguments, "device": place.type, "progress": False}
         if isinstance(model, PreTrainedModel):
             model.save_pretrained(folder)
-            told |= {"model": folder, "dtype": arguments["dtype"] or (model.dtype if place.type == "cpu" else None)}
-        team = Team(size, told)
+            _refuse_unsaved(model, folder)
+            arguments = {**arguments, "model": folder}  # all ranks read the same
+        team = Team(size, {**arguments, "device": place.type, "progress": False})
         try:
             compiled = compile(**{**arguments, "device": join(team.store, 0, size, place.type)})
         except BaseException as error:
@@ -77,6 +78,18 @@ def compiled_on_ranks(compile: Callable[..., CompiledModel], arguments: Mapping[
         compiled.engine.group.gone = team.gone
     compiled.on_close = weakref.finalize(compiled.engine, team.close)
     return compiled
+
+
+def _refuse_unsaved(model: PreTrainedModel, folder: str) -> None:
+    """Raise OptionError if a checkpoint of a live model would give another one: buffers may be in none."""
+    saved = dict(skeleton(folder, model.dtype).model.named_buffers())
+    for name, item in model.named_buffers():
+        found = saved.get(name)
+        if found is None or not torch.equal(found.cpu(), item.cpu().to(found.dtype)):
+            raise OptionError(
+                f"{name} of this {type(model).__name__} is not what its checkpoint gives, which the other ranks read (was the "
+                "whole model converted to another type?): pass the path of a checkpoint, or start the ranks with mpirun"
+            )
 
 
 class Team:

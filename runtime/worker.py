@@ -18,7 +18,7 @@ def main() -> None:
     heard: queue.Queue[Any] = queue.Queue()
     threading.Thread(target=_listen, args=(sys.stdin.buffer, heard), daemon=True).start()
     from .compile import compile
-    from .mpi import one_job
+    from .mpi import RankError, one_job
 
     store, size, arguments = heard.get()
     with one_job(size):
@@ -35,6 +35,8 @@ def main() -> None:
             name, values = call
             try:
                 calls[name](*values)
+            except RankError:
+                raise
             except Exception as error:  # the first rank raises the same, and goes on; if it does not, it waits in vain
                 print(f"{name}: {type(error).__name__}: {error}", file=sys.stderr, flush=True)
     sys.stderr.flush()

@@ -172,6 +172,17 @@ def test_what_is_sent_fits_the_registers_of_gpus(kind: str, tmp_path: Path) -> N
         assert used
 
 
+GATHERED = """\
+def decoder(x: f32[T, 64], *, T: dim(1, 4096), tensor_parallel: option(2)):
+    a: f32[64, 64] = weight("a")
+    one: f32[T, 64] = aten.linear(x, a)
+    wide: f32[T, 128] = dist.all_gather(x, 1, 2)
+    b: f32[64, 128] = weight("b")
+    other: f32[T, 64] = aten.linear(wide, b)
+    one_sum: f32[T, 64] = dist.all_reduce(one, 2)
+    second: f32[T, 64] = aten.add.Tensor(other, one_sum)
+    return [second]
+"""
 LAYERS = """\
 def decoder(x: f32[T, 64], *, T: dim(1, 4096), tensor_parallel: option(2)):
     a: f32[64, 64] = weight("a")
@@ -186,9 +197,17 @@ def decoder(x: f32[T, 64], *, T: dim(1, 4096), tensor_parallel: option(2)):
 """
 
 
-@pytest.mark.parametrize("order", [("one_sum", "other_sum"), ("other_sum", "one_sum")])
-def test_ranks_meet_once_at_a_time(order: tuple[str, str]) -> None:
-    graph = parse(LAYERS.format(first=order[0], second=order[1]))
+@pytest.mark.parametrize(
+    ("text", "sums"),
+    [
+        (LAYERS.format(first="one_sum", second="other_sum"), 2),
+        (LAYERS.format(first="other_sum", second="one_sum"), 2),
+        (GATHERED, 1),
+    ],
+    ids=["first", "second", "gathered between"],
+)
+def test_ranks_meet_once_at_a_time(text: str, sums: int) -> None:
+    graph = parse(text)
     (step,) = passes.steps(graph, ["GroupKernels"], check=True)
     under_way = 0
     met = 0
@@ -197,7 +216,7 @@ def test_ranks_meet_once_at_a_time(order: tuple[str, str]) -> None:
         under_way += (name == "dist.send") - (name == "dist.receive")
         met += name in ("dist.receive", "dist.all_reduce")
         assert under_way <= 1
-        assert not (name == "dist.all_reduce" and under_way)
-    assert met == 2
+        assert not (name in ("dist.all_reduce", "dist.all_gather") and under_way)
+    assert met == sums
     kernels: list[Kernel] = emit_kernels(step.graph)
     assert kernels

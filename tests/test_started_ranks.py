@@ -13,6 +13,7 @@ import pytest
 import torch
 import torch.distributed as distributed
 from families import make
+from transformers import LlamaConfig, LlamaForCausalLM
 
 import fuseline
 from fuseline.runtime import started
@@ -72,7 +73,13 @@ def test_ranks_end_with_the_model_and_with_a_compile_that_fails(teams: list[Any]
     with pytest.raises(fuseline.UnsupportedModelError, match="fits the name of no projection"):
         fuseline.compile(model, device="cpu", max_seq_len=64, tensor_parallel=2, replicated=["*.nothing"])
     assert [process.poll() is not None for process in teams] == [True]
-    ours = fuseline.compile(model, device="cpu", max_seq_len=64, tensor_parallel=2)
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 48, "intermediate_size": 64, "num_hidden_layers": 6, "num_attention_heads": 4}
+    deep = LlamaForCausalLM(LlamaConfig(vocab_size=96, initializer_range=0.2, **sizes)).eval()
+    options: dict[str, Any] = {"device": "cpu", "max_seq_len": 64}
+    ours = fuseline.compile(deep, tensor_parallel=2, **options)
+    greedy: dict[str, Any] = {"max_new_tokens": 8, "stop_token_ids": []}
+    assert ours.generate(PROMPTS, **greedy) == fuseline.compile(deep, **options).generate(PROMPTS, **greedy)
     assert teams[1].poll() is None
     del ours
     gc.collect()
@@ -85,6 +92,15 @@ def test_what_cannot_be_told_to_other_processes_is_refused(teams: list[Any]) -> 
         model = make("llama")
     with pytest.raises(fuseline.OptionError, match="mpirun or torchrun"):
         fuseline.compile(model, device="cpu", tensor_parallel=2, weights={"here alone": torch.zeros(1)})
+    assert teams == []
+
+
+def test_a_model_whose_checkpoint_is_another_is_refused(teams: list[Any]) -> None:
+    rounded = make("gemma3_text", torch.bfloat16)  # and its rotary frequencies with it, which no checkpoint holds
+    with pytest.raises(
+        fuseline.OptionError, match="inv_freq of this Gemma3ForCausalLM is not what its checkpoint gives"
+    ):
+        fuseline.compile(rounded, device="cpu", tensor_parallel=2)
     assert teams == []
 
 
