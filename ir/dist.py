@@ -169,6 +169,8 @@ def _type_of_whole(x: Node, dim: int, ranks: int = 1) -> TensorType:
     size = kind.shape[dim]
     if not isinstance(size, int):
         raise TypeInferenceError(f"dim {dim} of {kind} has no fixed size")
+    if scheme_of(kind.dtype) is not None and dim == kind.rank - 1:
+        raise TypeInferenceError(f"parts of rows in {kind.dtype} have factors of their own: they are no whole rows")
     return _resized(kind, dim, size * ranks)
 
 

@@ -170,7 +170,6 @@ def test_awkward_models_keep_their_tokens(name: str, ranks: int, more: dict[str,
         ("llama", "int8", 'dist.shard_columns(l0_mlp_down_proj_weight_int8, "int8", [160], 2)'),
         ("mixtral", "int8", "dist.shard_columns"),
         ("gpt2", "int4g32", 'transpose_3_int4g32_part: int4g32[96, 192] = nn.quantize(transpose_3_part, "int4g32")'),
-        ("llama", "int8-dynamic", "dist.all_gather(l0_reshape, 1, 2)"),
     ],
 )
 def test_rounded_weights_are_cut_with_their_factors(name: str, scheme: str, operator: str) -> None:
