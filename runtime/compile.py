@@ -152,7 +152,7 @@ def compile(
         place = gpu_of_rank()
     groups = groups_of(tensor_parallel, simulate, place)
     kept = resolve_patterns("replicated", replicated)
-    refuse_ranks(tensor_parallel, simulate, replicated, bool(verify or calibration), model)
+    refuse_ranks(tensor_parallel, simulate, replicated, calibration is not None, model)
     refuse_schemes(passes.wanted_of(model) if isinstance(model, Graph) else wanted, place)
     kind = resolve_dtype(dtype, place)
     meter = Meter(place) if place.type == "cuda" else None

@@ -329,7 +329,6 @@ def test_dumps_replay_and_verify_finds_wrong_placements(tmp_path: Path) -> None:
     ("options", "why"),
     [
         ({"tensor_parallel": 0, "simulate": True}, "tensor_parallel must be a whole number of at least 1"),
-        ({"tensor_parallel": 2, "simulate": True, "verify": True}, "verify and calibration are not available"),
         ({"tensor_parallel": 2, "simulate": True, "replicated": "a,b"}, "'a,b' is no pattern of weight names"),
         ({"simulate": True}, "simulate=True is for several ranks"),
         ({"replicated": "lm_head"}, "replicated=.* is for several ranks"),
