@@ -44,6 +44,7 @@ class Options:
     kv_cache: KVCacheConfig
     kv_dtype: str | None = None
     quantization: Mapping[str, str | None] = field(default_factory=dict)
+    calibrated: bool = False
     smoothing: bool = False
     tensor_parallel: int = 1
     replicated: tuple[str, ...] = ()
@@ -128,8 +129,8 @@ def refuse_ranks(ranks: int, simulate: bool, replicated: Sequence[str], calibrat
         raise OptionError(
             f"replicated={replicated!r} is for several ranks: pass tensor_parallel=2 or more, or leave it out"
         )
-    if ranks > 1 and calibrated:
-        raise OptionError("calibration is not available with tensor_parallel yet: leave it out")
+    if ranks > 1 and calibrated and isinstance(model, Graph):
+        raise OptionError("calibration with tensor_parallel is for a model, not for a graph from a dump: leave it out")
     stated = model.options.get(TENSOR_PARALLEL, 1) if isinstance(model, Graph) else ranks
     if stated != ranks:
         raise OptionError(f"the graph is for {stated} ranks: pass tensor_parallel={stated}")
