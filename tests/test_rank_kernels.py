@@ -234,7 +234,8 @@ def layer(x: f32[T, 96], *, T: dim(1, 64), tensor_parallel: option(2)):
     s: f32[160] = weight("s")
     up: f32[T, 160] = aten.linear(x, u)
     act: f32[T, 160] = aten.relu(up)
-    d_codes: {scheme}[96, 160] = nn.quantize(d, "{scheme}")
+    d_smoothed: f32[96, 160] = aten.mul.Tensor(d, s)
+    d_codes: {scheme}[96, 160] = nn.quantize(d_smoothed, "{scheme}")
     codes: {scheme}[T, 160] = nn.quantize(act, "{scheme}", 1, s)
     down: f32[T, 96] = nn.scaled_linear(codes, d_codes, None, f32)
     return down

@@ -8,6 +8,7 @@ import pytest
 import torch
 from quantized_models import wide
 from tensor_parallel import on_ranks, traced_once
+from test_rank_kernels import ROUNDED
 from test_tensor_parallel import cut_and_kept, plan_line, tokens
 
 import fuseline
@@ -60,25 +61,10 @@ def test_a_projection_that_is_to_be_whole_reads_whole_rows() -> None:
     assert kept["l0_down_proj"] == "every rank computes it whole: '*.down_proj' is not to be cut"
 
 
-LAYER = """\
-def layer(x: f32[T, 96], *, T: dim(1, 64), tensor_parallel: option(2)):
-    u: f32[160, 96] = weight("u.weight")
-    d: f32[96, 160] = weight("d.weight")
-    s: f32[160] = weight("s")
-    up: f32[T, 160] = aten.linear(x, u)
-    act: f32[T, 160] = aten.relu(up)
-    d_smoothed: f32[96, 160] = aten.mul.Tensor(d, s)
-    d_codes: {scheme}[96, 160] = nn.quantize(d_smoothed, "{scheme}")
-    codes: {scheme}[T, 160] = nn.quantize(act, "{scheme}", 1, s)
-    down: f32[T, 96] = nn.scaled_linear(codes, d_codes, None, f32)
-    return down
-"""
-
-
 @pytest.mark.parametrize("scheme", SCHEMES)
 def test_codes_of_parts_are_those_of_whole_rows(scheme: str) -> None:
     """With a vector that rows are divided by, of which each rank takes its part."""
-    how, graph = scheme_of(scheme), ir.parse(LAYER.format(scheme=scheme))
+    how, graph = scheme_of(scheme), ir.parse(ROUNDED.format(scheme=scheme))
     assert how is not None
     (shard,) = passes.steps(graph, ["Shard"], check=True)
     assert "s_part: f32[160] @ shard(0) = dist.shard(s, 0, [160])" in str(shard.graph)
