@@ -85,6 +85,18 @@ def test_codes_of_parts_are_those_of_whole_rows(scheme: str) -> None:
         assert all(torch.equal(part, factors) for _, part, _ in packed)
 
 
+def test_rows_are_selected_before_they_are_rounded_or_after_the_product() -> None:
+    """Codes are no rows that could be selected: whole rows are rounded later, and parts of rows are multiplied first."""
+    names = ["Shard", "Localize", "SelectRows"]
+    for option, line in (
+        (", tensor_parallel: option(2)", "sampled: f32[R, 96] = aten.index_select(down, 0, rows)"),
+        ("", "sampled: f32[R, 96] = aten.index_select(x, 0, rows)"),
+    ):
+        graph = ir.parse(ROUNDED.format(scheme="int8d").replace(", tensor_parallel: option(2)", option))
+        (*_, last) = passes.steps(graph, names, check=True)
+        assert line in str(last.graph)
+
+
 def returning(graph: ir.Graph, name: str) -> ir.Graph:
     """A graph that returns another of its values, or a rank's part of it."""
     twin = graph.copy()
