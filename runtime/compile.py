@@ -152,7 +152,7 @@ def compile(
         place = gpu_of_rank()
     groups = groups_of(tensor_parallel, simulate, place)
     kept = resolve_patterns("replicated", replicated)
-    refuse_ranks(tensor_parallel, simulate, replicated, bool(verify or calibration), model)
+    refuse_ranks(tensor_parallel, simulate, replicated, calibration is not None, model)
     refuse_schemes(passes.wanted_of(model) if isinstance(model, Graph) else wanted, place)
     kind = resolve_dtype(dtype, place)
     meter = Meter(place) if place.type == "cuda" else None
@@ -181,6 +181,7 @@ def compile(
         quantization=wanted,
         tensor_parallel=tensor_parallel,
         replicated=kept,
+        calibrated=calibration is not None,
         smoothing=calibration is not None and "int8d" in wanted.values(),
         graphs=gpu if graphs is None else graphs,
         lookahead=gpu if lookahead is None else lookahead,
@@ -218,8 +219,10 @@ def compile(
     if calibration:
         with report.timed("calibrate"):
             texts = windows_of(calibration, source, vocab, options.max_seq_len)
-            found = calibrate(loop, values, texts, block, place, lambda items: show.bar(items, "calibrate"))
+            whole_model = lowered.undivided or loop
+            found = calibrate(whole_model, values, texts, block, place, lambda items: show.bar(items, "calibrate"))
             rounded, report.calibration = found.values, found.summary
+            del found  # of what ranks divide, each keeps its part alone
     with report.timed("place weights"):
         parts, few_parts = place_parts(
             loop, few, values, place, rounded, groups, lambda items: show.bar(items, "weights")

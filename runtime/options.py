@@ -44,6 +44,7 @@ class Options:
     kv_cache: KVCacheConfig
     kv_dtype: str | None = None
     quantization: Mapping[str, str | None] = field(default_factory=dict)
+    calibrated: bool = False
     smoothing: bool = False
     tensor_parallel: int = 1
     replicated: tuple[str, ...] = ()
@@ -116,11 +117,11 @@ def resolve_patterns(name: str, patterns: Iterable[object]) -> tuple[str, ...]:
     return tuple(found)
 
 
-def refuse_ranks(ranks: int, simulate: bool, replicated: Sequence[str], checked: bool, model: object) -> None:
+def refuse_ranks(ranks: int, simulate: bool, replicated: Sequence[str], calibrated: bool, model: object) -> None:
     """Check the options about ranks against each other, and against a graph that was made for some.
 
     Raises:
-        OptionError: they do not go together. ``checked`` says that numbers are to be compared or calibrated.
+        OptionError: they do not go together. ``calibrated`` says that weights are to be calibrated.
     """
     if ranks == 1 and simulate:
         raise OptionError("simulate=True is for several ranks: pass tensor_parallel=2 or more, or leave it out")
@@ -128,8 +129,8 @@ def refuse_ranks(ranks: int, simulate: bool, replicated: Sequence[str], checked:
         raise OptionError(
             f"replicated={replicated!r} is for several ranks: pass tensor_parallel=2 or more, or leave it out"
         )
-    if ranks > 1 and checked:
-        raise OptionError("verify and calibration are not available with tensor_parallel yet: leave them out")
+    if ranks > 1 and calibrated and isinstance(model, Graph):
+        raise OptionError("calibration with tensor_parallel is for a model, not for a graph from a dump: leave it out")
     stated = model.options.get(TENSOR_PARALLEL, 1) if isinstance(model, Graph) else ranks
     if stated != ranks:
         raise OptionError(f"the graph is for {stated} ranks: pass tensor_parallel={stated}")

@@ -103,11 +103,22 @@ def test_ranks_that_compile_starts_give_the_tokens_of_one_gpu(tmp_path: Path) ->
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-@pytest.mark.parametrize(("family", "ranks"), [("llama", 2), ("qwen3", 2), ("gpt2", 2), ("mixtral", 2), ("llama", 4)])
+@pytest.mark.parametrize(
+    ("family", "ranks", "scheme"),
+    [
+        *((family, 2, None) for family in ("llama", "qwen3", "gpt2", "mixtral")),
+        ("llama", 4, None),
+        ("llama", 2, "int8d"),
+        ("gpt2", 2, "int8d"),
+    ],
+)
 def test_ranks_on_streams_of_one_gpu_give_the_logits_of_one(
-    family: str, ranks: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    family: str, ranks: int, scheme: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Their kernels run beside each other and meet as those of several GPUs do."""
+    """Their kernels run beside each other and meet as those of several GPUs do.
+
+    Where rows are rounded, the last digit decides what lies half-way between two codes, in few of them.
+    """
     model = make(family)
     device = torch.device("cuda", 0)
 
@@ -115,10 +126,11 @@ def test_ranks_on_streams_of_one_gpu_give_the_logits_of_one(
         # What a kernel file keeps between launches, such as counters, belongs to one rank.
         monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / f"rank{rank}"))
 
-    alone = logits_of_ranks(model, device, 1, own_files)
-    for found, wanted in zip(logits_of_ranks(model, device, ranks, own_files), alone * ranks):
-        for ours, theirs in zip(found, wanted):
-            assert float((ours - theirs).norm() / theirs.norm()) < 1e-4
+    (alone,) = logits_of_ranks(model, device, 1, scheme, own_files)
+    wanted = torch.cat(alone)
+    for found in logits_of_ranks(model, device, ranks, scheme, own_files):
+        errors = (torch.cat(found) - wanted).norm(dim=-1) / wanted.norm(dim=-1)
+        assert errors.median() < 1e-4 and errors.max() < (0.1 if scheme else 1e-4)
 
 
 class Side(Exchange):
@@ -129,12 +141,13 @@ class Side(Exchange):
 
 
 def logits_of_ranks(
-    model: Any, device: torch.device, ranks: int, own_files: Callable[[int], None]
+    model: Any, device: torch.device, ranks: int, scheme: str | None, own_files: Callable[[int], None]
 ) -> list[list[torch.Tensor]]:
     """The logits of a few steps, prompts of several lengths and single tokens, as each rank has them."""
     bones = skeleton(model, torch.float32)
     options = resolve(bones.model.config.get_text_config(), device, torch.float32, 8, 128, None, KVCacheConfig())
-    lowered = lower(bones, replace(options, tensor_parallel=ranks), Wishes(), Report(device="cuda", dtype="float32"))
+    options = replace(options, tensor_parallel=ranks, quantization={"*": scheme} if scheme else {})
+    lowered = lower(bones, options, Wishes(), Report(device="cuda", dtype="float32"))
     loop, groups = lowered.loop, simulated(ranks) if ranks > 1 else [ALONE]
     parts, _ = place_parts(loop, loop, bones.load(), device, {}, groups, lambda items: items)
     places = places_of(loop)

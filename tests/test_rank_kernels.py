@@ -14,8 +14,10 @@ from fuseline import passes
 from fuseline.codegen.exchange import Exchange, MirrorExchange, Places
 from fuseline.codegen.gather import gather_source
 from fuseline.codegen.kernels import Kernel, emit_kernels, kernel_file
-from fuseline.codegen.offline import check_file, load_kernel_file
+from fuseline.codegen.offline import check_file, compile_variant, load_kernel_file
 from fuseline.ir.parse import parse
+from fuseline.ir.quantized import quantize, unpack
+from fuseline.ir.schemes import scheme_of
 
 SENDER = """\
 def down_proj(x: {kind}[T, 48], w: {kind}[{width}, 48], *, T: dim(1, 4096)):
@@ -154,7 +156,10 @@ def gathered(path: str, rows: int, width: int, kind: str, ranks: int) -> bool:
     return all(same)
 
 
-@pytest.mark.parametrize(("rows", "width", "kind"), [(3, 300, "float32"), (1, 2500, "bfloat16"), (4, 77, "float16")])
+@pytest.mark.parametrize(
+    ("rows", "width", "kind"),
+    [(3, 300, "float32"), (1, 2500, "bfloat16"), (4, 77, "float16"), (5, 1, "float32")],
+)
 def test_columns_of_all_ranks_are_gathered(
     rows: int, width: int, kind: str, pool: ProcessPoolExecutor, tmp_path: Path
 ) -> None:
@@ -220,3 +225,63 @@ def test_ranks_meet_once_at_a_time(text: str, sums: int) -> None:
     assert met == sums
     kernels: list[Kernel] = emit_kernels(step.graph)
     assert kernels
+
+
+ROUNDED = """\
+def layer(x: f32[T, 96], *, T: dim(1, 64), tensor_parallel: option(2)):
+    u: f32[160, 96] = weight("u.weight")
+    d: f32[96, 160] = weight("d.weight")
+    s: f32[160] = weight("s")
+    up: f32[T, 160] = aten.linear(x, u)
+    act: f32[T, 160] = aten.relu(up)
+    d_smoothed: f32[96, 160] = aten.mul.Tensor(d, s)
+    d_codes: {scheme}[96, 160] = nn.quantize(d_smoothed, "{scheme}")
+    codes: {scheme}[T, 160] = nn.quantize(act, "{scheme}", 1, s)
+    down: f32[T, 96] = nn.scaled_linear(codes, d_codes, None, f32)
+    return down
+"""
+
+
+def local_kernels(text: str) -> list[Kernel]:
+    return emit_kernels(passes.run(parse(text), ["Shard", "Localize", "GroupKernels"]))
+
+
+def rounded_by_kernels(paths: list[str], x: torch.Tensor, divisors: torch.Tensor, size: int) -> list[torch.Tensor]:
+    """The bytes that each rank's kernels make of its part of the rows; where Triton interprets."""
+    absmax, product = map(load_kernel_file, paths)
+    parts = [(part.contiguous(), vector) for part, vector in zip(x.chunk(2, 1), divisors.chunk(2))]
+    own = [torch.full((len(x), 1), torch.nan) for _ in parts]
+    packed = [torch.zeros(len(x), size, dtype=torch.uint8) for _ in parts]
+    for (part, vector), largest in zip(parts, own):
+        absmax.launch(part, vector, largest)
+    for (part, vector), made in zip(parts, packed):
+        product.launch_down_rows(part, vector, torch.cat(own, 1), made)
+    return packed
+
+
+@pytest.mark.parametrize("scheme", ["int8d", "fp8"])
+def test_kernels_of_ranks_round_parts_as_whole_rows(scheme: str, pool: ProcessPoolExecutor, tmp_path: Path) -> None:
+    how, kernels = scheme_of(scheme), {kernel.name: kernel for kernel in local_kernels(ROUNDED.format(scheme=scheme))}
+    assert how is not None and list(kernels) == ["up", "absmax", "down", "all_reduce"]
+    paths = {name: tmp_path / f"{name}.py" for name in ("absmax", "down")}
+    for name, path in paths.items():
+        path.write_text(kernels[name].source)
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(9, 160, generator=generator) * torch.logspace(1, -6, 9)[:, None]
+    x[4], divisors = 0, torch.rand(160, generator=generator) + 0.2
+    found = pool.submit(rounded_by_kernels, list(map(str, paths.values())), x, divisors, how.row_bytes(80)).result()
+    codes, factors, _ = unpack(quantize(x / divisors, how), how, 160)
+    packed = [unpack(part, how, 80) for part in found]
+    assert torch.equal(torch.cat([part.float() for part, _, _ in packed], 1), codes.float())
+    assert all(torch.equal(part, factors) for _, part, _ in packed)
+
+
+@pytest.mark.parametrize("scheme", ["int8d", "fp8"])
+def test_kernels_fit_the_registers_of_gpus(scheme: str, tmp_path: Path) -> None:
+    text = ROUNDED.format(scheme=scheme).replace("96", "4096").replace("160", "8192")
+    kernels = {kernel.name: kernel for kernel in local_kernels(text)}
+    for name, variant in (("absmax", "ABSMAX"), ("down", "DOWN_ROWS")):
+        path = tmp_path / f"{name}.py"
+        path.write_text(kernels[name].source)
+        compiled = compile_variant(getattr(load_kernel_file(str(path)), variant), 90)
+        assert "ld.global.v4" in compiled.ptx
