@@ -90,7 +90,7 @@ def test_ranks_generate_the_tokens_of_the_whole_model(name: str) -> None:
 def test_every_rank_has_the_same_bits_and_its_part_of_weights_and_cache() -> None:
     model = divisible("llama", num_hidden_layers=5)
     whole, _ = tokens(model)
-    compiled, _ = tokens(model, tensor_parallel=4, simulate=True)
+    compiled, _ = tokens(model, tensor_parallel=4, simulate=True, skip=["LogitsInParts"])
     caches = {str(node.meta["type"]) for node in compiled.graph.calls() if str(node.target) == "cache"}
     assert caches == {"f32[C, 1, 16]"}, "two heads of keys are shared by two ranks each"
     assert compiled.report.cache_bytes * 2 == whole.report.cache_bytes

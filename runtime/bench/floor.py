@@ -22,6 +22,10 @@ class Rates:
     copy: float
     matmul: float
 
+    def shared(self, ranks: int) -> Rates:
+        """What each of several ranks on one machine has of them while all are at work."""
+        return Rates(self.copy / ranks, self.matmul / ranks)
+
 
 def measure_rates(device: torch.device, dtype: torch.dtype, seconds: float = 0.3) -> Rates:
     """Copy and multiply something large for about ``seconds`` each; medians."""
@@ -66,7 +70,8 @@ def decode_bytes(graph: Graph, batch: int, context: int) -> float:
     Of an embedding only the rows looked up count. Of experts, those that a batch reaches if each token chooses evenly.
 
     Args:
-        graph: the lowered graph. context: tokens of each sequence, the one of this step included.
+        graph: the lowered graph; that of a rank gives what the rank must read.
+        context: tokens of each sequence, the one of this step included.
     """
     total = 0.0
     for node, share in _read_weights(graph, batch).items():
