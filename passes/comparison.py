@@ -20,6 +20,7 @@ from ..ir.dist import ranks_of
 from ..ir.draws import DrawnWeights, draw_input, row_axis
 from ..ir.graph import Graph, dims_of, flat_types, node_inputs, type_of
 from ..ir.lockstep import interpret_on_ranks
+from ..ir.placement import VOCABULARY
 from ..ir.quantized import rounds_rows, without_rounding
 from ..ir.twin import is_narrow, shortened, widened, windows_of
 from ..ir.types import TensorType
@@ -42,6 +43,13 @@ class Result:
 
     values: Tensor
     rows: tuple[int, ...]
+
+
+def _whole_logits(graph: Graph, ranks: Sequence[tuple[Tensor, ...]]) -> tuple[Tensor, ...]:
+    """The results of the first rank; where a graph returns its part of the logits, those of all, without added columns."""
+    if VOCABULARY not in graph.options:
+        return ranks[0]
+    return (torch.cat([results[0] for results in ranks], 1)[:, : graph.options[VOCABULARY]], *ranks[0][1:])
 
 
 @dataclass
@@ -85,8 +93,8 @@ class Comparison:
         with torch.inference_mode():
             for inputs, tokens in self._runs(graph):
                 chosen = [tokens[row] for row in inputs["rows"].tolist()] if "rows" in inputs else tokens
-                first, *_ = interpret_on_ranks(graph, inputs, weights, caches)
-                for place, (kind, value) in enumerate(zip(kinds, first)):
+                results = _whole_logits(graph, interpret_on_ranks(graph, inputs, weights, caches))
+                for place, (kind, value) in enumerate(zip(kinds, results)):
                     axis = row_axis(kind)
                     if found[place] and not dims_of([kind]):
                         continue  # the same in every run
