@@ -14,7 +14,7 @@ from typing import Any
 DONE = "done\n"
 
 
-class _Elsewhere:
+class Elsewhere:
     """Stands for the driver of the GPU that is compiled for."""
 
     def __init__(self, target: Any) -> None:
@@ -44,7 +44,7 @@ def main() -> None:
     from triton.runtime.driver import driver
 
     answers, sys.stdout = sys.stdout, sys.stderr
-    driver.set_active(_Elsewhere(GPUTarget(*json.loads(sys.argv[1]))))
+    driver.set_active(Elsewhere(GPUTarget(*json.loads(sys.argv[1]))))
     for line in sys.stdin:
         module, path, kernel, specialisation = json.loads(line)
         try:

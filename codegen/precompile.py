@@ -71,8 +71,8 @@ class Compilers:
         count = max(1, min(_MOST, (os.cpu_count() or 1) // share))
         self._command = [sys.executable, "-P", str(Path(compiler_process.__file__)), target]
         self._environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-        self._processes = [self._started() for _ in range(count)]
-        self._own, self._fresh = threading.local(), list(self._processes)
+        self.processes = [self._started() for _ in range(count)]
+        self._own, self._fresh = threading.local(), list(self.processes)
         self._threads = ThreadPoolExecutor(count, initializer=self._take)
         self._asked: dict[Wanted, Future[bool]] = {}
 
@@ -104,8 +104,8 @@ class Compilers:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        for process in self._processes:
+        for process in self.processes:
             process.kill()
         self._threads.shutdown(cancel_futures=True)
-        for process in self._processes:
+        for process in self.processes:
             process.communicate()
