@@ -71,7 +71,7 @@ def lower(source: Skeleton | Graph, options: Options, wishes: Wishes, report: Re
         UnsupportedModelError, ExpectationError, VerificationError, UnknownPassError, OptionError: see ``compile``.
     """
     skip = _switches(wishes.skip)
-    stated: dict[str, str] = {}  # by the model, about ranks
+    stated = passes.ModelPlan()
     if isinstance(source, Graph):
         graph = source
     else:
@@ -89,8 +89,10 @@ def lower(source: Skeleton | Graph, options: Options, wishes: Wishes, report: Re
                 choices |= passes.choices_of(stated, source.model)
             if options.replicated:
                 choices[passes.REPLICATED] = ", ".join(options.replicated)
+            if options.expert_parallel:
+                choices[passes.EXPERT_PARALLEL] = ", ".join(options.expert_parallel)
             # A pattern with numbers may tell equal layers apart.
-            patterns = [*options.quantization, *options.replicated, *stated]
+            patterns = [*options.quantization, *options.replicated, *options.expert_parallel, *stated.patterns]
             fold = fold and not any(re.search(r"[0-9?\[]", pattern) for pattern in patterns)
             graph = capture(source, choices, options.max_seq_len, fold)
     captured = graph
@@ -104,7 +106,7 @@ def lower(source: Skeleton | Graph, options: Options, wishes: Wishes, report: Re
         for step in wishes.progress.bar(steps, "passes", len(names)):
             graph = step.graph
             done.append(step.report)
-            if step.name == "Shard" and stated:
+            if step.name == "Shard" and stated.patterns:
                 report.model_plan = passes.compare(stated, graph, step.report)
             if wishes.dump:
                 wishes.dump.graph(step.name, graph)
