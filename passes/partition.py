@@ -212,7 +212,7 @@ class _Planner:
         return True
 
     def candidate(self, node: Node, known: Known) -> tuple[Node, Shard] | None:
-        """The weight of a projection of whole rows, and how it is cut so that the outputs are."""
+        """The weight of a projection of whole rows, and how it is cut."""
         if not is_projection(node):
             return None
         x, weight = rows_and_weight(node)
