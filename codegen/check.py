@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.fx import Node
 
-from ..ir.dist import Mirror
+from ..ir.dist import Mirror, ranks_of
 from ..ir.draws import draw_floats
 from ..ir.graph import Graph, dims_of, type_of
 from ..ir.interpret import bind_dims, interpret
@@ -20,7 +20,7 @@ from ..ir.parse import parse
 from ..ir.quantized import quantize
 from ..ir.schemes import scheme_of
 from ..ir.twin import widened, windows_of
-from .exchange import MirrorExchange, meeting_of, places_for, ranks_of
+from .exchange import MirrorExchange, meeting_of, places_for
 from .kernels import Kernel, kernel_file
 from .launch import load_launch
 from .signature import fresh_outputs

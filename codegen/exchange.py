@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.fx import Node
 
-from ..ir.dist import Mirror
+from ..ir.dist import Mirror, ranks_of
 from ..ir.graph import Graph, type_of
 from ..ir.ops import op_name
 from ..ir.tiles import TILE_MEETINGS, WIDEST_ROW
@@ -214,9 +214,3 @@ def meeting_of(graph: Graph) -> Node | None:
 def sent_by(graph: Graph) -> Node | None:
     """What a kernel sends to other ranks, if it does."""
     return next((node for node in graph.calls() if op_name(node.target) == "dist.send"), None)
-
-
-def ranks_of(graph: Graph) -> int:
-    """For how many ranks a kernel's region is."""
-    node = meeting_of(graph) or sent_by(graph)
-    return int(str(node.args[1])) if node is not None else 1

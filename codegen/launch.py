@@ -80,9 +80,10 @@ def load_launches(
     return found
 
 
-def load_greedy() -> Launch:
-    """``launch(logits, tokens, finite)`` of the kernel that chooses the most likely tokens."""
-    return load_kernel_file(_written("greedy", greedy_source())).launch  # type: ignore[no-any-return]
+def load_greedy(ranks: int = 1) -> Callable[..., bool | None]:
+    """``launch`` of the kernel that chooses the most likely tokens, for so many ranks: see ``greedy_source``."""
+    name = "greedy" if ranks == 1 else f"greedy_{ranks}"
+    return load_kernel_file(_written(name, greedy_source(ranks))).launch  # type: ignore[no-any-return]
 
 
 def load_gather(ranks: int) -> Callable[..., bool]:

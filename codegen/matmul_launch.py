@@ -25,10 +25,10 @@ def row(block_n, block_k, num_warps):
     }
 
 
-def few(block_m, block_n, block_k, num_warps, num_stages, splits):
+def few(block_m, block_n, block_k, num_warps, num_stages, splits, early=True):
     """block_m rows by block_n columns a program, and the sums over depth in so many parts."""
     # As much of the weight is sent for early as is on its way at any time.
-    ahead = min(block_k * num_stages, $DEPTH$ // splits // block_k * block_k)
+    ahead = min(block_k * num_stages, $DEPTH$ // splits // block_k * block_k) if early else 0
     blocks = {"BLOCK_M": block_m, "BLOCK_N": block_n, "BLOCK_K": block_k, "SPLITS": splits, "AHEAD": ahead, "PDL": False}
     pointers = {"partial_ptr": "*fp32", "arrived_ptr": "*i32"} if splits > 1 else {}
     absent = {} if splits > 1 else {"partial_ptr": None, "arrived_ptr": None}

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from torch.fx import Node
 
+from ..ir.dist import ranks_of
 from ..ir.graph import Graph
 from ..ir.ops import op_name
 from .codes import row_codes
 from .columns import Plan
-from .exchange import SENDING, ranks_of, sent_by
+from .exchange import SENDING, sent_by
 from .matmul_tile import MatmulTile
 from .rank_rows import LINE_NAMES, print_line
 from .signature import parameters, print_wait

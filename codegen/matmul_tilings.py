@@ -52,15 +52,22 @@ _ROW_CODES = (
     (2, 4096, 8),
     (8, 512, 2),
 )
-# Rows, columns, depth, warps, stages and parts of the depth.
+# Rows, columns, depth, warps, stages and parts of the depth; and whether the weight's beginning is sent for while the
+# kernel in front ends, which helps where that leaves the memory idle.
 _FEW = (
     (16, 64, 128, 4, 4, 4),
-    (16, 64, 128, 4, 5, 1),
     (16, 64, 128, 4, 4, 2),
-    (16, 128, 128, 4, 4, 2),
+    (16, 64, 128, 4, 6, 1),
+    (16, 64, 128, 4, 6, 1, False),
+    (16, 64, 128, 4, 6, 2),
+    (16, 64, 128, 4, 6, 2, False),
+    (16, 64, 128, 4, 3, 1),
+    (16, 64, 128, 4, 3, 1, False),
+    (16, 128, 128, 8, 4, 1, False),
     (16, 64, 128, 4, 4, 6),
     (64, 128, 64, 4, 4, 2),
 )
+_BROAD = ((64, 64, 64, 4, 4, 1, False), (64, 64, 128, 4, 6, 2, False))
 # The same for weights of half and a quarter of the bytes.
 _FEW_8 = (
     (16, 64, 128, 4, 3, 4),
@@ -103,7 +110,15 @@ _NARROW = ((16, 16, 512, 2, 5), (16, 32, 256, 4, 4), (16, 64, 128, 2, 5))
 _SOME = ((64, 32, 256, 4, 4), (64, 128, 128, 8, 4), (64, 16, 256, 4, 4), (64, 32, 128, 4, 3))
 _MANY = ((128, 128, 64, 8, 3), (128, 64, 64, 8, 4), (128, 256, 64, 8, 4))
 _NARROW_CODES = ((16, 32, 256, 4, 4), (16, 64, 128, 4, 4))
-_SOME_CODES = ((64, 64, 256, 4, 3), (64, 64, 256, 4, 5), (64, 128, 128, 4, 4), (64, 32, 256, 4, 4), (64, 64, 128, 4, 4))
+_SOME_CODES = (
+    (64, 64, 256, 4, 3),
+    (64, 32, 256, 4, 5),
+    (64, 32, 512, 4, 4),
+    (64, 64, 256, 4, 5),
+    (64, 128, 128, 4, 4),
+    (64, 32, 256, 4, 4),
+    (64, 64, 128, 4, 4),
+)
 _MANY_CODES = ((128, 128, 128, 8, 3), (128, 64, 128, 8, 4), (128, 256, 64, 8, 4))
 
 
@@ -119,7 +134,7 @@ class _Likely:
     many: Sequence[Tiling] = _MANY
 
 
-_PLAIN = _Likely(_ROW, _FEW, ())
+_PLAIN = _Likely(_ROW, _FEW, _BROAD)
 _BYTES = _Likely(_ROW_8, _FEW_8, _BROAD_8)
 _NIBBLES = _Likely(_ROW_4, _FEW_4, _BROAD_4)
 _CODES = _Likely(_ROW_CODES, _FEW_CODES, _BROAD_CODES, _NARROW_CODES, _SOME_CODES, _MANY_CODES)
@@ -154,16 +169,17 @@ def _whole_blocks(layout: Plan, columns: int, depth: int, warps: int) -> Tiling:
 
 
 def few_tilings(layout: Plan, likely: Sequence[Tiling]) -> list[Tiling]:
-    """``(BLOCK_M, BLOCK_N, BLOCK_K, num_warps, num_stages, SPLITS)`` for a few rows, the likeliest first."""
+    """``(BLOCK_M, BLOCK_N, BLOCK_K, num_warps, num_stages, SPLITS)`` for a few rows, the likeliest first; after them False
+    where nothing is sent for early."""
     if weight_bytes(layout) > 2:
         return [(16, 32, max(64, _shallowest(layout)), 4, 3, 1)]
     most, deepest = _widest(layout), padded_width(layout.depth)
     found: list[Tiling] = []
-    for m, columns, k, warps, stages, splits in likely:
+    for m, columns, k, warps, stages, splits, *early in likely:
         n = max(16, min(columns // layout.lanes, most))
         # Each part of a sum has a few turns.
         if splits == 1 or layout.depth >= 2 * splits * k:
-            found.append((m, n, max(_shallowest(layout), min(k, deepest)), warps, stages, splits))
+            found.append((m, n, max(_shallowest(layout), min(k, deepest)), warps, stages, splits, *early))
     return list(dict.fromkeys(found))
 
 
@@ -200,12 +216,16 @@ def tilings_of(layout: Plan) -> list[tuple[int | None, str, list[Tiling]]]:
     """The tilings for up to so many rows, and the function of the file that makes each of them."""
     narrow, some, many = tile_tilings(layout)
     few, broad = _likely(layout).few, _likely(layout).broad
+    up_to_64 = [(64, "tile", some), (64, "few", few_tilings(layout, broad))]
+    if is_rounded(layout) or in_codes(layout):
+        up_to_64.reverse()
+    elif weight_bytes(layout) > 2:
+        up_to_64.pop()
     return [
         (1, "row", row_tilings(layout)),
         (16, "few", few_tilings(layout, few)),
         (16, "tile", narrow),
-        *([(64, "few", few_tilings(layout, broad))] if broad else []),
-        (64, "tile", some),
+        *up_to_64,
         (None, "tile", many),
     ]
 

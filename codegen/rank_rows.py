@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from torch.fx import Node
 
+from ..ir.dist import ranks_of
 from ..ir.graph import Graph, type_of
 from ..ir.ops import op_name
 from .coordinates import padded_width
-from .exchange import FEW_ROWS, NOT_SENT, SENDING, ranks_of
+from .exchange import FEW_ROWS, NOT_SENT, SENDING
 from .signature import TRITON_TYPES
 from .writer import Writer
 

@@ -8,13 +8,14 @@ from typing import Any
 from torch.fx import Node
 
 from ..ir.cache_rounding import LARGEST, TRIES
+from ..ir.dist import ranks_of
 from ..ir.graph import Graph, flat_types, type_of
 from ..ir.ops import op_name
 from ..ir.types import Dim, Size
 from .coordinates import TILE, flat_index, padded_width, strides_of
-from .exchange import FEW_ROWS, MEETING, SENDING, UNSPECIALISED, meeting_of, ranks_of, sent_by
+from .exchange import FEW_ROWS, MEETING, SENDING, UNSPECIALISED, meeting_of, sent_by
 from .rank_rows import LINE_NAMES, print_line, print_send, received, sending_text, waits_itself
-from .round_rows import store_codes
+from .round_rows import row_absmax, store_codes
 from .signature import file_text, kernel_text, parameters, pointer_types, print_begin, print_wait, types_text
 from .tile import Position, Tile
 from .writer import Writer
@@ -70,6 +71,8 @@ class RowTile(Tile):
         place = self._row(shape, at)
         if name == "dist.receive":
             return received(self.graph, node)
+        if name == "nn.absmax":
+            return row_absmax(self, node, place)
         x = self.value(source, place)
         if name == "dist.all_reduce":
             print_send(self.writer, node, x, place.coords[-1], ranks_of(self.graph))

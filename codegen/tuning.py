@@ -13,6 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .precompile import Wanted, wanted_by
+
 Choices = tuple[tuple[int | None, int], ...]
 """Each for up to so many rows which of a file's ``CONFIGS``; the last, without a bound, for all others."""
 
@@ -49,6 +51,16 @@ def candidates(module: ModuleType, rows: int) -> list[int]:
         if fits:
             found.append(index)
     return found
+
+
+def wanted(module: ModuleType, arguments: Arguments, rows_of: Sequence[int]) -> list[Wanted]:
+    """The kernels of all candidates that are not compiled in this process."""
+    found: dict[Wanted, None] = {}
+    for rows in rows_of:
+        values = arguments(rows)[0]
+        for config in candidates(module, rows):
+            found.update(dict.fromkeys(wanted_by(partial(module.launch, *values, choices=((None, config),)))))
+    return list(found)
 
 
 def measure(module: ModuleType, arguments: Arguments, rows_of: Sequence[int], workers: int = 8) -> Iterator[Timing]:

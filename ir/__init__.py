@@ -1,5 +1,6 @@
 """The graph of a model: its operators, types and text, and the capture from Hugging Face."""
 
+from . import absmax as _absmax
 from . import attention as _attention
 from . import dist as _dist
 from . import nn as _operators
@@ -36,4 +37,4 @@ __all__ = [
     "parse",
     "verify",
 ]
-del _attention, _dist, _operators, _placement_rules, _placement_shapes, _quantized
+del _absmax, _attention, _dist, _operators, _placement_rules, _placement_shapes, _quantized

@@ -14,9 +14,9 @@ import torch
 from torch import Tensor
 from torch.fx import Node
 
-from .graph import type_of
+from .graph import Graph, type_of
 from .infer import TypeInferenceError
-from .ops import register
+from .ops import Op, is_collective, register
 from .quantized import pack, unpack
 from .schemes import scheme_of
 from .types import TensorType
@@ -183,6 +183,8 @@ def _type_of_whole(x: Node, dim: int, ranks: int = 1) -> TensorType:
     size = kind.shape[dim]
     if not isinstance(size, int):
         raise TypeInferenceError(f"dim {dim} of {kind} has no fixed size")
+    if scheme_of(kind.dtype) is not None and dim == kind.rank - 1:
+        raise TypeInferenceError(f"parts of rows in {kind.dtype} have factors of their own: they are no whole rows")
     return _resized(kind, dim, size * ranks)
 
 
@@ -191,6 +193,16 @@ def all_gather(x: Tensor, dim: int, ranks: int = 1, *, group: Group = ALONE) -> 
     """The parts that the ranks have, next to each other along ``dim``."""
     _check(group, ranks)
     return torch.cat(group.all_gather(x), dim) if ranks > 1 else x
+
+
+def ranks_of(graph: Graph) -> int:
+    """For how many ranks a graph is that of one; 1 if it states whole shapes."""
+    for node in graph.calls():
+        if isinstance(node.target, Op) and is_collective(node.target):
+            place = [item.name for item in node.target.parameters].index("ranks")
+            if len(node.args) > place:
+                return int(str(node.args[place]))
+    return 1
 
 
 def spans(sections: Sequence[int], ranks: int, rank: int) -> list[tuple[int, int]]:

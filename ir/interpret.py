@@ -36,20 +36,32 @@ def interpret(
     """
     dims = bind_dims(graph, inputs)
     values: dict[Node, Any] = {}
-    some = next(iter(inputs.values()))
     for node in graph.nodes:
-        if node.op == "placeholder":
-            values[node] = inputs[node.name]
-        elif node.op == "output":
+        if node.op == "output":
             result = read(node.args[0], values, dims)
             return tuple(result) if isinstance(result, (list, tuple)) else (result,)
-        elif str(node.target) == "weight":
-            values[node] = weights[str(node.args[0])]
-        elif str(node.target) == "cache":
-            values[node] = (caches or {})[f"{node.args[0]}{node.args[1]}"]
-        else:
-            values[node] = call(node, lambda item: read(item, values, dims), some.device, group)
+        values[node] = value_of(node, values, dims, inputs, weights, caches or {}, group)
     raise AssertionError("a graph has an output")
+
+
+def value_of(
+    node: Node,
+    values: Mapping[Node, Any],
+    dims: Mapping[str, int],
+    inputs: Values,
+    weights: Values,
+    caches: Values,
+    group: Group,
+) -> Any:
+    """What a node gives, from the values of those before it; see ``interpret``."""
+    if node.op == "placeholder":
+        return inputs[node.name]
+    if str(node.target) == "weight":
+        return weights[str(node.args[0])]
+    if str(node.target) == "cache":
+        return caches[f"{node.args[0]}{node.args[1]}"]
+    device = next(iter(inputs.values())).device
+    return call(node, lambda item: read(item, values, dims), device, group)
 
 
 def call(node: Node, convert: Callable[[Any], Any], device: torch.device, group: Group = ALONE) -> Any:

@@ -19,6 +19,8 @@ from .types import DTYPES, TensorType
 
 OPTION = "tensor_parallel"
 """The option of a graph that says how many ranks it is for."""
+VOCABULARY = "vocabulary"
+"""The option of a graph that returns logits in parts, columns of each rank's own: how many columns of all together count."""
 
 
 @dataclass(frozen=True)
@@ -129,16 +131,18 @@ def placements(graph: Graph, ranks: int) -> dict[Node, Placement]:
     known: dict[Node, Placement] = {}
     for node in graph.nodes:
         if node.op == "output":
-            check_result(node, known.__getitem__)
+            check_result(node, known.__getitem__, VOCABULARY in graph.options)
         known[node] = placement_of(node, known.__getitem__, ranks) if node.op == "call_function" else None
     return known
 
 
-def check_result(output: Node, known: Known) -> None:
-    """Check that what a graph returns is whole."""
+def check_result(output: Node, known: Known, in_parts: bool = False) -> None:
+    """Check that what a graph returns is whole, or (``in_parts``) that each rank has some of the columns."""
     for item in output.all_input_nodes:
-        if known(item) is not None:
-            raise Needs(item, None, "the graph returns it")
+        columns = Shard(len(shape_of(item)) - 1, shape_of(item)[-1:])
+        wanted = columns if in_parts else None
+        if known(item) != wanted:
+            raise Needs(item, wanted, "the graph returns it")
 
 
 def annotate(node: Node, placement: Placement) -> None:

@@ -126,8 +126,6 @@ def _check_groups(node: Node, x: Node, weight: Node, given: Shard, ranks: int) -
     scheme = scheme_of(kind.dtype)
     if scheme is None:
         return
-    if scheme.dynamic:
-        raise Needs(x, None, f"{node.name} rounds whole rows")
     for size in given.sections:
         if scheme.reason_against(size // ranks):
             raise Needs(x, None, f"{node.name}: {size // ranks} of {size} inputs are no whole groups of {kind.dtype}")
@@ -135,10 +133,15 @@ def _check_groups(node: Node, x: Node, weight: Node, given: Shard, ranks: int) -
 
 @rule("nn.quantize")
 def _quantize(node: Node, known: Known, ranks: int) -> Placement:
-    x = node.args[0]
-    assert isinstance(x, Node)
-    found, scheme = cut_of(x, known), scheme_of(str(node.args[1]))
-    whole(known, f"{node.name} divides whole rows by it", *node.args[3:])
+    """Parts of rows that have one factor are rounded by the largest magnitudes that all ranks have."""
+    arguments: list[Any] = [*node.args, *(1, None, None)[len(node.args) - 2 :]]
+    x, name, _, divisors, absmax = arguments
+    found, scheme = cut_of(x, known), scheme_of(name)
+    whole(known, f"{node.name} looks for the largest of each row in it", absmax)
+    if absmax is not None and found is not None and found.dim == len(shape_of(x)) - 1:
+        _check_divisors(node, divisors, found, known)
+        return found
+    whole(known, f"{node.name} divides whole rows by it", divisors)
     if found is None or scheme is None:
         return None
     if found.dim == len(shape_of(x)) - 1 and (
@@ -146,6 +149,27 @@ def _quantize(node: Node, known: Known, ranks: int) -> Placement:
     ):
         raise Needs(x, None, f"{node.name} rounds whole rows or groups")
     return found
+
+
+@rule("nn.absmax")
+def _absmax(node: Node, known: Known, ranks: int) -> Placement:
+    """A rank has those of its part of the rows, if there is one part for each."""
+    arguments: list[Any] = [*node.args, *(1, None)[len(node.args) - 1 :]]
+    x, parts, divisors = arguments
+    found, last = cut_of(x, known), len(shape_of(x)) - 1
+    if found is None or found.dim != last:
+        whole(known, f"{node.name} divides whole rows by it", divisors)
+        return found
+    if parts != ranks or len(found.sections) > 1:
+        raise Needs(x, None, f"{node.name} reads other parts of rows than ranks have")
+    _check_divisors(node, divisors, found, known)
+    return Shard(last, (parts,))
+
+
+def _check_divisors(node: Node, divisors: Node | None, cut: Shard, known: Known) -> None:
+    wanted = Shard(0, cut.sections)
+    if divisors is not None and known(divisors) != wanted:
+        raise Needs(divisors, wanted, f"{node.name} divides parts of rows by it")
 
 
 @rule("nn.attention")

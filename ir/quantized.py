@@ -18,7 +18,7 @@ from .schemes import Scheme, scheme_of
 from .types import TensorType
 
 
-def quantize(matrix: Tensor, scheme: Scheme, tries: int = 1) -> Tensor:
+def quantize(matrix: Tensor, scheme: Scheme, tries: int = 1, largest: Tensor | None = None) -> Tensor:
     """``matrix [..., N, K]``, rounded to nearest (ties to even), as ``u8 [..., N, scheme.row_bytes(K)]``.
 
     With ``m`` the largest magnitude of a group, its factor is ``s = m / 127`` (8 bits) or ``m / 7.5`` (4 bits), and a
@@ -30,9 +30,14 @@ def quantize(matrix: Tensor, scheme: Scheme, tries: int = 1) -> Tensor:
     Without zero points so many factors are tried, ``s``, ``s (1 + 1 / tries)`` and so on below ``2 s``, and each group takes
     the first whose numbers have the least squared distance from its own: E4M3 is as exact with any, but not for the same
     numbers.
+
+    ``largest f32 [..., N, 1]`` is the ``m`` of each row, of which ``matrix`` may be a part, in a dynamic scheme.
     """
     groups = _parted(matrix.float(), scheme.groups(matrix.shape[-1]))
-    factors, zeros = plain_factors(groups, scheme)
+    if largest is None:
+        factors, zeros = plain_factors(groups, scheme)
+    else:
+        factors, zeros = _factors(largest.unsqueeze(-1), scheme.largest), None
     if tries > 1:
         factors = _best_factors(groups, factors, scheme, tries)
     codes = nearest(groups, factors, zeros, scheme)
@@ -139,10 +144,13 @@ def _element(scheme: Scheme) -> torch.dtype:
     return torch.float8_e4m3fn if scheme.floats else torch.int8
 
 
-def _rounded(matrix: Tensor, scheme: str, tries: int = 1, divisors: Tensor | None = None) -> Tensor:
+def _rounded(
+    matrix: Tensor, scheme: str, tries: int = 1, divisors: Tensor | None = None, absmax: Tensor | None = None
+) -> Tensor:
     """A matrix ``[N, K]`` in the bytes of a scheme, rounded to nearest. What reads it reads the numbers that they stand for.
 
-    With ``divisors f32 [K]`` it is the matrix over them, in fp32, that is rounded.
+    With ``divisors f32 [K]`` it is the matrix over them, in fp32, that is rounded. ``absmax f32 [N, parts]`` holds the
+    largest magnitudes of the rows that these are parts of, part by part: codes and factors are those of the whole rows.
     """
     found = scheme_of(scheme)
     if found is None:
@@ -151,13 +159,17 @@ def _rounded(matrix: Tensor, scheme: str, tries: int = 1, divisors: Tensor | Non
     if matrix.dim() > 2:
         # Rounding takes several times the memory of what it rounds: one expert's matrix at a time.
         return torch.stack([quantize(item, found, tries) for item in matrix])
-    return quantize(matrix, found, tries)
+    return quantize(matrix, found, tries, None if absmax is None else absmax.amax(-1, keepdim=True))
 
 
-def _type_of_rounded(matrix: Node, scheme: str, tries: int = 1, divisors: Node | None = None) -> TensorType:
+def _type_of_rounded(
+    matrix: Node, scheme: str, tries: int = 1, divisors: Node | None = None, absmax: Node | None = None
+) -> TensorType:
     found, kind = scheme_of(scheme), type_of(matrix)
-    if divisors is not None and type_of(divisors) != TensorType("f32", kind.shape[-1:]):
+    if divisors is not None and (type_of(divisors).dtype, type_of(divisors).shape) != ("f32", kind.shape[-1:]):
         raise TypeInferenceError(f"the columns of {kind} cannot be divided by {type_of(divisors)}")
+    if absmax is not None and not _are_of_rows(type_of(absmax), kind, found, tries):
+        raise TypeInferenceError(f"{kind} cannot be rounded as {scheme} by {type_of(absmax)}")
     depth = kind.shape[-1] if kind.rank > 1 else None
     if found is None or tries < 1 or not isinstance(depth, int) or not kind.torch_dtype.is_floating_point:
         raise TypeInferenceError(f"{kind} cannot be quantised as {scheme}")
@@ -165,6 +177,17 @@ def _type_of_rounded(matrix: Node, scheme: str, tries: int = 1, divisors: Node |
     if why:
         raise TypeInferenceError(why)
     return TensorType(scheme, kind.shape)
+
+
+def _are_of_rows(absmax: TensorType, kind: TensorType, scheme: Scheme | None, tries: int) -> bool:
+    """Whether these may be the largest magnitudes of rows that are rounded in each step."""
+    return (
+        scheme is not None
+        and scheme.dynamic
+        and tries == 1
+        and kind.rank == absmax.rank == 2
+        and (absmax.dtype, absmax.shape[0]) == ("f32", kind.shape[0])
+    )
 
 
 quantize_op: Op = register("nn.quantize", infer_type=_type_of_rounded)(_rounded)
@@ -247,7 +270,7 @@ def without_rounding(graph: Graph, rows_only: bool = False) -> Graph:
         if op_name(node.target) == "nn.quantize" and not (rows_only and is_constant(node)):
             source = node.args[0]
             assert isinstance(source, Node)
-            if len(node.args) > 3:
+            if len(node.args) > 3 and node.args[3] is not None:
                 name = f"{node.name}_numbers"
                 source = insert_before(plain, node, infer, aten("div.Tensor"), (source, node.args[3]), name=name)
             node.replace_all_uses_with(source)

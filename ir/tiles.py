@@ -44,6 +44,7 @@ TILE_REDUCTIONS = frozenset(
         "aten.amax",
         "aten.softmax.int",
         "nn.head_factors",
+        "nn.absmax",
     ]
 )
 # Sums over ranks, each of whole rows.
@@ -133,6 +134,8 @@ def _reduces_rows(node: Node, name: str) -> bool:
         return False
     if name in ("nn.rms_norm", "nn.layer_norm", "nn.add_rms_norm", "nn.head_factors"):
         return True
+    if name == "nn.absmax":
+        return bool(len(node.args) < 2 or node.args[1] == 1)
     if name == "aten.softmax.int":
         return bool(node.args[1] == -1)
     dims = node.args[1] if len(node.args) > 1 else None

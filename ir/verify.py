@@ -9,7 +9,7 @@ from .errors import VerificationError
 from .graph import Graph, Region, dims_of, flat_types, node_inputs
 from .infer import Inference, TypeInferenceError
 from .parse import parse
-from .placement import OPTION, Needs, Placement, check_result, placement_of
+from .placement import OPTION, VOCABULARY, Needs, Placement, check_result, placement_of
 from .types import TensorType, Type, type_text
 
 _LEAVES = frozenset({"weight", "cache", "const"})
@@ -79,7 +79,7 @@ def _check_placements(graph: Graph) -> None:
     for node in graph.nodes:
         try:
             if node.op == "output":
-                check_result(node, known.__getitem__)
+                check_result(node, known.__getitem__, VOCABULARY in graph.options)
                 continue
             found = placement_of(node, known.__getitem__, ranks) if node.op == "call_function" else None
         except Needs as need:

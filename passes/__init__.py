@@ -11,12 +11,14 @@ from .quantize import SMOOTHING, spelled, wanted_of
 from .registry import GraphPass, UnknownPassError
 from .rule import Reject, Rule, rule
 from .shard import EXPERT_PARALLEL, REPLICATED
+from .sink_cuts import CALIBRATION
 from .switches import Switches, switches
 from .verification import verified
 
 register = PASSES.register
 
 __all__ = [
+    "CALIBRATION",
     "EXPERT_PARALLEL",
     "KV_DTYPE",
     "MODEL_PLAN",

@@ -16,9 +16,11 @@ import torch
 from torch import Tensor
 from torch.fx import Node
 
+from ..ir.dist import ranks_of
 from ..ir.draws import DrawnWeights, draw_input, row_axis
 from ..ir.graph import Graph, dims_of, flat_types, node_inputs, type_of
-from ..ir.interpret import interpret
+from ..ir.lockstep import interpret_on_ranks
+from ..ir.placement import VOCABULARY
 from ..ir.quantized import rounds_rows, without_rounding
 from ..ir.twin import is_narrow, shortened, widened, windows_of
 from ..ir.types import TensorType
@@ -41,6 +43,13 @@ class Result:
 
     values: Tensor
     rows: tuple[int, ...]
+
+
+def _whole_logits(graph: Graph, ranks: Sequence[tuple[Tensor, ...]]) -> tuple[Tensor, ...]:
+    """The results of the first rank; where a graph returns its part of the logits, those of all, without added columns."""
+    if VOCABULARY not in graph.options:
+        return ranks[0]
+    return (torch.cat([results[0] for results in ranks], 1)[:, : graph.options[VOCABULARY]], *ranks[0][1:])
 
 
 @dataclass
@@ -80,11 +89,12 @@ class Comparison:
         kinds = [type_of(node) for node in node_inputs(graph.output_node().args[0])]
         found: list[list[Tensor]] = [[] for _ in kinds]
         rows: list[list[int]] = [[] for _ in kinds]
-        caches = self._caches(graph)
+        caches = [self._caches(graph) for _ in range(ranks_of(graph))]
         with torch.inference_mode():
             for inputs, tokens in self._runs(graph):
                 chosen = [tokens[row] for row in inputs["rows"].tolist()] if "rows" in inputs else tokens
-                for place, (kind, value) in enumerate(zip(kinds, interpret(graph, inputs, weights, caches))):
+                results = _whole_logits(graph, interpret_on_ranks(graph, inputs, weights, caches))
+                for place, (kind, value) in enumerate(zip(kinds, results)):
                     axis = row_axis(kind)
                     if found[place] and not dims_of([kind]):
                         continue  # the same in every run

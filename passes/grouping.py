@@ -81,6 +81,7 @@ _TITLES = {
     "nn.silu_mul": "activation",
     "nn.gelu_mul": "activation",
     "aten.sum.dim_IntList": "sum",
+    "nn.absmax": "absmax",
 }
 
 

@@ -37,6 +37,9 @@ def localize(graph: Graph, report: PassReport) -> Graph:
             if op_name(node.target) in _SHAPED:
                 shape: Any = list(kinds[0].shape)
                 node.args = (node.args[0], shape, *node.args[2:])
+            elif op_name(node.target) == "nn.absmax":
+                parts: Any = kinds[0].shape[-1]
+                node.args = (node.args[0], parts, *node.args[2:])
         if node in slices:
             node.args = slices[node]
         if is_collective(node.target):

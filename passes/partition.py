@@ -207,7 +207,7 @@ class _Planner:
         if not (user.op == "output" or is_returned(user) or reads or rounds or made_late):
             return False
         moved[operand] = None
-        for item in [user] if reads else user.users if rounds else ():
+        for item in [user] if reads else user.users if rounds and operand is user.args[0] else ():
             self.plan.gathered[item] = why
         return True
 

@@ -19,6 +19,7 @@ from .duplicates import merge_duplicates
 from .grouping import group_kernels
 from .ledger import PassReport
 from .localize import localize
+from .logits_in_parts import logits_in_parts
 from .merge import merge_gate_up, merge_qkv
 from .paging import page_attention
 from .quantize import OPTION as QUANTIZATION
@@ -66,6 +67,7 @@ _OWN: dict[str, GraphPass] = {
     "ReadRounded": read_rounded,
     "FoldNormScales": fold_norm_scales,
     "Shard": shard,
+    "LogitsInParts": logits_in_parts,
     "Localize": localize,
     "PageAttention": page_attention,
     "QuantizeCache": quantize_cache,
@@ -91,6 +93,7 @@ LOWERING: tuple[str, ...] = (
     "ReadRounded",
     "FoldNormScales",
     "Shard",
+    "LogitsInParts",
     "Localize",
     "PageAttention",
     "QuantizeCache",

@@ -10,6 +10,7 @@ from pathlib import Path
 from ..ir.dump import dump
 from ..ir.graph import Graph, is_constant
 from ..ir.reproduction import write_reproduction
+from ..ir.verify import verify
 from .comparison import TOLERANCE, Comparison, distances, is_comparable
 from .cuts import ball, narrowed
 from .pipeline import steps
@@ -38,8 +39,9 @@ def error_of(name: str, before: Graph) -> float:
     """How far a pass moves the results of a graph; infinite if it fails on it or leaves it malformed."""
     comparison = Comparison.of(before)
     try:
+        verify(before)
         expected = comparison.results(before)
-    except Exception:  # the graph itself cannot be run, so it shows nothing
+    except Exception:  # the graph itself cannot be run, or states parts that its inputs are not: it shows nothing
         return 0.0
     try:
         (step,) = steps(before, [name], check=True)

@@ -10,6 +10,7 @@ from ..ir.build import insert_before
 from ..ir.graph import Graph, flat_types, type_of
 from ..ir.infer import Inference
 from ..ir.ops import POINTWISE, PROJECTIONS, aten, op_name
+from ..ir.quantized import is_quantised
 from ..ir.types import Dim, TensorType
 from .ledger import PassReport
 
@@ -68,6 +69,8 @@ def _row_operand(node: Node) -> Node | None:
         return None
     operand = with_rows[0]
     kind = flat_types(operand.meta["type"])[0]
+    if is_quantised(operand) and _row_operand(operand) is None:
+        return None  # rows are selected before they are rounded
     if kind.rank != 2 or kind.shape[0] != Dim.named("T"):
         return None
     return operand  # type: ignore[no-any-return]

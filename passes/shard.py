@@ -11,6 +11,7 @@ from ..ir.infer import Inference
 from ..ir.ops import is_collective, resolve
 from ..ir.placement import OPTION, PARTIAL, Placement, Routed, Shard, annotate
 from ..ir.quantized import is_quantised
+from .absmax import drop_absmax, give_absmax
 from .heads import repeat_heads
 from .ledger import PassReport, Refusal
 from .model_plan import GATHERED, WHOLE, chosen
@@ -45,7 +46,12 @@ def shard(graph: Graph, report: PassReport) -> Graph:
     patterns, by_expert = _patterns(graph, REPLICATED), _patterns(graph, EXPERT_PARALLEL)
     whole = dict.fromkeys(chosen(graph, WHOLE), "the model's own plan keeps it whole")
     whole |= {item: f"{item!r} is not to be cut" for item in patterns}
-    pad_vocabulary(graph, ranks, lambda weight: not any(fits(item, matrices_of(weight)) for item in whole), report)
+
+    def may_be_cut(weight: Node) -> bool:
+        return not any(fits(item, matrices_of(weight)) for item in whole)
+
+    pad_vocabulary(graph, ranks, may_be_cut, report)
+    give_absmax(graph, ranks, may_be_cut)
     plan = plan_for(graph, ranks, whole, report, chosen(graph, GATHERED), by_expert)
     unused = [item for item in patterns if whole[item] not in plan.kept.values()]
     if unused:
@@ -65,6 +71,7 @@ def shard(graph: Graph, report: PassReport) -> Graph:
         report.near.append(Refusal(node.name, f"{how}: {why}"))
     report.fused += [node.name for node in graph.calls() if node in {*plan.column, *plan.row, *plan.experts}]
     _write(graph, plan)
+    drop_absmax(graph)
     sink_cuts(graph)
     return graph
 

@@ -14,22 +14,25 @@ from ..ir.ops import POINTWISE, op_name, resolve
 from ..ir.placement import Shard, annotate, shape_of
 from ..ir.schemes import scheme_of
 
+CALIBRATION = "calibration"
+"""The option of a graph for ranks whose weights a calibration rounds: as wholes, of which a rank then takes its part."""
+
 Cuts = dict[Node, Shard]
 
 
 def sink_cuts(graph: Graph) -> None:
     """A part of what is computed from weights is computed from their parts, where that gives the same numbers.
 
-    A row that is rounded with one factor is rounded whole before it is cut.
+    A row that is rounded with one factor is rounded whole before it is cut, and so is what a calibration rounds.
     """
-    infer = Inference()
+    infer, rounds_whole = Inference(), bool(graph.options.get(CALIBRATION))
     cuts = [node for node in graph.calls() if op_name(node.target) in ("dist.shard", "dist.shard_columns")]
     while cuts:
         node = cuts.pop()
         source = node.args[0]
         assert isinstance(source, Node)
         operands = _operands(source, _cut(node)) if is_constant(source) and len(source.users) == 1 else None
-        if operands is None:
+        if operands is None or (rounds_whole and op_name(source.target) == "nn.quantize"):
             continue
         made = list(_parts(graph, node, operands, infer))
         args: Any = _replaced(source.args, dict(zip(operands, made)))

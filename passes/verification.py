@@ -16,6 +16,7 @@ from pathlib import Path
 from torch.fx import Node
 
 from ..ir.cache_rounding import without_cache_rounding
+from ..ir.dist import ranks_of
 from ..ir.draws import row_axis
 from ..ir.dump import call_text, dump
 from ..ir.errors import FuselineError, VerificationError
@@ -132,6 +133,8 @@ class Verification:
         """The first value that is computed in another way and to another number, if a graph proves that the pass did it."""
         if [node.name for node in before.inputs()] != [node.name for node in after.inputs()]:
             return None
+        if ranks_of(before) != ranks_of(after):  # a rank's values are parts of those before
+            return None
         old, new = Side.of(before), Side.of(after)
         shared = shared_values(old, new)
         for value in changed(old, new):
@@ -184,6 +187,8 @@ class Verification:
 
     def _first_difference(self, before: Graph, after: Graph) -> str:
         """The first value that both graphs have and that differs, else the result."""
+        if ranks_of(before) != ranks_of(after):
+            return before.output_node().prev.name
         old, new = ({node.name for node in item.calls() if _has_rows(node)} for item in (before, after))
         common = [node.name for node in before.calls() if node.name in old & new]
         try:

@@ -22,6 +22,7 @@ from .replay import GraphReplay, NotCapturable
 from .report import Report
 from .static_step import StaticStep
 from .tables import table_width
+from .vocabulary import Vocabulary
 
 # Tokens of prompts that are rehearsed beside the largest step.
 _REHEARSED = (2, 4, 8, 16, 32, 64, 128, 256)
@@ -55,23 +56,24 @@ def assemble(
     plan: MemoryPlan,
     options: Options,
     block_size: int,
-    logits: tuple[int, torch.dtype],
+    vocabulary: Vocabulary,
+    dtype: torch.dtype,
     report: Report,
     groups: Sequence[Group] = (ALONE,),
 ) -> tuple[Engine, DecodeSteps]:
     """The engine of an executor whose cache has the planned blocks and one more, and its decode steps.
 
-    ``logits`` are the width and type of what it returns. On a GPU the largest step is run once, and decode steps are
+    It returns logits of a ``vocabulary`` in ``dtype``. On a GPU the largest step is run once, and decode steps are
     recorded as CUDA graphs if that is asked for and can be; what came of it is noted in ``report``. ``groups`` are the ranks
     that this process runs: if it is one of several, they choose one token together.
     """
-    vocab, dtype = logits
     batch, device, scratch = options.max_batch_size, options.device, plan.blocks
-    static = StaticStep(batch, table_width(options.max_seq_len, block_size), block_size, scratch, device)
-    decode = DecodeSteps(executor.into, static, batch, torch.empty(batch, vocab, dtype=dtype, device=device))
+    static = StaticStep(batch, table_width(options.max_seq_len, block_size), block_size, scratch, device, vocabulary)
+    logits = torch.empty(batch, vocabulary.columns, dtype=dtype, device=device)
+    decode = DecodeSteps(executor.into, static, batch, logits)
     if device.type == "cuda":
         # Other kernels are chosen for other numbers of rows: none is to be compiled while a request waits.
-        load, draws = load_of(options), Choices(static.capacity, device)
+        load, draws = load_of(options), Choices(static.capacity, device, vocabulary)
         for tokens in _REHEARSED:
             if tokens < min(load.tokens, options.max_seq_len):
                 rehearse(executor, replace(load, tokens=tokens, batch=1), block_size, scratch, draws)
@@ -84,7 +86,7 @@ def assemble(
         max_batch_size=batch,
         max_seq_len=options.max_seq_len,
         max_step_tokens=options.max_step_tokens,
-        vocab_size=vocab,
+        vocabulary=vocabulary,
         device=device,
         decode=decode if recorded else None,
         lookahead=options.lookahead,

@@ -7,12 +7,12 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..codegen.launch import load_greedy
 from ..ir.dist import ALONE, Group
 from .layout import ALIGNMENT, Layout
 from .nccl import NCCLGroup
 from .sampler import draw_sampled
 from .sequence import SamplingParams
+from .vocabulary import Vocabulary
 
 
 class Chosen(NamedTuple):
@@ -23,34 +23,37 @@ class Chosen(NamedTuple):
 
 
 class Choices:
-    """The choices of the last step of at most ``capacity`` rows on the device: ``tokens i64[capacity]``.
+    """The choices of the last step of at most ``capacity`` rows on the device: ``tokens i64[capacity]``, of a ``vocabulary``.
 
     A step's choices stand there until the next step's are made. At most two steps' choices may be on their way to the
     host at a time.
     """
 
-    def __init__(self, capacity: int, device: torch.device, store: Tensor | None = None) -> None:
+    def __init__(
+        self, capacity: int, device: torch.device, vocabulary: Vocabulary, store: Tensor | None = None
+    ) -> None:
         """``store u8[choices_bytes(...)]`` is memory to use instead of new one; the tokens are at its end."""
+        self.vocabulary = vocabulary
         layout = _layout(capacity)
         self._store = torch.zeros(layout.size, dtype=torch.uint8, device=device) if store is None else store
         views = layout.views(self._store)
         self.tokens = views["tokens"]
         self._finite = views["finite"]
-        self._choose = load_greedy() if device.type == "cuda" else _choose
         self._hosts = [_Host(layout, device) for _ in range(2)]
 
     def greedy(self, logits: Tensor) -> None:
-        """Choose the most likely token of each row of ``logits [R, V]``, the lowest id among equals."""
+        """Choose the most likely token of each row that a model has made ``logits`` of, the lowest id among equals."""
         count = len(logits)
-        self._choose(logits, self.tokens[:count], self._finite[:count])
+        self.vocabulary.greedy(logits, self.tokens[:count], self._finite[:count])
 
     def draw(self, logits: Tensor, params: list[SamplingParams], indices: list[int]) -> None:
         """After ``greedy``: draw the tokens of the rows with a temperature instead (see ``sample``)."""
-        draw_sampled(logits, params, indices, self.tokens)
+        draw_sampled(logits, params, indices, self.tokens, self.vocabulary)
 
-    def agree(self, group: Group) -> None:
-        """Take the choices of the first rank, if there are several."""
-        if group.size > 1:
+    def agree(self, group: Group, drawn: bool) -> None:
+        """Take the choices of the first rank, if there are several and each has chosen by itself: ``drawn`` says whether some
+        rows were."""
+        if group.size > 1 and (drawn or not self.vocabulary.together):
             self._store.copy_(group.all_gather(self._store)[0])
 
     def send(self, count: int, group: Group = ALONE) -> Pending:
@@ -109,11 +112,3 @@ def _layout(capacity: int) -> Layout:
     if capacity * 8 % ALIGNMENT:
         raise ValueError(f"a capacity of {capacity} rows leaves a gap behind the tokens")
     return Layout([("finite", torch.bool, (capacity,)), ("tokens", torch.int64, (capacity,))])
-
-
-def _choose(logits: Tensor, tokens: Tensor, finite: Tensor) -> None:
-    """Fill in the most likely token of each row, and whether all of the row is finite."""
-    top, places = logits.max(dim=-1)
-    tokens.copy_(places)
-    # Both extremes carry a NaN on: together they are finite exactly when every logit is.
-    torch.logical_and(top.isfinite(), logits.amin(dim=-1).isfinite(), out=finite)

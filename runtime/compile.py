@@ -7,6 +7,7 @@ import json
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -42,14 +43,16 @@ from .options import (
     resolve_patterns,
     resolve_quantization,
 )
-from .parts import agreed, check_alike, exchange_of, groups_of, model_on, place_parts, said_by_first
+from .parts import RankModel, agreed, check_alike, exchange_of, groups_of, model_on, place_parts, said_by_first
 from .progress import Progress
 from .rehearsal import Meter
 from .report import Report
 from .selfcheck import check_concatenation, check_source, most_slots
 from .started import compiled_on_ranks, starts_ranks
+from .step import Model
 from .step_tuning import tune_steps
 from .tune import TUNING_SECONDS, listed, replayed, tune_kernels
+from .vocabulary import Vocabulary, vocabulary_of
 from .yardstick import Yardstick, yardstick_of
 
 # Legal reordering of sums moves fp32 logits by about 1e-6 and rounded ones by a few percent; real mixing by far more.
@@ -156,7 +159,7 @@ def compile(
     groups = groups_of(tensor_parallel, simulate, place)
     patterns = {"replicated": replicated, "expert_parallel": expert_parallel}
     kept, by_expert = (resolve_patterns(name, wanted) for name, wanted in patterns.items())
-    refuse_ranks(tensor_parallel, simulate, patterns, bool(verify or calibration), model)
+    refuse_ranks(tensor_parallel, simulate, patterns, calibration is not None, model)
     refuse_schemes(passes.wanted_of(model) if isinstance(model, Graph) else wanted, place)
     kind = resolve_dtype(dtype, place)
     meter = Meter(place) if place.type == "cuda" else None
@@ -186,6 +189,7 @@ def compile(
         tensor_parallel=tensor_parallel,
         replicated=kept,
         expert_parallel=by_expert,
+        calibrated=calibration is not None,
         smoothing=calibration is not None and "int8d" in wanted.values(),
         graphs=gpu if graphs is None else graphs,
         lookahead=gpu if lookahead is None else lookahead,
@@ -200,8 +204,8 @@ def compile(
     with report.timed("load weights"), show.line("load weights"):
         # One rank shares what the model holds that it is compared with.
         values = (bones.lazy() if tensor_parallel > 1 else None) or bones.load()
-    vocab = type_of(_result(loop.graph)).shape[-1]
-    assert isinstance(vocab, int)
+    vocabulary = vocabulary_of(loop.graph, groups, place, exchange)
+    vocab = vocabulary.size
     yardstick = Yardstick()
     # A graph may have been changed on purpose, and rounded weights, keys and values give other numbers; a rounded
     # checkpoint's model has the same, unless steps round as well.
@@ -223,8 +227,10 @@ def compile(
     if calibration:
         with report.timed("calibrate"):
             texts = windows_of(calibration, source, vocab, options.max_seq_len)
-            found = calibrate(loop, values, texts, block, place, lambda items: show.bar(items, "calibrate"))
+            whole_model = lowered.undivided or loop
+            found = calibrate(whole_model, values, texts, block, place, lambda items: show.bar(items, "calibrate"))
             rounded, report.calibration = found.values, found.summary
+            del found  # of what ranks divide, each keeps its part alone
     with report.timed("place weights"):
         parts, few_parts = place_parts(
             loop, few, values, place, rounded, groups, lambda items: show.bar(items, "weights")
@@ -254,24 +260,25 @@ def compile(
         exact = kind == torch.float32 and not codes
         tolerance = max(_CHECK_TOLERANCE[kind], _CODES_TOLERANCE[kind] if codes else 0.0)
         report.self_check = check_concatenation(
-            sample.poisoned, vocab, block, place, tolerance, exact, options.max_seq_len
+            partial(_poisoned, sample, vocabulary), vocab, block, place, tolerance, exact, options.max_seq_len
         )
         own = torch.float32 if kind == bones.source_dtype else bones.source_dtype
         tolerance = max(tolerance, _CHECK_TOLERANCE.get(own, 0.0))
-        check_source(sample.poisoned, yardstick.few, block, place, tolerance)
-        check_source(whole.poisoned, yardstick.whole, block, place, tolerance)
+        check_source(partial(_poisoned, sample, vocabulary), yardstick.few, block, place, tolerance)
+        check_source(partial(_poisoned, whole, vocabulary), yardstick.whole, block, place, tolerance)
         del whole, sample, few_parts
     if gpu:
         gc.collect()  # what tuning leaves behind refers to itself
         torch.cuda.empty_cache()  # what merging left behind lies in pieces too small for the KV cache
     with report.timed("graphs"), show.line("graphs"):
-        logits = (vocab, type_of(_result(loop.graph)).torch_dtype)
+        result: Any = loop.graph.output_node().args[0]
         engine, decode = assemble(
             model_on(parts, (plan.blocks + 1) * block, place, launches, exchange),
             plan,
             options,
             block,
-            logits,
+            vocabulary,
+            type_of(result).torch_dtype,
             report,
             groups,
         )
@@ -284,5 +291,6 @@ def compile(
     return compiled
 
 
-def _result(graph: Graph) -> Any:
-    return graph.output_node().args[0]
+def _poisoned(model: RankModel, vocabulary: Vocabulary) -> Model:
+    """A model with whole logits, on caches that must not be read before they are written."""
+    return vocabulary.of(model.poisoned())

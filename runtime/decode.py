@@ -18,7 +18,7 @@ from .tables import BlockTables
 from .timing import median_milliseconds
 
 Forward = Callable[[StepInput, Tensor], None]
-"""Writes the keys and values of the step's tokens to the cache, and the logits of its rows to a tensor [R, V]."""
+"""Writes the keys and values of the step's tokens to the cache, and the logits of its rows to a tensor [R, columns]."""
 
 
 class DecodeSteps:
@@ -28,7 +28,7 @@ class DecodeSteps:
     """
 
     def __init__(self, forward: Forward, static: StaticStep, max_batch_size: int, logits: Tensor) -> None:
-        """``logits [max_batch_size, V]`` is memory for the results, of the model's type."""
+        """``logits [max_batch_size, columns]`` is memory for the results, of the model's type."""
         self.static = static
         self.buckets = decode_buckets(max_batch_size)
         self._forward = forward
@@ -38,7 +38,7 @@ class DecodeSteps:
         self._blank(max_batch_size)
 
     def run(self, sequences: SequenceOf[Sequence], tables: BlockTables) -> Tensor:
-        """Compute the next token of each sequence, which must have its block; returns logits [S, V].
+        """Compute the next token of each sequence, which must have its block; returns the model's logits.
 
         The logits stand until the next run. The greedy tokens are in ``static.choices``.
         """
@@ -67,7 +67,7 @@ class DecodeSteps:
         blocks = -(-context // static.block_size)
         staged = static.stage()
         static.pad(staged, 0, size)
-        staged.known[:batch] = np.random.default_rng(0).integers(0, self._logits.shape[1], batch)
+        staged.known[:batch] = np.random.default_rng(0).integers(0, static.choices.vocabulary.size, batch)
         staged.positions[:batch] = context - 1
         staged.contexts[:batch] = context
         staged.tables[:batch, :blocks] = np.arange(batch * blocks).reshape(batch, blocks) % max(1, static.scratch_block)

@@ -21,6 +21,7 @@ from .scheduler import Chunk, Scheduler
 from .scoring import score_all
 from .sequence import SamplingParams, Sequence, validate_prompt
 from .step import Model
+from .vocabulary import Vocabulary
 
 Tell = Callable[..., None]
 
@@ -48,7 +49,7 @@ class Engine:
         max_batch_size: int,
         max_seq_len: int,
         max_step_tokens: int,
-        vocab_size: int,
+        vocabulary: Vocabulary,
         device: torch.device | str,
         decode: DecodeSteps | None = None,
         lookahead: bool = False,
@@ -58,13 +59,13 @@ class Engine:
         than ``max_seq_len`` tokens. ``max_step_tokens`` bounds the tokens of one call of the model,
         and ``decode``, if given, computes the steps that only decode. The engines of the processes in ``group``, which are
         given the same requests in the same order, go on with the tokens that the first of them chooses."""
-        if max_seq_len < 1 or vocab_size < 1:
-            raise ValueError(f"max_seq_len={max_seq_len} and vocab_size={vocab_size} must be at least 1")
+        if max_seq_len < 1:
+            raise ValueError(f"max_seq_len={max_seq_len} must be at least 1")
         self.pool = BlockPool(num_blocks, block_size)
         self.scheduler = Scheduler(self.pool, max_batch_size, max_step_tokens)
         self.max_seq_len = max_seq_len
-        self.vocab_size = vocab_size
-        self._runner = Runner(model, block_size, device, max_batch_size, max_seq_len, decode, group)
+        self.vocabulary = vocabulary
+        self._runner = Runner(model, block_size, device, max_batch_size, max_seq_len, vocabulary, decode, group)
         self.group = group
         self._lookahead = lookahead
         self.tell: Tell = _nobody
@@ -102,7 +103,7 @@ class Engine:
         if not isinstance(params, SamplingParams):
             raise InvalidRequestError(f"params is of type {type(params).__name__}: pass a SamplingParams")
         params.validate()
-        validate_prompt(prompt, self.vocab_size)
+        validate_prompt(prompt, self.vocabulary.size)
         length = len(prompt) + params.max_new_tokens
         if length > self.max_seq_len:
             raise InvalidRequestError(
@@ -162,7 +163,7 @@ class Engine:
         the prompts are given back and requests in flight go on.
         """
         for index, prompt in enumerate(prompts):
-            validate_prompt(prompt, self.vocab_size, f"prompts[{index}]")
+            validate_prompt(prompt, self.vocabulary.size, f"prompts[{index}]")
             if len(prompt) > self.max_seq_len:
                 raise InvalidRequestError(
                     f"prompts[{index}] has {len(prompt)} tokens, but max_seq_len is {self.max_seq_len}: shorten it"
@@ -243,7 +244,7 @@ class Engine:
         return events, ended
 
     def _all_logits(self, chunks: list[Chunk]) -> torch.Tensor:
-        logits = self._runner.run(chunks, all_rows=True)
+        logits = self.vocabulary.whole(self._runner.run(chunks, all_rows=True))
         self._count(chunks)
         return logits
 

@@ -11,7 +11,6 @@ from torch import Tensor
 from torch.fx import Node
 
 from ..codegen.exchange import Exchange
-from ..codegen.launch import load_gather
 from ..codegen.region import RegionView, regions_of
 from ..ir.dist import ALONE, Group
 from ..ir.graph import Region, is_constant, node_inputs, type_of
@@ -21,6 +20,7 @@ from ..ir.loop import Loop, Stage
 from ..ir.ops import is_collective, op_name
 from ..ir.quantized import quantised_inputs
 from ..ir.types import Dim
+from .columns import gathering
 from .liveness import last_uses, overwritten
 from .packed import Linear, at
 from .step import StepInput
@@ -44,7 +44,7 @@ class _Stage:
 
 
 class Executor:
-    """Calls a lowered graph on ``StepInput``s; returns the logits of the rows asked for.
+    """Calls a lowered graph on ``StepInput``s; returns the logits of the rows asked for, those that the graph makes.
 
     Args:
         constants: from ``fold_constants``.
@@ -133,13 +133,13 @@ class Executor:
         return made
 
     def into(self, step: StepInput, logits: Tensor) -> None:
-        """Write the logits of ``step.rows`` to ``logits [R, vocab]``."""
+        """Write the logits of ``step.rows`` to ``logits``."""
         found = self(step, logits)
         if found is not logits:
             logits.copy_(found)
 
     def __call__(self, step: StepInput, out: Tensor | None = None) -> Tensor:
-        """The logits ``[R, vocab]`` of ``step.rows``; in ``out`` if a kernel makes them and it is given.
+        """The logits of ``step.rows``; in ``out`` if a kernel makes them and it is given.
 
         An exception carries a note that says which operator it came from.
         """
@@ -191,7 +191,7 @@ class Executor:
 
             return packed
         if op_name(node.target) == "dist.all_gather" and self._exchange is not None and _last_of_two(node):
-            return self._gathered(node, self._exchange)
+            return self._gathered(node)
         target: Any = node.target
         target = getattr(target, "reference", target)
         if (
@@ -227,14 +227,12 @@ class Executor:
 
         return positional
 
-    def _gathered(self, node: Node, exchange: Exchange) -> Instruction:
-        source, out, group = self._slots[node.args[0]], self._slots[node], self._group
-        gather = load_gather(group.size)
+    def _gathered(self, node: Node) -> Instruction:
+        source, out = self._slots[node.args[0]], self._slots[node]
+        gather = gathering(self._group, self._exchange)
 
         def run(values: list[Any], dims: Mapping[str, int]) -> None:
-            x = values[source]
-            whole = x.new_empty(x.shape[0], group.size * x.shape[1])
-            values[out] = whole if gather(x, whole, exchange) else torch.cat(group.all_gather(x), 1)
+            values[out] = gather(values[source])
 
         return run
 

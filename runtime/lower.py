@@ -46,11 +46,13 @@ class Wishes:
 @dataclass(frozen=True)
 class Lowered:
     """``folded`` is the model as kernels with equal layers stated once, as dumps show it; ``kernels`` the files of the
-    distinct ones. ``whole`` has all layers, as a graph when it is asked for; ``loop`` is what runs."""
+    distinct ones. ``whole`` has all layers, as a graph when it is asked for; ``loop`` is what runs. Where ranks divide a
+    model that is to be calibrated, ``undivided`` is all of it."""
 
     whole: Unfolded
     loop: Loop
     kernels: list[Kernel]
+    undivided: Loop | None = None
 
     @property
     def folded(self) -> Graph:
@@ -87,6 +89,8 @@ def lower(source: Skeleton | Graph, options: Options, wishes: Wishes, report: Re
                 choices[passes.TENSOR_PARALLEL] = options.tensor_parallel
                 stated = passes.plan_of(source.model)
                 choices |= passes.choices_of(stated, source.model)
+                if options.calibrated:
+                    choices[passes.CALIBRATION] = True
             if options.replicated:
                 choices[passes.REPLICATED] = ", ".join(options.replicated)
             if options.expert_parallel:
@@ -95,7 +99,7 @@ def lower(source: Skeleton | Graph, options: Options, wishes: Wishes, report: Re
             patterns = [*options.quantization, *options.replicated, *options.expert_parallel, *stated.patterns]
             fold = fold and not any(re.search(r"[0-9?\[]", pattern) for pattern in patterns)
             graph = capture(source, choices, options.max_seq_len, fold)
-    captured = graph
+    captured, undivided = graph, None
     if wishes.dump:
         wishes.dump.graph("capture", graph)
     names, done = _remaining(graph), []
@@ -104,6 +108,8 @@ def lower(source: Skeleton | Graph, options: Options, wishes: Wishes, report: Re
         if wishes.verify:
             steps = passes.verified(graph, steps, names, wishes.folder)
         for step in wishes.progress.bar(steps, "passes", len(names)):
+            if step.name == "Shard" and options.calibrated and options.tensor_parallel > 1:
+                undivided = graph
             graph = step.graph
             done.append(step.report)
             if step.name == "Shard" and stated.patterns:
@@ -113,6 +119,7 @@ def lower(source: Skeleton | Graph, options: Options, wishes: Wishes, report: Re
         verify_graph(graph, Inference())
         try:
             whole = unfold(graph)
+            all_of_it = None if undivided is None else loop_of(unfold(_paged(undivided, names, skip)))
         except NotPeriodic as why:
             if isinstance(source, Graph):
                 raise VerificationError(f"the folded layers of this graph are not alike: {why}") from why
@@ -135,7 +142,14 @@ def lower(source: Skeleton | Graph, options: Options, wishes: Wishes, report: Re
     if wishes.dump:
         wishes.dump.finish(kernels, report)
     check_expectations(wishes.expect or {}, report)
-    return Lowered(whole, loop_of(whole), kernels)
+    return Lowered(whole, loop_of(whole), kernels, all_of_it)
+
+
+def _paged(undivided: Graph, names: Sequence[str], skip: passes.Switches) -> Graph:
+    """The graph in front of what divides it, over the paged cache."""
+    later = names.index("Localize") + 1
+    left = [name for number, name in enumerate(names, 1) if number > later and not skip.whole(number, name)]
+    return passes.run(undivided, [name for name in left if name != "GroupKernels"])
 
 
 def _switches(skip: Sequence[str | int]) -> passes.Switches:

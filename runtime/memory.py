@@ -15,6 +15,7 @@ from ..codegen.tuning import LIBRARY_ROWS
 from ..ir.graph import Region, flat_types, is_constant, type_of
 from ..ir.loop import Loop
 from ..ir.ops import PROJECTIONS, op_name
+from ..ir.placement import VOCABULARY
 from ..ir.schemes import scheme_of
 from ..ir.weights import LazyWeights, known_of
 from .caches import cache_bytes_per_token
@@ -103,8 +104,11 @@ def plan_memory(
     kept = by_type.total()
     result = graph.output_node().args[0]
     assert isinstance(result, Node)
-    vocab = prod(type_of(result).concrete(load.decode)) // load.batch
-    sampling = _size(result, load.decode) + draw_rows(load.batch, vocab) * vocab * DRAW_BYTES
+    vocab = graph.options.get(VOCABULARY, prod(type_of(result).concrete(load.decode)) // load.batch)
+    drawn = draw_rows(load.batch, vocab) * vocab
+    sampling = _size(result, load.decode) + drawn * DRAW_BYTES
+    if VOCABULARY in graph.options:
+        sampling += 2 * drawn * type_of(result).torch_dtype.itemsize  # gathered, and put next to each other
     workspace = max(activation_bytes(loop, launched, load.ragged), sampling)
     if place.type == "cuda":
         workspace += _LIBRARIES

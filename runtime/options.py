@@ -44,6 +44,7 @@ class Options:
     kv_cache: KVCacheConfig
     kv_dtype: str | None = None
     quantization: Mapping[str, str | None] = field(default_factory=dict)
+    calibrated: bool = False
     smoothing: bool = False
     tensor_parallel: int = 1
     replicated: tuple[str, ...] = ()
@@ -118,11 +119,11 @@ def resolve_patterns(name: str, patterns: Iterable[object]) -> tuple[str, ...]:
 
 
 def refuse_ranks(
-    ranks: int, simulate: bool, patterns: Mapping[str, Sequence[str]], checked: bool, model: object
+    ranks: int, simulate: bool, patterns: Mapping[str, Sequence[str]], calibrated: bool, model: object
 ) -> None:
     """Check the options about ranks against each other, and against a graph that was made for some.
 
-    ``patterns`` are those of weights, by option; ``checked`` says that numbers are to be compared or calibrated.
+    ``patterns`` are those of weights, by option; ``calibrated`` says that weights are to be calibrated.
 
     Raises:
         OptionError: they do not go together.
@@ -134,8 +135,8 @@ def refuse_ranks(
             raise OptionError(
                 f"{name}={wanted!r} is for several ranks: pass tensor_parallel=2 or more, or leave it out"
             )
-    if ranks > 1 and checked:
-        raise OptionError("verify and calibration are not available with tensor_parallel yet: leave them out")
+    if ranks > 1 and calibrated and isinstance(model, Graph):
+        raise OptionError("calibration with tensor_parallel is for a model, not for a graph from a dump: leave it out")
     stated = model.options.get(TENSOR_PARALLEL, 1) if isinstance(model, Graph) else ranks
     if stated != ranks:
         raise OptionError(f"the graph is for {stated} ranks: pass tensor_parallel={stated}")

@@ -17,6 +17,7 @@ from ..ir.dist import ALONE, MEETINGS, Group
 from ..ir.graph import Graph, Region, type_of
 from ..ir.loop import Loop
 from ..ir.ops import is_collective, op_name
+from ..ir.placement import VOCABULARY
 from .caches import new_caches
 from .constants import fold_constants
 from .executor import Executor, Launch
@@ -72,11 +73,11 @@ def exchange_of(groups: Sequence[Group], loop: Loop) -> Exchange | None:
 
 
 def places_of(loop: Loop) -> Places:
-    """Room for the meetings of the ranks in a step of a whole model."""
+    """Room for the meetings of the ranks in a step of a whole model; if it returns logits in parts, one is for the choice."""
     meetings = sum(
         len(stage.times) for stage in loop.stages for node in stage.nodes if op_name(node.target) in MEETINGS
     )
-    return places_for(loop.graph, meetings)
+    return places_for(loop.graph, meetings + (VOCABULARY in loop.graph.options))
 
 
 def check_alike(group: Group, graph: Graph) -> None:
@@ -91,7 +92,7 @@ def check_alike(group: Group, graph: Graph) -> None:
         if is_collective(node.target):
             rest = [item for item in node.args if not isinstance(item, Node)]
             (met if op_name(node.target) in MEETINGS else cut).append(f"{op_name(node.target)} {type_of(node)} {rest}")
-    text = "\n".join([*met, *sorted(cut)])
+    text = "\n".join([*met, *sorted(cut), str(graph.options.get(VOCABULARY))])
     own = int.from_bytes(hashlib.sha256(text.encode()).digest()[:7], "big")
     found = [item.item() for item in group.all_gather(torch.tensor([own]))]
     if len(set(found)) > 1:
@@ -157,4 +158,6 @@ def model_on(
         for part in parts
     ]
     first = parts[0].group
-    return SimulatedRanks(executors, first.meeting) if isinstance(first, SimulatedGroup) else executors[0]
+    if not isinstance(first, SimulatedGroup):
+        return executors[0]
+    return SimulatedRanks(executors, first.meeting, VOCABULARY in parts[0].loop.graph.options)

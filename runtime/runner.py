@@ -16,6 +16,7 @@ from .scheduler import Chunk
 from .sequence import Sequence
 from .step import Model, StepInput, to_device
 from .tables import WIDTH_MULTIPLE, BlockTables, table_width
+from .vocabulary import Vocabulary
 
 
 class Flight(NamedTuple):
@@ -26,7 +27,7 @@ class Flight(NamedTuple):
 
 
 class Runner:
-    """Calls ``model`` with steps on ``device``, for a cache of blocks of ``block_size`` tokens.
+    """Calls ``model`` with steps on ``device``, for a cache of blocks of ``block_size`` tokens of a ``vocabulary``.
 
     Steps of one new token for each sequence go through ``decode``, if there is one.
     """
@@ -38,6 +39,7 @@ class Runner:
         device: torch.device | str,
         max_batch_size: int,
         max_seq_len: int,
+        vocabulary: Vocabulary,
         decode: DecodeSteps | None = None,
         group: Group = ALONE,
     ) -> None:
@@ -48,7 +50,7 @@ class Runner:
         self._group = group
         self._tables = BlockTables(max_batch_size, table_width(max_seq_len, block_size))
         capacity = -(-max_batch_size // 8) * 8
-        self._choices = decode.static.choices if decode else Choices(capacity, self.device)
+        self._choices = decode.static.choices if decode else Choices(capacity, self.device, vocabulary)
 
     def launch(self, chunks: list[Chunk]) -> Flight:
         """Compute the chunks, and choose a token for each that reaches the end of its sequence.
@@ -63,14 +65,15 @@ class Runner:
             logits = self.run(chunks)
             if sampled:
                 self._choices.greedy(logits)
-        if any(sequence.params.temperature > 0 for sequence in sampled):
+        drawn = any(sequence.params.temperature > 0 for sequence in sampled)
+        if drawn:
             params = [sequence.params for sequence in sampled]
             self._choices.draw(logits, params, [sequence.num_generated for sequence in sampled])
-        self._choices.agree(self._group)
+        self._choices.agree(self._group, drawn)
         return Flight(sampled, self._choices.send(len(sampled), self._group))
 
     def run(self, chunks: list[Chunk], *, all_rows: bool = False) -> torch.Tensor:
-        """Compute the chunks and return logits [R, V], in the order of the chunks.
+        """Compute the chunks and return the model's logits of R rows, in the order of the chunks.
 
         R counts the chunks that reach the end of their sequence, or all tokens if ``all_rows``.
         """

@@ -11,6 +11,7 @@ import torch
 from ..ir.errors import VerificationError
 from .sequence import SamplingParams
 from .step import to_device
+from .vocabulary import Vocabulary
 
 
 def sample(logits: torch.Tensor, params: list[SamplingParams], step_indices: list[int]) -> list[int]:
@@ -29,7 +30,7 @@ def sample(logits: torch.Tensor, params: list[SamplingParams], step_indices: lis
     top, tokens = logits.max(dim=-1)
     # Both extremes carry a NaN on: together they are finite exactly when every logit is.
     finite = torch.isfinite(top) & torch.isfinite(logits.amin(dim=-1))
-    draw_sampled(logits, params, step_indices, tokens)
+    draw_sampled(logits, params, step_indices, tokens, Vocabulary(logits.shape[1]))
     # One transfer, hence one wait for the device, brings the tokens and the check.
     chosen, healthy = torch.stack((tokens, finite.to(tokens.dtype))).tolist()
     if not all(healthy):
@@ -39,16 +40,21 @@ def sample(logits: torch.Tensor, params: list[SamplingParams], step_indices: lis
 
 
 def draw_sampled(
-    logits: torch.Tensor, params: list[SamplingParams], step_indices: list[int], tokens: torch.Tensor
+    logits: torch.Tensor,
+    params: list[SamplingParams],
+    step_indices: list[int],
+    tokens: torch.Tensor,
+    vocabulary: Vocabulary,
 ) -> None:
-    """Overwrite the entries of ``tokens`` whose row of ``logits`` [R, V] is sampled; see ``sample``.
+    """Overwrite the entries of ``tokens`` whose row of ``logits`` is sampled; see ``sample``.
 
-    Never waits for the device. A row that is not finite gives some token.
+    Of logits in parts of a ``vocabulary``, the rows that are sampled are made whole, and no others. Never waits for the
+    device. A row that is not finite gives some token.
     """
-    for rows in _groups(params, logits):
+    for rows in _groups(params, vocabulary.size, logits.device):
         index = to_device(torch.tensor(rows), logits.device)
-        knobs = [_knobs(params[row], step_indices[row], logits.shape[1]) for row in rows]
-        tokens.index_copy_(0, index, _draw(logits.index_select(0, index), knobs))
+        knobs = [_knobs(params[row], step_indices[row], vocabulary.size) for row in rows]
+        tokens.index_copy_(0, index, _draw(vocabulary.whole(logits.index_select(0, index)), knobs))
 
 
 def not_finite(row: int, count: int) -> VerificationError:
@@ -96,14 +102,14 @@ def _knobs(params: SamplingParams, index: int, vocab: int) -> _Knobs:
     )
 
 
-def _groups(params: list[SamplingParams], logits: torch.Tensor) -> list[list[int]]:
+def _groups(params: list[SamplingParams], vocab: int, device: torch.device) -> list[list[int]]:
     """Rows to draw from, those together that take the same work, in groups that bound the memory of a draw.
 
     On an accelerator, whose time here goes to launches, groups are large: all that is summed are integers, and the
     rest goes element by element, so a row's draw is still its own. A CPU takes one row at a time, since its vectors
     may treat the last elements of a tensor by other code than the first.
     """
-    size = 1 if logits.device.type == "cpu" else draw_rows(len(params), logits.shape[1])
+    size = 1 if device.type == "cpu" else draw_rows(len(params), vocab)
     kinds: dict[tuple[bool, bool], list[int]] = {}
     for row, param in enumerate(params):
         if param.temperature > 0:

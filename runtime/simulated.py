@@ -6,6 +6,7 @@ import threading
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 
+import torch
 from torch import Tensor
 
 from .executor import Executor
@@ -14,19 +15,22 @@ from .step import StepInput
 
 
 class SimulatedRanks:
-    """Runs each step on the executors of all ranks, which meet in ``meeting``; the logits are those of the first."""
+    """Runs each step on the executors of all ranks, which meet in ``meeting``. The logits are those of the first, or of all
+    next to each other if each has some of the columns (``in_parts``)."""
 
-    def __init__(self, executors: Sequence[Executor], meeting: Meeting) -> None:
+    def __init__(self, executors: Sequence[Executor], meeting: Meeting, in_parts: bool = False) -> None:
         self._executors = list(executors)
+        self._in_parts = in_parts
         self._meeting = meeting
         self._threads = ThreadPoolExecutor(len(self._executors), "rank")
 
     def __call__(self, step: StepInput, out: Tensor | None = None) -> Tensor:
-        """The logits ``[R, vocab]``; see ``Executor``.
+        """The logits; see ``Executor``.
 
         An exception of one rank is raised when all have stopped, with a note that names the rank.
         """
-        return self.all(step, out)[0]
+        found = self.all(step, None if self._in_parts else out)
+        return torch.cat(found, 1) if self._in_parts else found[0]
 
     def all(self, step: StepInput, out: Tensor | None = None) -> list[Tensor]:
         """The logits of every rank."""
@@ -48,7 +52,7 @@ class SimulatedRanks:
         return [item.result() for item in running]
 
     def into(self, step: StepInput, logits: Tensor) -> None:
-        """Write the logits of ``step.rows`` to ``logits [R, vocab]``."""
+        """Write the logits of ``step.rows`` to ``logits``."""
         found = self(step, logits)
         if found is not logits:
             logits.copy_(found)

@@ -17,6 +17,7 @@ import torch
 import torch.distributed as distributed
 from transformers import PreTrainedModel
 
+from ..ir.errors import FuselineError
 from ..ir.graph import Graph
 from ..ir.skeleton import skeleton
 from .compiled import CompiledModel
@@ -70,7 +71,9 @@ def compiled_on_ranks(compile: Callable[..., CompiledModel], arguments: Mapping[
         except BaseException as error:
             gone = team.gone()
             team.close(kill=True)
-            if gone and not isinstance(error, (KeyboardInterrupt, SystemExit)):
+            # What is wrong with the model or the options is wrong on all ranks, and this one can say it best.
+            own = isinstance(error, FuselineError) and not isinstance(error, RankError)
+            if gone and not own and not isinstance(error, (KeyboardInterrupt, SystemExit)):
                 raise RankError(gone) from error
             raise
     compiled.engine.tell = team.tell

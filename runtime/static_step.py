@@ -12,6 +12,7 @@ from torch import Tensor
 from .choices import Choices, choices_bytes
 from .layout import ALIGNMENT, Layout
 from .step import StepInput
+from .vocabulary import Vocabulary
 
 Longs = npt.NDArray[np.int64]
 Ints = npt.NDArray[np.int32]
@@ -34,7 +35,7 @@ class Staged(NamedTuple):
 
 
 class StaticStep:
-    """Inputs of decode steps of up to ``max_batch_size`` sequences, and the choices that they end with.
+    """Inputs of decode steps of up to ``max_batch_size`` sequences, and the choices from a ``vocabulary`` that they end with.
 
     ``width`` is that of the block tables. Rows beyond the sequences of a step are padding: a sequence of one token in
     ``scratch_block``, which belongs to the cache but to no sequence.
@@ -47,6 +48,7 @@ class StaticStep:
         block_size: int,
         scratch_block: int,
         device: torch.device,
+        vocabulary: Vocabulary,
     ) -> None:
         per_line = ALIGNMENT // 8
         self.capacity = capacity = -(-max_batch_size // per_line) * per_line
@@ -62,7 +64,7 @@ class StaticStep:
         before = choices_bytes(capacity)
         # The choices lie right before the tokens from the host, so one gather takes each token from where it is.
         store = torch.zeros(before + layout.size, dtype=torch.uint8, device=device)
-        self.choices = Choices(capacity, device, store[:before])
+        self.choices = Choices(capacity, device, vocabulary, store[:before])
         self._inputs = store[before:]
         self._head = layout.offsets["tables"]
         views = layout.views(self._inputs)

@@ -41,4 +41,5 @@ def to_device(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
 
 
 Model = Callable[[StepInput], torch.Tensor]
-"""Writes the keys and values of the step's tokens to the cache and returns logits [R, V] of ``rows``."""
+"""Writes the keys and values of the step's tokens to the cache and returns logits of ``rows``: [R, V], or the columns that this
+process has of them (see ``Vocabulary``)."""

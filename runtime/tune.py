@@ -6,9 +6,12 @@ import hashlib
 import json
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from concurrent.futures import Future, wait
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -17,10 +20,12 @@ from torch.fx import Node
 from ..codegen.kernels import Kernel
 from ..codegen.launch import cache_directory, kernel_path, replace_file
 from ..codegen.offline import load_kernel_file
+from ..codegen.precompile import Compilers
 from ..codegen.region import RegionView, regions_of
-from ..codegen.tuning import ROWS, Choices, Timing, choose, measure
+from ..codegen.tuning import ROWS, Choices, Timing, choose, measure, wanted
 from ..ir.graph import flat_types, type_of
 from ..ir.loop import Loop
+from ..ir.placement import OPTION as TENSOR_PARALLEL
 from ..ir.types import Dim
 from .options import OptionError
 
@@ -74,7 +79,7 @@ def tune_kernels(
     device: torch.device,
     max_rows: int,
     until: float,
-    progress: Callable[[list[Kernel]], Iterable[Kernel]] = iter,
+    progress: Callable[[list[Any]], Iterable[Any]] = iter,
 ) -> dict[str, Tuning]:
     """What is known of every kernel that has several tilings, by its name: from earlier compiles, else measured.
 
@@ -84,30 +89,41 @@ def tune_kernels(
             and a kernel that was measured in part is not recorded.
     """
     machine = machine_of(device)
-    views = {view.region: view for view in regions_of(loop.graph)}
     rows_of = [rows for rows in ROWS if rows < 2 * max_rows]
     found: dict[str, Tuning] = {}
+    fresh = []
     # The heaviest first: time is best spent on them.
-    for kernel in progress(sorted(kernels, key=lambda item: -_work(item))):
-        path = kernel_path(kernel)
-        module = load_kernel_file(path)
+    for kernel in sorted(kernels, key=lambda item: -_work(item)):
+        module = load_kernel_file(kernel_path(kernel))
         if not hasattr(module, "CONFIGS"):
             continue
         key = hashlib.sha256(json.dumps([kernel.source, machine, rows_of]).encode()).hexdigest()[:16]
         record = cache_directory("tuning") / f"{kernel.name}_{key}.json"
         try:
             found[kernel.name] = Tuning.read(record)
-            continue
-        except (OSError, ValueError, KeyError, TypeError):
-            pass  # there is none, or one of another version: measure
-        if time.perf_counter() < until:
-            sets = _Sets(
-                [views[region] for region in kernel.regions if region in views], constants, device, rows_of[-1]
-            )
-            tuning, complete = _measured(kernel, module, sets, rows_of, machine, until)
-            found[kernel.name] = tuning
-            if complete:
-                tuning.write(record)
+        except (OSError, ValueError, KeyError, TypeError):  # there is none, or one of another version: measure
+            fresh.append((kernel, module, record))
+    if not fresh or time.perf_counter() > until:
+        return found
+    views = {view.region: view for view in regions_of(loop.graph)}
+
+    def sets_of(kernel: Kernel) -> _Sets:
+        own = [views[region] for region in kernel.regions if region in views]
+        return _Sets(own, constants, device, rows_of[-1])
+
+    with ExitStack() as stack:
+        ahead: dict[str, list[Future[bool]]] = {}
+        if device.type == "cuda":
+            compilers = stack.enter_context(Compilers(loop.graph.options.get(TENSOR_PARALLEL, 1)))
+            for kernel, module, _ in fresh:
+                ahead[kernel.name] = [compilers.compile(item) for item in wanted(module, sets_of(kernel), rows_of)]
+        for kernel, module, record in progress(fresh):
+            wait(ahead.get(kernel.name, ()), until - time.perf_counter())
+            if time.perf_counter() < until:
+                tuning, complete = _measured(kernel, module, sets_of(kernel), rows_of, machine, until)
+                found[kernel.name] = tuning
+                if complete:
+                    tuning.write(record)
     return found
 
 

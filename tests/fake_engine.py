@@ -12,6 +12,7 @@ import torch
 from fuseline.runtime.engine import Engine
 from fuseline.runtime.sampler import sample
 from fuseline.runtime.sequence import SamplingParams
+from fuseline.runtime.vocabulary import Vocabulary
 
 VOCAB = 13
 
@@ -90,7 +91,7 @@ def make_engine(num_blocks=64, block_size=4, max_batch_size=8, max_step_tokens=6
         max_batch_size=max_batch_size,
         max_seq_len=max_seq_len,
         max_step_tokens=max_step_tokens,
-        vocab_size=VOCAB,
+        vocabulary=Vocabulary(VOCAB, device),
         device=device,
     )
     return engine, model

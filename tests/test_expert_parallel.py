@@ -14,15 +14,19 @@ from test_tensor_parallel import _OPTIONS, cut_and_kept, divisible, plan_line, t
 
 import fuseline
 from fuseline import ir, passes
+from fuseline.ir import dist
 from fuseline.ir.dist import MEETINGS, Mirror
 from fuseline.ir.graph import type_of
 from fuseline.ir.interpret import interpret
 from fuseline.ir.ops import op_name
 from fuseline.runtime import cli
+from fuseline.runtime.bench.floor import decode_bytes, prefill_operations
 
 _EXPERTS = {"expert_parallel": ["*.experts.*"], "simulate": True}
 _LAYER = """\
-def f(x: f32[T, 4], ids: i64[T, 2], shares: f32[T, 2, 1], *, T: dim(1, 64), OPTIONS):
+def f(x: f32[T, 4], scores: f32[T, 6], shares: f32[T, 2, 1], *, T: dim(1, 64), OPTIONS):
+    top: (f32[T, 2], i64[T, 2]) = aten.topk(scores, 2)
+    ids: i64[T, 2] = top[1]
     first: f32[6, 8, 4] = weight("mlp.experts.up_proj")
     first_bias: f32[6, 8] = weight("mlp.experts.up_proj_bias")
     up: f32[T, 2, 8] = nn.grouped_linear(x, ids, first, first_bias)
@@ -76,7 +80,7 @@ def test_ranks_with_experts_of_their_own_generate_the_tokens_of_the_whole_model(
         assert {"l1_experts", "l1_experts_1", "lm_head"} <= set(cut)
         assert all("router" in site or "gate" in site or "_a_" in site for site in kept), kept
     meetings = sum(op_name(node.target) in MEETINGS for node in compiled.graph.calls())
-    assert meetings == 2 * compiled.report.layers + 1, "ranks meet as often as where each expert is cut"
+    assert meetings == 2 * compiled.report.layers, "ranks meet as often as where each expert is cut"
     if "ranks" in dict(compiled.report.rows()):
         assert plan_line(compiled).endswith("with base_model_ep_plan in 2 of 2 kinds of projections")
 
@@ -159,10 +163,12 @@ def test_ranks_sum_up_what_their_experts_make() -> None:
     assert "high: f32[T, 2, 8] @ routed = aten.sigmoid(up)" in text
     assert "down: f32[T, 2, 4] @ partial = nn.grouped_linear(high, ids_routed, second_part, second_bias_part)" in text
     local = passes.run(ir.parse(text), ["Localize"])
+    assert decode_bytes(local, 5, 1) * 3 == pytest.approx(decode_bytes(graph, 5, 1)), "a rank reads its experts"
+    assert prefill_operations(local, 2, 9) * 3 == prefill_operations(graph, 2, 9)
     draw = torch.Generator().manual_seed(0)
     inputs = {
         "x": torch.randn(9, 4, generator=draw),
-        "ids": torch.stack([torch.randperm(6, generator=draw)[:2] for _ in range(9)]),
+        "scores": torch.randn(9, 6, generator=draw),
         "shares": torch.rand(9, 2, 1, generator=draw),
     }
     weights = {str(node.args[0]): node for node in graph.calls() if str(node.target) == "weight"}
@@ -171,8 +177,19 @@ def test_ranks_sum_up_what_their_experts_make() -> None:
     for (found,) in [interpret(step.graph, inputs, drawn), *on_ranks(local, 3, inputs, drawn)]:
         torch.testing.assert_close(found, expected)
     (mirrored,) = interpret(local, inputs, drawn, group=Mirror(3))
-    first = {**inputs, "shares": inputs["shares"] * (inputs["ids"] < 2).unsqueeze(-1)}
+    first = {**inputs, "shares": inputs["shares"] * (inputs["scores"].topk(2)[1] < 2).unsqueeze(-1)}
     torch.testing.assert_close(mirrored, 3 * interpret(graph, first, drawn)[0])
+
+
+def test_passes_that_divide_experts_are_verified(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The graph of a rank is run for all of them; a rank that takes the experts of another changes the sum."""
+    options = 'tensor_parallel: option(3), expert_parallel: option("mlp.experts.*")'
+    graph, names = ir.parse(_LAYER.replace("OPTIONS", options)), ["Shard", "Localize", "GroupKernels"]
+    (*_, last) = passes.verified(graph, passes.steps(graph, names, check=True), names, tmp_path)
+    assert "dist.all_reduce" in str(last.graph) and not list(tmp_path.iterdir())
+    monkeypatch.setattr(dist, "spans", lambda sections, ranks, rank: [(0, size // ranks) for size in sections])
+    with pytest.raises(fuseline.VerificationError, match="Localize"):
+        list(passes.verified(graph, passes.steps(graph, names, check=True), names, tmp_path))
 
 
 @pytest.mark.parametrize(

@@ -45,7 +45,7 @@ def engine_of(compiled: fuseline.CompiledModel, blocks: int | None = None, **cha
         max_batch_size=options.max_batch_size,
         max_seq_len=options.max_seq_len,
         max_step_tokens=options.max_step_tokens,
-        vocab_size=compiled.engine.vocab_size,
+        vocabulary=compiled.engine.vocabulary,
         device=options.device,
         **changes,
     )
@@ -108,7 +108,7 @@ class TestTokens:
         """For batches around the sizes, greedy and drawn; then in a cache so small that blocks are taken away."""
         assert compiled.report.graphs == "decode in 5 sizes up to 11"
         plain = engine_of(compiled)
-        given = prompts(compiled.engine.vocab_size, BATCH + 3)
+        given = prompts(compiled.engine.vocabulary.size, BATCH + 3)
         for count in (1, 2, 3, 4, 5, 8, 9, BATCH, BATCH + 3):
             for sampled in ("none", "some", "all"):
                 wanted = answers(plain, given[:count], sampled)
@@ -119,7 +119,7 @@ class TestTokens:
 
     def test_late_stops_and_aborts(self, compiled: fuseline.CompiledModel) -> None:
         """A stop token is known one step late: what was launched meanwhile changes nothing for the others."""
-        plain, given = engine_of(compiled), prompts(compiled.engine.vocab_size, 6)
+        plain, given = engine_of(compiled), prompts(compiled.engine.vocabulary.size, 6)
         free = answers(plain, given, "none")
         stops = (free[0][3], free[2][5], free[3][0])
 

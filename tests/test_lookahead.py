@@ -23,6 +23,7 @@ from fuseline.runtime.sequence import SamplingParams
 from fuseline.runtime.static_step import StaticStep
 from fuseline.runtime.step import StepInput
 from fuseline.runtime.tables import table_width
+from fuseline.runtime.vocabulary import Vocabulary
 
 MODES = ("ahead", "padded", "both")
 
@@ -45,10 +46,10 @@ def make_engine(
     num_blocks=64, block_size=4, max_batch_size=8, max_step_tokens=64, max_seq_len=100, *, mode="both", device="cpu"
 ):
     model = FakeModel(num_blocks, block_size)
-    decode = None
+    decode, vocabulary = None, Vocabulary(VOCAB, device)
     if mode != "ahead":
         width = table_width(max_seq_len, block_size)
-        static = StaticStep(max_batch_size, width, block_size, num_blocks, torch.device(device))
+        static = StaticStep(max_batch_size, width, block_size, num_blocks, torch.device(device), vocabulary)
         logits = torch.full((max_batch_size, VOCAB), math.nan, device=device)
         decode = DecodeSteps(
             without_padding(model, num_blocks * block_size, block_size), static, max_batch_size, logits
@@ -60,7 +61,7 @@ def make_engine(
         max_batch_size=max_batch_size,
         max_seq_len=max_seq_len,
         max_step_tokens=max_step_tokens,
-        vocab_size=VOCAB,
+        vocabulary=vocabulary,
         device=device,
         decode=decode,
         lookahead=mode != "padded",

@@ -115,7 +115,7 @@ def test_the_largest_step_is_one_that_may_come(tokens: int, batch: int) -> None:
         return executor(step)
 
     scratch = done.engine.pool.num_blocks
-    rehearse(model, Load(tokens, batch, False), 16, scratch, Choices(8, CPU))
+    rehearse(model, Load(tokens, batch, False), 16, scratch, Choices(8, CPU, done.engine.vocabulary))
     (step,) = seen
     assert len(step.tokens) == tokens and len(step.rows) == min(batch, tokens)
     assert int(step.positions.max()) < 64

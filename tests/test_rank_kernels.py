@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
 from pathlib import Path
 
 import pytest
@@ -13,9 +14,12 @@ from triton_interpreter import interpreter
 from fuseline import passes
 from fuseline.codegen.exchange import Exchange, MirrorExchange, Places
 from fuseline.codegen.gather import gather_source
+from fuseline.codegen.greedy import greedy_source
 from fuseline.codegen.kernels import Kernel, emit_kernels, kernel_file
-from fuseline.codegen.offline import check_file, load_kernel_file
+from fuseline.codegen.offline import check_file, compile_variant, load_kernel_file
 from fuseline.ir.parse import parse
+from fuseline.ir.quantized import quantize, unpack
+from fuseline.ir.schemes import scheme_of
 
 SENDER = """\
 def down_proj(x: {kind}[T, 48], w: {kind}[{width}, 48], *, T: dim(1, 4096)):
@@ -38,7 +42,7 @@ class Side(Exchange):
 
     def __init__(self, places: Places, stores: list[torch.Tensor], rank: int, most: int) -> None:
         super().__init__(places, stores[rank], [store.data_ptr() for store in stores], rank)
-        self.most = most
+        self.most, self.rank = most, rank
 
     def takes(self, rows: int, width: int, nbytes: int) -> bool:
         return rows <= self.most and super().takes(rows, width, nbytes)  # as many as are sent: none waits for the other
@@ -154,7 +158,10 @@ def gathered(path: str, rows: int, width: int, kind: str, ranks: int) -> bool:
     return all(same)
 
 
-@pytest.mark.parametrize(("rows", "width", "kind"), [(3, 300, "float32"), (1, 2500, "bfloat16"), (4, 77, "float16")])
+@pytest.mark.parametrize(
+    ("rows", "width", "kind"),
+    [(3, 300, "float32"), (1, 2500, "bfloat16"), (4, 77, "float16"), (5, 1, "float32")],
+)
 def test_columns_of_all_ranks_are_gathered(
     rows: int, width: int, kind: str, pool: ProcessPoolExecutor, tmp_path: Path
 ) -> None:
@@ -162,6 +169,78 @@ def test_columns_of_all_ranks_are_gathered(
     path.write_text(gather_source(3))
     assert pool.submit(gathered, str(path), rows, width, kind, 3).result(timeout=200)
     assert check_file(path, (90,))
+
+
+def rows_to_choose_from(vocab: int, kind: str) -> torch.Tensor:
+    """Largest logits that are equal in several parts, at either end, and everywhere; the last rows hold no number."""
+    logits = torch.randn(8, vocab, generator=torch.Generator().manual_seed(vocab))
+    logits[1, 0] = logits[2, -1] = 9.0
+    logits[3] = -2.0
+    logits[4, vocab // 3 :: max(1, vocab // 7)] = 9.0
+    logits[5, vocab // 2 :] = 7.0
+    logits[6, vocab // 2], logits[7, -1] = torch.nan, torch.inf
+    return logits.to(getattr(torch, kind))
+
+
+def choose(
+    path: str, side: Side, parts: list[torch.Tensor], vocab: int, tokens: torch.Tensor, finite: torch.Tensor
+) -> None:
+    """One rank's choices, of all rows and then of a few: of others, lest it finds words that have come before."""
+    launch = load_kernel_file(path).launch
+    side.begin()
+    for turn, rows in enumerate((8, 3, 8)):
+        own = parts[side.rank].roll(turn, 0)[:rows].contiguous()
+        assert launch(own, tokens[side.rank, turn, :rows], finite[side.rank, turn, :rows], vocab, side)
+
+
+def chosen_by_ranks(path: str, vocab: int, width: int, ranks: int, kind: str) -> str:
+    """What is wrong with the choices of several ranks at a time, each in a process of its own. Where Triton interprets."""
+    logits = rows_to_choose_from(vocab, kind)
+    padded = torch.full((8, ranks * width), 1e4, dtype=logits.dtype)  # would win, if it counted
+    padded[:, :vocab] = logits
+    places = Places(ranks, 128, 2, 16)
+    stores = [torch.zeros(places.words, dtype=torch.int64).share_memory_() for _ in range(ranks)]
+    tokens = torch.full((ranks, 3, 8), -5).share_memory_()
+    finite = torch.zeros(ranks, 3, 8, dtype=torch.bool).share_memory_()
+    parts = list(padded.split(width, 1))
+    fork = get_context("fork").Process
+    running = [
+        fork(target=choose, args=(path, Side(places, stores, rank, 8), parts, vocab, tokens, finite))
+        for rank in range(ranks)
+    ]
+    for item in running:
+        item.start()
+    for item in running:
+        item.join(120)
+        if item.exitcode != 0:
+            item.kill()
+            return f"a rank has ended with {item.exitcode}"
+    best = (logits.float() == logits.float().amax(1, keepdim=True)).int().argmax(1)
+    for rank in range(ranks):
+        for turn, rows in enumerate((8, 3, 8)):
+            right = torch.tensor([True] * 6 + [False] * 2).roll(turn)[:rows]
+            found = tokens[rank, turn, :rows]
+            if not torch.equal(finite[rank, turn, :rows], right) or not torch.equal(
+                found[right], best.roll(turn)[:rows][right]
+            ):
+                return f"rank {rank}, turn {turn}: {found} {finite[rank, turn, :rows]}, not {best} {right}"
+            if not bool(((found >= 0) & (found < vocab)).all()) or not torch.equal(found, tokens[0, turn, :rows]):
+                return f"rank {rank}, turn {turn}: {found}, and the first has {tokens[0, turn]}"
+    return ""
+
+
+@pytest.mark.parametrize(
+    ("vocab", "width", "ranks", "kind"),
+    [(300, 150, 2, "float32"), (97, 48, 3, "bfloat16"), (5000, 2512, 2, "float16"), (17, 16, 4, "float32")],
+)
+def test_ranks_choose_the_most_likely_together(
+    vocab: int, width: int, ranks: int, kind: str, pool: ProcessPoolExecutor, tmp_path: Path
+) -> None:
+    path = tmp_path / "greedy.py"
+    path.write_text(greedy_source(ranks))
+    assert pool.submit(chosen_by_ranks, str(path), vocab, width, ranks, kind).result(timeout=300) == ""
+    if vocab == 300:
+        assert check_file(path, (80, 90))
 
 
 @pytest.mark.parametrize("kind", ["f32", "bf16"])
@@ -220,3 +299,63 @@ def test_ranks_meet_once_at_a_time(text: str, sums: int) -> None:
     assert met == sums
     kernels: list[Kernel] = emit_kernels(step.graph)
     assert kernels
+
+
+ROUNDED = """\
+def layer(x: f32[T, 96], *, T: dim(1, 64), tensor_parallel: option(2)):
+    u: f32[160, 96] = weight("u.weight")
+    d: f32[96, 160] = weight("d.weight")
+    s: f32[160] = weight("s")
+    up: f32[T, 160] = aten.linear(x, u)
+    act: f32[T, 160] = aten.relu(up)
+    d_smoothed: f32[96, 160] = aten.mul.Tensor(d, s)
+    d_codes: {scheme}[96, 160] = nn.quantize(d_smoothed, "{scheme}")
+    codes: {scheme}[T, 160] = nn.quantize(act, "{scheme}", 1, s)
+    down: f32[T, 96] = nn.scaled_linear(codes, d_codes, None, f32)
+    return down
+"""
+
+
+def local_kernels(text: str) -> list[Kernel]:
+    return emit_kernels(passes.run(parse(text), ["Shard", "Localize", "GroupKernels"]))
+
+
+def rounded_by_kernels(paths: list[str], x: torch.Tensor, divisors: torch.Tensor, size: int) -> list[torch.Tensor]:
+    """The bytes that each rank's kernels make of its part of the rows; where Triton interprets."""
+    absmax, product = map(load_kernel_file, paths)
+    parts = [(part.contiguous(), vector) for part, vector in zip(x.chunk(2, 1), divisors.chunk(2))]
+    own = [torch.full((len(x), 1), torch.nan) for _ in parts]
+    packed = [torch.zeros(len(x), size, dtype=torch.uint8) for _ in parts]
+    for (part, vector), largest in zip(parts, own):
+        absmax.launch(part, vector, largest)
+    for (part, vector), made in zip(parts, packed):
+        product.launch_down_rows(part, vector, torch.cat(own, 1), made)
+    return packed
+
+
+@pytest.mark.parametrize("scheme", ["int8d", "fp8"])
+def test_kernels_of_ranks_round_parts_as_whole_rows(scheme: str, pool: ProcessPoolExecutor, tmp_path: Path) -> None:
+    how, kernels = scheme_of(scheme), {kernel.name: kernel for kernel in local_kernels(ROUNDED.format(scheme=scheme))}
+    assert how is not None and list(kernels) == ["up", "absmax", "down", "all_reduce"]
+    paths = {name: tmp_path / f"{name}.py" for name in ("absmax", "down")}
+    for name, path in paths.items():
+        path.write_text(kernels[name].source)
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(9, 160, generator=generator) * torch.logspace(1, -6, 9)[:, None]
+    x[4], divisors = 0, torch.rand(160, generator=generator) + 0.2
+    found = pool.submit(rounded_by_kernels, list(map(str, paths.values())), x, divisors, how.row_bytes(80)).result()
+    codes, factors, _ = unpack(quantize(x / divisors, how), how, 160)
+    packed = [unpack(part, how, 80) for part in found]
+    assert torch.equal(torch.cat([part.float() for part, _, _ in packed], 1), codes.float())
+    assert all(torch.equal(part, factors) for _, part, _ in packed)
+
+
+@pytest.mark.parametrize("scheme", ["int8d", "fp8"])
+def test_kernels_fit_the_registers_of_gpus(scheme: str, tmp_path: Path) -> None:
+    text = ROUNDED.format(scheme=scheme).replace("96", "4096").replace("160", "8192")
+    kernels = {kernel.name: kernel for kernel in local_kernels(text)}
+    for name, variant in (("absmax", "ABSMAX"), ("down", "DOWN_ROWS")):
+        path = tmp_path / f"{name}.py"
+        path.write_text(kernels[name].source)
+        compiled = compile_variant(getattr(load_kernel_file(str(path)), variant), 90)
+        assert "ld.global.v4" in compiled.ptx

@@ -90,7 +90,7 @@ def test_ranks_generate_the_tokens_of_the_whole_model(name: str) -> None:
 def test_every_rank_has_the_same_bits_and_its_part_of_weights_and_cache() -> None:
     model = divisible("llama", num_hidden_layers=5)
     whole, _ = tokens(model)
-    compiled, _ = tokens(model, tensor_parallel=4, simulate=True)
+    compiled, _ = tokens(model, tensor_parallel=4, simulate=True, skip=["LogitsInParts"])
     caches = {str(node.meta["type"]) for node in compiled.graph.calls() if str(node.target) == "cache"}
     assert caches == {"f32[C, 1, 16]"}, "two heads of keys are shared by two ranks each"
     assert compiled.report.cache_bytes * 2 == whole.report.cache_bytes
@@ -170,7 +170,6 @@ def test_awkward_models_keep_their_tokens(name: str, ranks: int, more: dict[str,
         ("llama", "int8", 'dist.shard_columns(l0_mlp_down_proj_weight_int8, "int8", [160], 2)'),
         ("mixtral", "int8", "dist.shard_columns"),
         ("gpt2", "int4g32", 'transpose_3_int4g32_part: int4g32[96, 192] = nn.quantize(transpose_3_part, "int4g32")'),
-        ("llama", "int8-dynamic", "dist.all_gather(l0_reshape, 1, 2)"),
     ],
 )
 def test_rounded_weights_are_cut_with_their_factors(name: str, scheme: str, operator: str) -> None:
@@ -328,7 +327,6 @@ def test_dumps_replay_and_verify_finds_wrong_placements(tmp_path: Path) -> None:
     ("options", "why"),
     [
         ({"tensor_parallel": 0, "simulate": True}, "tensor_parallel must be a whole number of at least 1"),
-        ({"tensor_parallel": 2, "simulate": True, "verify": True}, "verify and calibration are not available"),
         ({"tensor_parallel": 2, "simulate": True, "replicated": "a,b"}, "'a,b' is no pattern of weight names"),
         ({"simulate": True}, "simulate=True is for several ranks"),
         ({"replicated": "lm_head"}, "replicated=.* is for several ranks"),

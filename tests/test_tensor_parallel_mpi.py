@@ -14,6 +14,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 import fuseline
 from fuseline.runtime import cli
 from fuseline.runtime.mpi import watchdog
+from fuseline.runtime.sequence import SamplingParams
 
 pytestmark = needs_mpirun
 
@@ -57,6 +58,12 @@ parts = fuseline.compile("some/model", device="cpu", max_seq_len=64, tensor_para
 with open(f"{out}/parts{rank}", "w") as file:
     tokens = parts.generate([[5, 6, 7], [9]], max_new_tokens=12, stop_token_ids=[])
     file.write(repr((tokens, parts.report.source_check)))
+for number in range(4):  # every other one is drawn
+    kinds = [dict(top_k=9), dict(top_p=0.9)][number // 2]
+    params = fuseline.runtime.sequence.SamplingParams(9, 2.0 * (number % 2), seed=number, **kinds)
+    parts.engine.add([3, 1, 4][: 1 + number % 3], params)
+with open(f"{out}/mixed{rank}", "w") as file:
+    file.write(repr([item.output for _, item in sorted(parts.engine.run().items())]))
 made = []
 
 def made_one(event):
@@ -123,6 +130,11 @@ def test_ranks_serve_like_one_process_until_one_is_stopped(
     tokens = whole.generate([[5, 6, 7], [9]], max_new_tokens=12, stop_token_ids=[])
     said = "compared with 3 of its 6 layers: of the others a rank reads its part alone"
     assert [(tmp_path / f"parts{rank}").read_text() for rank in range(2)] == [repr((tokens, said))] * 2
+    for number in range(4):
+        kinds = [{"top_k": 9}, {"top_p": 0.9}][number // 2]
+        whole.engine.add([3, 1, 4][: 1 + number % 3], SamplingParams(9, 2.0 * (number % 2), seed=number, **kinds))
+    mixed = repr([item.output for _, item in sorted(whole.engine.run().items())])
+    assert [(tmp_path / f"mixed{rank}").read_text() for rank in range(2)] == [mixed] * 2
     said = "rank 0 of 2 has waited 2.5 s for rank 1"
     found = (tmp_path / "raised0").read_text()
     assert said in found and int(found.split()[0]) >= 5, "what runs the requests gets the error"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import sys
 from pathlib import Path
@@ -10,7 +11,8 @@ from typing import Annotated
 import typer
 from tqdm import tqdm
 
-from ..arguments import CacheDtype, Device, Dtype, Quantization
+from ..arguments import CacheDtype, Device, Dtype, Quantization, TensorParallel
+from ..mpi import one_job
 from ..options import (
     OptionError,
     positive,
@@ -21,8 +23,11 @@ from ..options import (
     resolve_quantization,
 )
 from ..progress import Progress, quiet_transformers
+from ..ranks import rank_of
+from ..started import starts_ranks
 from .choices import Choices, names
 from .floor import measure_rates
+from .launched import place_of_rank
 from .measure import Clock
 from .peers import OURS, Setup, known
 from .plot import draw
@@ -61,11 +66,13 @@ def bench(
     dtype: Dtype = None,
     quantization: Quantization = None,
     kv_cache: CacheDtype = None,
+    tensor_parallel: TensorParallel = 1,
     json: Annotated[Path | None, typer.Option(metavar="FILE", help="Append a line of JSON for each result.")] = None,
     plot: Annotated[Path | None, typer.Option(metavar="OUT.png", help="Draw result files; measures nothing.")] = None,
 ) -> None:
     """Measure Fuseline beside its peers. A table goes to stdout as it is made, progress to stderr.
 
+    With --tensor-parallel the first rank prints and writes, and floors are those of one rank: what it must read or multiply.
     Ends with 1 if Fuseline itself failed or gave wrong tokens.
     """
     if plot is not None:
@@ -79,29 +86,26 @@ def bench(
         workloads, batches, prompt, new, prefill, requests, prompts, outputs, rates, rate_seconds, seed
     ).read()
     peers = [known(name) for name in names(against)]
+    started_here = starts_ranks(tensor_parallel, False)
     place = resolve_device(device)
     kind = resolve_dtype(dtype, place)
     if quantization:
         resolve_quantization(quantization_of(quantization))
     resolve_kv_dtype(kv_cache, kind, place)
-    clock = Clock(positive("--repeats", repeats), seconds)
+    launched = tensor_parallel > 1 and not started_here
+    # Ranks that each look at a clock would not make the same number of runs.
+    clock = Clock(positive("--repeats", repeats), math.inf if launched else seconds)
     if not 0 < memory <= 1:
         raise OptionError(f"--memory is a share of the memory, above 0 and at most 1, not {memory}")
     positive("--max-batch-size", max_batch_size)
     longest = max(item.longest for item in work)
     if json is not None:
         _make_room(json)
-    sources = [Source.of(name, place, kind) for name in models]
-    for source in sources:
-        limit = getattr(source.text, "max_position_embeddings", None)
-        if limit and limit < longest:
-            raise OptionError(f"{source.name} takes {limit} tokens, prompt and answer; the work has up to {longest}")
-    facts = machine(place)
-    speed = measure_rates(place, kind)
-    facts |= {"copy_GB_s": round(speed.copy / 1e9, 1), "matmul_TFLOP_s": round(speed.matmul / 1e12, 4)}
-    print(header(facts))
+    speaks = not launched or rank_of() == 0
 
     def tell(item: Measurement) -> None:
+        if not speaks:
+            return
         tqdm.write(row(item), file=sys.stdout)
         sys.stdout.flush()
         if json is not None:
@@ -109,12 +113,30 @@ def bench(
                 print(item.to_json(), file=file)
 
     results: list[Measurement] = []
-    for source in sources:
-        print(f"\n{source.name}, {str(kind).removeprefix('torch.')}\n{COLUMNS}", flush=True)
-        most = min(max_batch_size, max(item.concurrency for item in work))
-        setup = Setup(source, most, longest, max_step_tokens, memory, quantization, kv_cache)
-        results += run(Plan(setup, work, peers, clock, speed, facts, tell, Progress(True)))
-    if any(item.who == OURS and (item.ms is None or not item.right) for item in results):
+    with one_job(tensor_parallel):
+        if launched:
+            place = place_of_rank(tensor_parallel, place, work)
+        sources = [Source.of(name, place, kind) for name in models]
+        for source in sources:
+            limit = getattr(source.text, "max_position_embeddings", None)
+            if limit and limit < longest:
+                raise OptionError(
+                    f"{source.name} takes {limit} tokens, prompt and answer; the work has up to {longest}"
+                )
+        facts = machine(place, tensor_parallel)
+        speed = measure_rates(place, kind)
+        if started_here and place.type == "cpu":
+            speed = speed.shared(tensor_parallel)
+        facts |= {"copy_GB_s": round(speed.copy / 1e9, 1), "matmul_TFLOP_s": round(speed.matmul / 1e12, 4)}
+        if speaks:
+            print(header(facts))
+        for source in sources:
+            most = min(max_batch_size, max(item.concurrency for item in work))
+            setup = Setup(source, most, longest, max_step_tokens, memory, quantization, kv_cache, tensor_parallel)
+            if speaks:
+                print(f"\n{source.name}, {setup.kind}\n{COLUMNS}", flush=True)
+            results += run(Plan(setup, work, peers, clock, speed, facts, tell, Progress(speaks)))
+    if speaks and any(item.who == OURS and (item.ms is None or not item.right) for item in results):
         print("fuseline: not everything was measured, or the tokens are wrong; see above", file=sys.stderr)
         raise typer.Exit(1)
 

@@ -24,6 +24,7 @@ class Fuseline(Peer):
     """The compiled model and its engine; ``compiled`` is the ``CompiledModel``."""
 
     name = OURS
+    divides = True
 
     def __init__(self, setup: Setup) -> None:
         # Rounded, it gives other tokens than the model.
@@ -35,7 +36,8 @@ class Fuseline(Peer):
             # Read from the disk, the weights are not on the device twice.
             model = source.path
             source.release()
-        tokens = cache_tokens(setup, weights)
+        # A rank has its part of weights and heads: how many tokens fit is left to compile.
+        tokens = cache_tokens(setup, weights) if setup.tensor_parallel == 1 else None
         self.compiled = compile(
             model,
             device=source.device,
@@ -43,7 +45,8 @@ class Fuseline(Peer):
             max_batch_size=setup.max_batch_size,
             max_seq_len=setup.max_seq_len,
             max_step_tokens=setup.max_step_tokens,
-            kv_cache=KVCacheConfig(max_tokens=tokens, dtype=setup.kv_cache),
+            kv_cache=KVCacheConfig(max_tokens=tokens, dtype=setup.kv_cache, memory_share=setup.memory),
+            tensor_parallel=setup.tensor_parallel,
             quantization=quantization_of(setup.quantization) if setup.quantization else None,
         )
         source.release()
@@ -83,6 +86,7 @@ class Fuseline(Peer):
         return self.compiled.stats.steps
 
     def close(self) -> None:
+        self.compiled.close()
         del self.compiled
 
 

@@ -35,6 +35,7 @@ class Setup:
     max_step_tokens  most tokens of a step (Fuseline); ``None`` is its default
     memory           share of the device's memory for weights, KV cache and workspace together
     quantization     schemes of Fuseline's weights, as a command line states them; kv_cache: the type of its KV cache
+    tensor_parallel  ranks that the model is divided among
     """
 
     source: Source
@@ -44,6 +45,13 @@ class Setup:
     memory: float = 0.85
     quantization: str | None = None
     kv_cache: str | None = None
+    tensor_parallel: int = 1
+
+    @property
+    def kind(self) -> str:
+        """The element type, and among how many ranks the model is divided."""
+        ranks = f", {self.tensor_parallel} ranks" if self.tensor_parallel > 1 else ""
+        return str(self.source.dtype).removeprefix("torch.") + ranks
 
     @property
     def rounding(self) -> str:
@@ -65,13 +73,18 @@ class Peer(ABC):
 
     ``same_weights`` says whether its tokens can be compared with those of the model. ``warm_tokens`` is after how many
     tokens of a first run it is as fast as it gets; ``None`` asks for a whole run. ``prefills`` says whether its prefill is
-    worth a measurement.
+    worth a measurement, ``divides`` whether it can divide a model among ranks.
     """
 
     name = ""
     same_weights = True
     warm_tokens: int | None = None
     prefills = True
+    divides = False
+
+    @abstractmethod
+    def __init__(self, setup: Setup) -> None:
+        """Make ready to generate. Raises NotMeasured if what it needs is not there."""
 
     @abstractmethod
     def generate(self, prompts: Sequence[list[int]], new_tokens: int) -> list[list[int]]:
@@ -98,11 +111,14 @@ def start(name: str, setup: Setup) -> Peer:
     """Make a participant ready to generate.
 
     Raises:
-        NotMeasured: what it needs is not installed. OptionError: there is no peer of that name.
+        NotMeasured: what it needs is not installed, or it runs on one device and ranks are asked for.
+        OptionError: there is no peer of that name.
     """
     module, kind = (OURS, "Fuseline") if name == OURS else _PEERS[known(name)]
-    made: Peer = getattr(importlib.import_module(f".{module}", __package__), kind)(setup)
-    return made
+    made: type[Peer] = getattr(importlib.import_module(f".{module}", __package__), kind)
+    if setup.tensor_parallel > 1 and not made.divides:
+        raise NotMeasured(f"runs on one device, and this is about {setup.tensor_parallel} ranks")
+    return made(setup)
 
 
 def known(name: str) -> str:

@@ -79,8 +79,8 @@ def read(paths: Iterable[Path]) -> list[Measurement]:
     return found
 
 
-def machine(device: torch.device) -> dict[str, Any]:
-    """Where and with what: device, versions, date (UTC), command."""
+def machine(device: torch.device, ranks: int = 1) -> dict[str, Any]:
+    """Where and with what: device (of one of several ``ranks``), versions, date (UTC), command."""
     if device.type == "cuda":
         name = torch.cuda.get_device_name(device)
     else:
@@ -94,7 +94,8 @@ def machine(device: torch.device) -> dict[str, Any]:
     versions["torch"] = torch.__version__
     now = datetime.datetime.now(datetime.UTC)
     command = " ".join(["fuseline", *sys.argv[1:]])
-    return {"device": name, **versions, "date": f"{now:%Y-%m-%d %H:%M} UTC", "command": command}
+    several = {"ranks": ranks} if ranks > 1 else {}
+    return {"device": name, **several, **versions, "date": f"{now:%Y-%m-%d %H:%M} UTC", "command": command}
 
 
 def _processor() -> str:
@@ -112,6 +113,8 @@ def header(facts: dict[str, Any]) -> str:
         f"{name} {facts[name]}" for name in ("fuseline", "torch", "triton", "transformers", "vllm") if name in facts
     ]
     rates = f"copy {facts['copy_GB_s']:,.0f} GB/s (read + written), matmul {facts['matmul_TFLOP_s']:,.3g} TFLOP/s"
+    if "ranks" in facts:
+        rates += f" for each of {facts['ranks']} ranks,"
     return "\n".join(
         [f"{facts['date']}  {facts['command']}", facts["device"], ", ".join(versions), f"{rates} in the same run"]
     )

@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 import torch
 
 from ...ir.graph import Graph
+from ..mpi import RankError
 from ..progress import Progress
 from .floor import Rates, decode_bytes, prefill_operations
 from .fuseline import Fuseline
@@ -93,6 +94,8 @@ def _start(plan: Plan, who: str) -> tuple[Peer | None, Measurement]:
     begin = time.perf_counter()
     try:
         peer = start(who, plan.setup)
+    except RankError:
+        raise
     except Exception as error:  # of somebody else's software
         item.note = _reason(error)
         peer = None
@@ -112,6 +115,8 @@ def _measure(plan: Plan, peer: Peer, work: Workload, graph: Graph | None, refere
             measure_batch(peer, work, vocab, plan.clock, reference, item)
         else:
             measure_stream(peer, work, vocab, plan.clock, reference, item)
+    except RankError:
+        raise  # of ranks that do not go together nothing more can be measured
     except Exception as error:  # of somebody else's software
         return replace(_item(plan, peer.name, work.name, work.label, size), note=_reason(error))
     if isinstance(work, Stream) or graph is None or item.ms is None:
@@ -127,7 +132,7 @@ def _measure(plan: Plan, peer: Peer, work: Workload, graph: Graph | None, refere
 
 def _item(plan: Plan, who: str, workload: str, label: str, batch: int = 0) -> Measurement:
     source = plan.setup.source
-    kind = str(source.dtype).removeprefix("torch.")
+    kind = plan.setup.kind
     if who == OURS and plan.setup.rounding:
         kind += f", {plan.setup.rounding}"
     return Measurement(source.name, kind, who, workload, label, batch, machine=dict(plan.machine))

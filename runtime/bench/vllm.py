@@ -8,6 +8,7 @@ from collections import deque
 from collections.abc import Sequence
 from typing import Any
 
+from ..ranks import size_of
 from .peers import NotMeasured, Peer, Served, Setup
 from .workloads import Request
 
@@ -16,12 +17,15 @@ class Vllm(Peer):
     """vLLM's offline engine. A shape gets vLLM's own random weights, so its tokens are its own."""
 
     name = "vllm"
+    divides = True
 
     def __init__(self, setup: Setup) -> None:
         try:
             import vllm
         except ImportError as error:
             raise NotMeasured("not installed; run: pip install vllm") from error
+        if setup.tensor_parallel > 1 and size_of() is not None:
+            raise NotMeasured("starts its ranks itself; run fuseline bench without mpirun or torchrun")
         source = setup.source
         # It takes its share of the whole memory.
         source.release()
@@ -40,6 +44,7 @@ class Vllm(Peer):
             gpu_memory_utilization=setup.memory,
             max_num_seqs=setup.max_batch_size,
             max_model_len=setup.max_seq_len,
+            tensor_parallel_size=setup.tensor_parallel,
             # Nobody else keeps prefixes.
             enable_prefix_caching=False,
         )
