@@ -68,7 +68,7 @@ class Compilers:
 
         gpu = driver.active.get_current_target()
         target = json.dumps([gpu.backend, gpu.arch, gpu.warp_size])
-        count = max(1, min(_MOST, (os.cpu_count() or 1) // share))
+        count = max(1, min(_MOST, len(os.sched_getaffinity(0)) // share))
         self._command = [sys.executable, "-P", str(Path(compiler_process.__file__)), target]
         self._environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
         self.processes = [self._started() for _ in range(count)]

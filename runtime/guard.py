@@ -9,8 +9,9 @@ import subprocess
 from contextlib import suppress
 
 # A word says that the rank ends by itself; the end of the pipe without one, that it did not. Of the ranks of a host only
-# the first to go can remove the folder: the launcher kills the others for it, which is no news.
-_SCRIPT = 'read -r word || { rmdir "$1" 2> /dev/null && echo "$2" >&2; }'
+# the first to go can make the file: the launcher kills the others for it, which is no news. The shell makes it itself,
+# since a program that does would start only after those beside it, on a machine that is busy.
+_SCRIPT = 'read -r word || { set -C; { : > "$1/first"; } 2> /dev/null && { echo "$2" >&2; rm -r "$1"; }; }'
 
 
 class Guard:

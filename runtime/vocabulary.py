@@ -79,9 +79,9 @@ class DividedVocabulary(Vocabulary):
         if self._group is not None:
             parts = self._group.all_gather(parts[0])
         tops, ids, healthy = torch.stack(parts, 1).unbind(2)
-        # A part with no number may be the largest: its row has some token, and is not finite.
-        best = tops.max(1, keepdim=True).indices
-        tokens.copy_(ids.gather(1, best).squeeze(1))
+        # A row with a part that is no number has some token, and is not finite.
+        largest = tops == tops.amax(1, keepdim=True)
+        tokens.copy_(ids.where(largest, self.size - 1).amin(1))
         finite.copy_(healthy.all(1))
 
 

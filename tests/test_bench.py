@@ -11,45 +11,25 @@ from typing import Any
 import families
 import pytest
 import torch
+from benching import SIZES, call, save_tiny
 from quantized_models import wide
-from tensor_parallel import mpirun, needs_mpirun
 from transformers import PreTrainedModel
 
 import fuseline
 from fuseline.runtime import cli
 from fuseline.runtime.bench import measure, plot, results, run, shapes
 from fuseline.runtime.bench.floor import decode_bytes, prefill_operations
-from fuseline.runtime.bench.launched import place_of_rank
 from fuseline.runtime.bench.measure import Clock, Reference, measure_batch, measure_stream
 from fuseline.runtime.bench.peers import NotMeasured, Peer, Served, Setup
 from fuseline.runtime.bench.results import Measurement
 from fuseline.runtime.bench.workloads import Batch, Request, Stream
 
 ROOT = Path(__file__).parent.parent
-SIZES = ["--batches", "1,3", "--prompt", "8", "--new", "6", "--prefill", "3x16", "--requests", "6"]
-SIZES += ["--prompts", "4-20", "--outputs", "1-5", "--rates", "30", "--rate-seconds", "0.2", "--repeats", "2"]
 
 
 @pytest.fixture(scope="module")
 def tiny(tmp_path_factory: pytest.TempPathFactory) -> str:
-    """A directory with a tiny llama."""
-    path = tmp_path_factory.mktemp("tiny")
-    families.make("llama").save_pretrained(path)
-    (path / "bert").mkdir()
-    (path / "bert" / "config.json").write_text('{"model_type": "no such type"}')
-    return str(path)
-
-
-def call(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> int:
-    """The exit code of ``fuseline bench ARGUMENTS`` on the CPU."""
-    monkeypatch.setattr(sys, "argv", ["fuseline", "bench", *arguments, "--device", "cpu"])
-    # What the machine can do takes a second to measure, and is of no interest here.
-    monkeypatch.setattr("fuseline.runtime.bench.command.measure_rates", lambda *_: run.Rates(1e10, 1e11))
-    try:
-        cli.main()
-    except SystemExit as end:
-        return int(end.code or 0)
-    return 0
+    return save_tiny(tmp_path_factory.mktemp("tiny"))
 
 
 def test_every_workload_is_measured_beside_a_peer(
@@ -84,45 +64,6 @@ def test_every_workload_is_measured_beside_a_peer(
         assert by["eager", label].ms is None and "whole batches" in by["eager", label].note
     assert "not installed" in by["vllm", "start-up"].note
     assert not [label for who, label in by if who == "vllm" and label != "start-up"]
-
-
-FEW = ["--batches", "3", "--repeats", "1"]
-
-
-def test_ranks_are_measured_by_what_each_must_read(
-    tiny: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    """They share the memory of one machine: half of the bytes at half of the rate, and what all hold counts twice."""
-    file = tmp_path / "results.json"
-    options = ["--workloads", "decode,rates", "--tensor-parallel", "2", "--against", "eager", "--json", str(file)]
-    assert call(monkeypatch, tiny, *options, *SIZES, *FEW) == 0
-    first, decode, rates, eager = results.read([file])
-    assert (eager.who, eager.label) == ("eager", "start-up")
-    assert eager.note == "runs on one device, and this is about 2 ranks"
-    for item in (first, decode, rates):
-        assert item.right and (item.dtype, item.machine["ranks"]) == ("float32, 2 ranks", 2)
-    assert decode.check == "same 3/3" and rates.check == "same 6/6"
-    whole = decode_bytes(fuseline.compile(tiny, device="cpu", max_seq_len=64).graph, 3, 8 + 6 // 2)
-    assert decode.floor_ms and 1e3 * whole / 1e10 < decode.floor_ms < 1.5e3 * whole / 1e10
-    assert "for each of 2 ranks" in capsys.readouterr().out
-
-
-@needs_mpirun
-def test_the_first_of_the_ranks_that_were_started_speaks(tiny: str, tmp_path: Path) -> None:
-    file = tmp_path / "results.json"
-    command = ["-m", "fuseline.runtime.cli", "bench", tiny, "--device", "cpu", "--tensor-parallel", "2"]
-    done = mpirun(2, *command, "--workloads", "decode,mixed", "--json", str(file), *SIZES, *FEW)
-    assert done.returncode == 0, done.stderr
-    found = results.read([file])
-    assert [item.label for item in found] == ["start-up", "decode 3 x 8+6", "mixed 6 requests"]
-    assert all(item.right and item.ms for item in found) and all(item.check for item in found[1:])
-    assert [done.stdout.count(results.row(item)) for item in found] == [1] * 3
-
-
-def test_started_ranks_do_not_look_at_clocks() -> None:
-    work = [Stream("rates", 3, (2, 3), (2, 3), rate=1.0)]
-    with pytest.raises(fuseline.OptionError, match="requests arrive by the clock"):
-        place_of_rank(2, torch.device("cpu"), work)
 
 
 class Fake(Peer):
