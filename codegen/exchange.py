@@ -37,7 +37,7 @@ MEETING = {"mine_ptr": "*i64", **SENDING}
 """The parameters of a kernel that receives."""
 NOT_SENT = {**dict.fromkeys(SENDING), "SEND": False}
 """The arguments of a kernel that may send, and does not."""
-UNSPECIALISED = ("rank", "number")
+UNSPECIALISED = ("rank", "number", "meetings")
 """Those of the parameters that no kernel is compiled for a value of."""
 PLACES = 4
 """How many places there are for each word."""

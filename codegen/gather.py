@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from .exchange import MEETING
+from .exchange import MEETING, UNSPECIALISED
 from .signature import file_text
 
 _KERNEL = """\
-@triton.jit(do_not_specialize=["rank", "number"])
+@triton.jit(do_not_specialize=[$UNSPECIALISED$])
 def gather_kernel(
     x_ptr, whole_ptr, $MEETING$,
     WIDTH: tl.constexpr, RANKS: tl.constexpr, KIND: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr,
@@ -67,6 +67,7 @@ def gather_source(ranks: int) -> str:
     """The text of a kernel file whose ``launch(x, whole, ranks)`` gathers columns by an ``Exchange`` of so many ranks."""
     words = {
         "MEETING": ", ".join(MEETING),
+        "UNSPECIALISED": ", ".join(f'"{name}"' for name in UNSPECIALISED),
         "ADDRESSES": "\n".join(f"    at_{rank} = tl.load(ranks_ptr + {rank})" for rank in range(ranks)),
         "NAMES": ", ".join(f"at_{rank}" for rank in range(ranks)),
         "TYPES": str(MEETING),

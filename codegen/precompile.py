@@ -13,7 +13,7 @@ import sys
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -59,19 +59,29 @@ def _noted() -> Iterator[list[Wanted]]:
         knobs.runtime.jit_cache_hook = before
 
 
+@contextmanager
+def _on_any_core() -> Iterator[None]:
+    # Of the threads of a process, this one alone moves; what it starts goes with it.
+    before = os.sched_getaffinity(0)
+    with suppress(OSError):
+        os.sched_setaffinity(0, range(os.cpu_count() or 1))
+    try:
+        yield
+    finally:
+        os.sched_setaffinity(0, before)
+
+
 class Compilers:
     """Processes that compile for the current GPU. They end with the ``with`` block."""
 
-    def __init__(self, share: int = 1) -> None:
-        """``share``: how many compile on this machine at the same time."""
-        from triton.runtime.driver import driver
-
-        gpu = driver.active.get_current_target()
-        target = json.dumps([gpu.backend, gpu.arch, gpu.warp_size])
-        count = max(1, min(_MOST, len(os.sched_getaffinity(0)) // share))
-        self._command = [sys.executable, "-P", str(Path(compiler_process.__file__)), target]
+    def __init__(self, share: int = 1, bound: bool = False) -> None:
+        """``share``: how many compile on this machine at the same time. ``bound``: a launcher has bound this process to a
+        core or two of its own, which is not meant for what it starts."""
+        self._command = [sys.executable, "-P", str(Path(compiler_process.__file__)), json.dumps(self._target())]
         self._environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-        self.processes = [self._started() for _ in range(count)]
+        with _on_any_core() if bound else nullcontext():
+            count = max(1, min(_MOST, len(os.sched_getaffinity(0)) // share))
+            self.processes = [self._started() for _ in range(count)]
         self._own, self._fresh = threading.local(), list(self.processes)
         self._threads = ThreadPoolExecutor(count, initializer=self._take)
         self._asked: dict[Wanted, Future[bool]] = {}
@@ -83,6 +93,13 @@ class Compilers:
             line = json.dumps([wanted.module, path, wanted.kernel, wanted.specialisation])
             self._asked[wanted] = self._threads.submit(self._ask, line)
         return self._asked[wanted]
+
+    @staticmethod
+    def _target() -> list[Any]:
+        from triton.runtime.driver import driver
+
+        gpu = driver.active.get_current_target()
+        return [gpu.backend, gpu.arch, gpu.warp_size]
 
     def _started(self) -> subprocess.Popen[str]:
         pipes: dict[str, Any] = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL}

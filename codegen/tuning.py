@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .exchange import Exchange
 from .precompile import Wanted, wanted_by
 
 Choices = tuple[tuple[int | None, int], ...]
@@ -53,13 +54,20 @@ def candidates(module: ModuleType, rows: int) -> list[int]:
     return found
 
 
-def wanted(module: ModuleType, arguments: Arguments, rows_of: Sequence[int]) -> list[Wanted]:
-    """The kernels of all candidates that are not compiled in this process."""
+def wanted(
+    module: ModuleType, arguments: Arguments, rows_of: Sequence[int], exchange: Exchange | None = None
+) -> list[Wanted]:
+    """The kernels of all candidates that are not compiled in this process, those that send to other ranks as well.
+
+    ``exchange``: that of a kernel that sends in a step, while it is measured alone without.
+    """
     found: dict[Wanted, None] = {}
     for rows in rows_of:
         values = arguments(rows)[0]
         for config in candidates(module, rows):
-            found.update(dict.fromkeys(wanted_by(partial(module.launch, *values, choices=((None, config),)))))
+            launch = partial(module.launch, *values, choices=((None, config),))
+            for given in [launch, *([partial(launch, ranks=exchange)] if exchange else [])]:
+                found.update(dict.fromkeys(wanted_by(given)))
     return list(found)
 
 

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 from torch.fx import Node
 
+from ..codegen.exchange import MirrorExchange, sent_by
 from ..codegen.kernels import Kernel
 from ..codegen.launch import cache_directory, kernel_path, replace_file
 from ..codegen.offline import load_kernel_file
@@ -28,6 +29,8 @@ from ..ir.loop import Loop
 from ..ir.placement import OPTION as TENSOR_PARALLEL
 from ..ir.types import Dim
 from .options import OptionError
+from .parts import places_of
+from .ranks import rank_of
 
 Constants = Mapping[Node, Sequence[Tensor]]
 
@@ -114,9 +117,13 @@ def tune_kernels(
     with ExitStack() as stack:
         ahead: dict[str, list[Future[bool]]] = {}
         if device.type == "cuda":
-            compilers = stack.enter_context(Compilers(loop.graph.options.get(TENSOR_PARALLEL, 1)))
+            ranks = loop.graph.options.get(TENSOR_PARALLEL, 1)
+            exchange = MirrorExchange(places_of(loop), device) if ranks > 1 else None
+            compilers = stack.enter_context(Compilers(ranks, bound=rank_of() is not None))
             for kernel, module, _ in fresh:
-                ahead[kernel.name] = [compilers.compile(item) for item in wanted(module, sets_of(kernel), rows_of)]
+                sends = exchange if sent_by(kernel.graph) else None
+                needed = wanted(module, sets_of(kernel), rows_of, sends)
+                ahead[kernel.name] = [compilers.compile(item) for item in needed]
         for kernel, module, record in progress(fresh):
             wait(ahead.get(kernel.name, ()), until - time.perf_counter())
             if time.perf_counter() < until:

@@ -7,6 +7,10 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
+from fuseline.codegen import precompile
+
 # Stands in for a machine with a GPU: kernels can be asked for there, though not be launched.
 SCRIPT = """\
 import os
@@ -19,6 +23,7 @@ from triton.runtime.driver import driver
 
 from fuseline import ir
 from fuseline.codegen.compiler_process import Elsewhere
+from fuseline.codegen.exchange import MirrorExchange, Places
 from fuseline.codegen.kernels import Kernel, kernel_file
 from fuseline.codegen.launch import kernel_path
 from fuseline.codegen.offline import load_kernel_file
@@ -29,6 +34,12 @@ GRAPH = '''\\
 def down(x: bf16[T, 128], w: bf16[64, 128], r: bf16[T, 64], *, T: dim(1, 64)):
     y: bf16[T, 64] = aten.linear(x, w)
     z: bf16[T, 64] = aten.add.Tensor(r, y)
+    return [z]
+'''
+SENDING = '''\\
+def sent(x: bf16[T, 128], w: bf16[64, 128], *, T: dim(1, 64)):
+    y: bf16[T, 64] = aten.linear(x, w)
+    z: bf16[T, 64] = dist.send(y, 2)
     return [z]
 '''
 
@@ -43,16 +54,21 @@ def cached():
 
 
 driver.set_active(Gpu(GPUTarget("cuda", 90, 32)))
-graph = ir.parse(GRAPH)
-module = load_kernel_file(kernel_path(Kernel(graph.name, kernel_file(graph), graph)))
-module.CONFIGS = module.CONFIGS[:2]  # enough
 
 
-def arguments(rows):
-    shapes = ((rows, 128), (64, 128), (rows, 64), (rows, 64))
+def loaded(text):
+    graph = ir.parse(text)
+    module = load_kernel_file(kernel_path(Kernel(graph.name, kernel_file(graph), graph)))
+    module.CONFIGS = module.CONFIGS[:2]  # enough
+    return module
+
+
+def arguments(rows, results=2):
+    shapes = ((rows, 128), (64, 128), *[(rows, 64)] * results)
     return [[torch.zeros(shape, dtype=torch.bfloat16) for shape in shapes]]
 
 
+module = loaded(GRAPH)
 assert candidates(module, 1) == [0, 1]
 found = wanted(module, arguments, [1])
 assert len(found) == 2 and not cached(), found
@@ -70,6 +86,14 @@ assert len(before) >= 2
 for item in found:
     getattr(module, item.kernel).preload(item.specialisation)  # what a launch compiles
 assert cached() == before
+
+# A kernel that sends in steps, whatever their number of meetings, and is measured without.
+sender = loaded(SENDING)
+alone = wanted(sender, lambda rows: arguments(rows, 1), [1])
+few, many = (MirrorExchange(Places(2, 64, meetings), "cpu") for meetings in (4, 16))
+both = wanted(sender, lambda rows: arguments(rows, 1), [1], few)
+assert len(alone) == 2 and len(both) == 4 and set(alone) < set(both), both
+assert set(both) == set(wanted(sender, lambda rows: arguments(rows, 1), [1], many))
 print("fine")
 """
 
@@ -83,3 +107,18 @@ def test_what_others_compile_is_found(tmp_path: Path) -> None:
     script.write_text(SCRIPT)
     done = subprocess.run([sys.executable, str(script)], env=environment, capture_output=True, text=True, timeout=300)
     assert done.stdout == "fine\n", done.stderr
+
+
+@pytest.mark.skipif(len(os.sched_getaffinity(0)) < 2, reason="needs two cores")
+def test_compilers_may_run_where_their_rank_may_not(monkeypatch: pytest.MonkeyPatch) -> None:
+    every = os.sched_getaffinity(0)
+    monkeypatch.setattr(precompile.Compilers, "_target", staticmethod(lambda: ["cuda", 90, 32]))
+    os.sched_setaffinity(0, {min(every)})  # as a launcher does
+    try:
+        with precompile.Compilers() as alone:
+            assert [os.sched_getaffinity(process.pid) for process in alone.processes] == [{min(every)}]
+        with precompile.Compilers(bound=True) as spread:
+            assert [os.sched_getaffinity(process.pid) for process in spread.processes] == [every] * min(16, len(every))
+        assert os.sched_getaffinity(0) == {min(every)}
+    finally:
+        os.sched_setaffinity(0, every)
