@@ -39,6 +39,8 @@ def few_rows(graph: Graph, layout: Plan) -> str:
     print_lookups(tile)
     print_row_factors(tile, layout)
     writer.line(f"acc = tl.zeros(({_stacked(layout)}, BLOCK_M), {sums_type(layout)})")
+    with writer.block(f"if (SPLITS - 1) * span < {layout.depth}:"):
+        writer.line("tl.assume(first < until)  # a loop that might not begin has its products one after the other")
     with writer.block(loop):
         tile.enter()
         if is_rounded(layout):

@@ -156,7 +156,7 @@ def _packed_loop(spec: GroupedLinearSpec, scheme: Scheme) -> str:
 
     writer.line("n_ok = n < OUT")
     with writer.block("for k0 in range(0, IN, BLOCK_K):"):
-        packed.print_turn(writer, [("acc", "n")], "n_ok", ("[None, :]", "[:, None]"), rows, product)
+        packed.print_turn(writer, [("acc", "n")], "n_ok", ("[None, :]", "[:, None]"), rows, product, "tl.float32")
     if not scheme.group:
         packed.print_column_factors(writer, "acc", "n", "n_ok")
         writer.line("acc *= acc_factors[None, :]")

@@ -22,7 +22,7 @@ _TAKEN = frozenset(
     (
         "num_rows row row_ok n_ok ok k k0 n w x tile head lane lanes cols part parts parts_ptr partial_ptr arrived_ptr "
         "place before split span first until pair upper squares inverse start acc which across across_ok token "
-        "here used word words block factors zeros row_turn row_sums row_factors scaled ahead"
+        "here used word words eight factors zeros row_turn row_sums row_factors scaled ahead"
     ).split()
 )
 

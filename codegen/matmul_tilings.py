@@ -26,6 +26,9 @@ _ROW_8 = (
     (4, 2048, 4),
     (4, 2048, 2),
     (8, 1024, 1),
+    (16, 2048, 4),
+    (16, 4096, 8),
+    (8, 2048, 4),
 )
 _ROW_4 = (
     (8, 2048, 2),
@@ -37,6 +40,8 @@ _ROW_4 = (
     (4, 4096, 2),
     (16, 1024, 1),
     (8, 2048, 1),
+    (16, 2048, 2),
+    (16, 4096, 4),
 )
 # The same for rows and weights in codes of a byte.
 _ROW_CODES = (
@@ -70,11 +75,14 @@ _FEW = (
 _BROAD = ((64, 64, 64, 4, 4, 1, False), (64, 64, 128, 4, 6, 2, False))
 # The same for weights of half and a quarter of the bytes.
 _FEW_8 = (
+    (16, 64, 128, 4, 5, 2),
     (16, 64, 128, 4, 3, 4),
     (16, 128, 128, 4, 3, 4),
     (16, 64, 128, 4, 3, 2),
     (16, 64, 256, 4, 3, 2),
     (16, 64, 128, 4, 3, 1),
+    (16, 128, 128, 4, 4, 2),
+    (16, 128, 128, 8, 4, 1),
 )
 _FEW_4 = (
     (16, 64, 256, 4, 3, 4),
@@ -82,6 +90,8 @@ _FEW_4 = (
     (16, 64, 512, 4, 3, 2),
     (16, 64, 256, 4, 5, 1),
     (16, 128, 256, 4, 3, 2),
+    (16, 128, 256, 8, 3, 1),
+    (16, 64, 256, 4, 3, 2),
 )
 # The same for rows and weights in codes of a byte.
 _FEW_CODES = (
@@ -103,8 +113,24 @@ _BROAD_CODES = (
     (64, 128, 128, 4, 4, 1),
     (64, 64, 256, 4, 3, 4),
 )
-_BROAD_8 = ((64, 64, 128, 4, 3, 2), (64, 64, 128, 4, 3, 1), (64, 128, 128, 4, 3, 4), (64, 64, 128, 4, 3, 4))
-_BROAD_4 = ((64, 64, 256, 4, 3, 2), (64, 64, 256, 4, 3, 4), (64, 64, 256, 4, 3, 1), (64, 128, 256, 4, 3, 2))
+_BROAD_8 = (
+    (64, 64, 128, 4, 3, 2),
+    (64, 64, 128, 4, 3, 1),
+    (64, 64, 128, 4, 3, 4),
+    (64, 128, 128, 4, 3, 4),
+    (64, 128, 128, 8, 3, 1),
+    (64, 128, 128, 8, 3, 2),
+    (64, 128, 64, 8, 4, 1),
+)
+_BROAD_4 = (
+    (64, 64, 256, 4, 3, 2),
+    (64, 64, 256, 4, 3, 1),
+    (64, 64, 256, 4, 3, 4),
+    (64, 128, 256, 4, 3, 2),
+    (64, 128, 256, 8, 3, 1),
+    (64, 128, 256, 8, 3, 2),
+    (64, 128, 128, 8, 4, 1),
+)
 # Rows, columns, depth, warps and stages.
 _NARROW = ((16, 16, 512, 2, 5), (16, 32, 256, 4, 4), (16, 64, 128, 2, 5))
 _SOME = ((64, 32, 256, 4, 4), (64, 128, 128, 8, 4), (64, 16, 256, 4, 4), (64, 32, 128, 4, 3))
@@ -163,9 +189,9 @@ def row_tilings(layout: Plan) -> list[Tiling]:
 
 
 def _whole_blocks(layout: Plan, columns: int, depth: int, warps: int) -> Tiling:
-    """A tiling in which each thread has whole blocks of codes, and so the row as it has the weight."""
-    block = scheme(layout).block
-    return columns, max(block, depth), max(1, min(warps, depth // (32 * block)))
+    """A tiling in which each thread has eight words, and so the row as it has the weight; turns take whole blocks."""
+    how = scheme(layout)
+    return columns, max(how.block, depth), max(1, min(warps, depth // (32 * 8 * how.places)))
 
 
 def few_tilings(layout: Plan, likely: Sequence[Tiling]) -> list[Tiling]:
@@ -201,10 +227,11 @@ def tile_tilings(layout: Plan) -> list[list[Tiling]]:
 
 
 def _shallowest(layout: Plan) -> int:
-    """The least depth of a turn of small matrix products: whole groups, and 16 codes of each place."""
+    """The least depth of a turn of small matrix products: whole groups and blocks, and 16 codes of each place."""
     if in_codes(layout):
         return 32  # the tensor cores take as many bytes at a time
-    return max(16 * scheme(layout).places, scheme(layout).group) if is_rounded(layout) else 16
+    how = scheme(layout) if is_rounded(layout) else None
+    return max(16 * how.places, how.group, how.block) if how else 16
 
 
 def _widest(layout: Plan) -> int:

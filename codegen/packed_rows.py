@@ -7,6 +7,7 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
 from ..ir.schemes import Scheme
+from .pairs import PAIRED, codes_name
 from .writer import Writer
 
 # Codes of a group whose products are summed before its factor. For fewer, which also are not 16 of each place as the
@@ -46,7 +47,8 @@ class PackedRows:
 
     def print_inputs(self, writer: Writer, place: int) -> None:
         """Print which inputs the codes of one place of the words belong to."""
-        writer.line(f"k = word // 8 * {self.how.block} + word % 8 + {8 * place}")
+        run = self.how.run
+        writer.line(f"k = word // {run} * {self.how.block} + word % {run} + {run * place}")
 
     def codes_at(self, words: str, place: int) -> str:
         """The codes of one place of the words, fp32, without zero point and factor.
@@ -58,6 +60,12 @@ class PackedRows:
         rest = 23 - shift
         number = f"({self._masked(words, place)} | {127 + rest << 23}).to(tl.float32, bitcast=True)"
         return f"({number} - {float((1 << rest) + self.how.middle)})"
+
+    def numbers_at(self, words: str, place: int, kind: str) -> str:
+        """The same in ``kind``, as Triton text, which holds them exactly."""
+        if kind not in PAIRED:
+            return f"{self.codes_at(words, place)}.to({kind})"
+        return f"{codes_name(kind, self.how.bits, place, self.how.middle)}({words}, PDL)"
 
     def raw_codes_at(self, words: str, place: int) -> str:
         """The codes of one place as they stand, as numbers without exponent, in fp32: the lowest bit of a word counts 2^-149.
@@ -99,6 +107,7 @@ class PackedRows:
         shapes: tuple[str, str],
         rows: Callable[[], AbstractContextManager[str]],
         product: Callable[[str, str, str], str],
+        kind: str,
     ) -> None:
         """Print a turn of small matrix products, which begins at ``k0``.
 
@@ -109,10 +118,11 @@ class PackedRows:
             shapes: ``across`` and ``along``.
             rows: prints the rows at the inputs ``k`` and gives their name; left when they were multiplied.
             product: prints operands, of the weight and of rows, and returns their product with a total and a comma, or
-                nothing, before its options.
+                nothing, before its options. ``kind`` is the type of the operands, as Triton text.
         """
         how, (across, along) = self.how, shapes
         apart = how.group >= _DEEP
+        exact = kind if apart or not how.group else "tl.float32"  # with a factor of its own a number has more digits
         loop = f"for ahead in tl.static_range(0, BLOCK_K, {how.group}):"
         with writer.block(loop) if apart else nullcontext():
             begin, depth = ("(k0 + ahead)", str(how.group)) if apart else ("k0", "BLOCK_K")
@@ -128,9 +138,9 @@ class PackedRows:
                 self.print_inputs(writer, place)
                 with rows() as given:
                     for name, _ in sums:
-                        weight = self.codes_at(f"{name}_w", place)
+                        weight = self.numbers_at(f"{name}_w", place, exact)
                         if how.zeros:
-                            weight = f"({weight} - {name}_zeros{across if apart else ''})"
+                            weight = f"({weight} - {name}_zeros{across if apart else ''}.to({exact}))"
                         if not apart:
                             weight = f"({weight} * {name}_factors)" if how.group else weight
                             writer.line(f"{name} = {product(weight, given, f'{name}, ')}")

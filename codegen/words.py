@@ -25,20 +25,20 @@ def row_loads(tile: MatmulTile, layout: Plan, accumulators: Sequence[str], begin
     across, along = "[:, None]", "[None, :]"
     writer.line(f"word = ({begin}) // {how.places} + tl.arange(0, {packed.words})")
     if how.group:
-        writer.line(f"block = ({begin}) // {how.block} + tl.arange(0, {_blocks(layout)})")
+        writer.line(f"eight = ({begin}) // {_eight(layout)} + tl.arange(0, {_eight_words(layout)})")
     for name, column in zip(accumulators, _columns(layout)):
         packed.print_words(writer, f"{name}_w{suffix}", column, "ok", across, along, STREAMED)
         if how.group:
-            group = f"block // {how.group // how.block}"
+            group = f"eight // {how.group // _eight(layout)}"
             packed.print_group_values(writer, f"{name}{suffix}", column, "ok", group, across, along)
 
 
 def begin_row(tile: MatmulTile, layout: Plan, accumulators: Sequence[str]) -> None:
-    """Print the sums of one row before its loop: of blocks, of each column and of the row itself."""
+    """Print the sums of one row before its loop: of eight words each, for each column and for the row itself."""
     for name in accumulators:
-        tile.writer.line(f"{name}_sums = tl.zeros((BLOCK_N, {_blocks(layout)}), tl.float32)")
+        tile.writer.line(f"{name}_sums = tl.zeros((BLOCK_N, {_eight_words(layout)}), tl.float32)")
     if not scheme(layout).group:
-        tile.writer.line(f"row_sums = tl.zeros((1, {_blocks(layout)}), tl.float32)")
+        tile.writer.line(f"row_sums = tl.zeros((1, {_eight_words(layout)}), tl.float32)")
     tile.begin_squares(packed_rows(layout).words)
 
 
@@ -73,14 +73,19 @@ def row_turn(tile: MatmulTile, layout: Plan, accumulators: Sequence[str]) -> Non
                 writer.line(f"{name}{item} = {own}")
 
 
-def _blocks(layout: Plan) -> str:
-    """Blocks of codes in ``BLOCK_K``, as Triton text."""
-    return f"BLOCK_K // {scheme(layout).block}"
+def _eight(layout: Plan) -> int:
+    """Codes in eight words."""
+    return 8 * scheme(layout).places
+
+
+def _eight_words(layout: Plan) -> str:
+    """How many times eight words there are in ``BLOCK_K`` codes, as Triton text."""
+    return f"BLOCK_K // {_eight(layout)}"
 
 
 def _eights(layout: Plan, rows: str, value: str) -> str:
-    """Sums of the eight words of each block, which one thread has."""
-    return f"tl.sum(tl.reshape({value}, ({rows}, {_blocks(layout)}, 8)), 2)"
+    """Sums of eight words each, which one thread has."""
+    return f"tl.sum(tl.reshape({value}, ({rows}, {_eight_words(layout)}, 8)), 2)"
 
 
 def end_row(tile: MatmulTile, layout: Plan, accumulators: Sequence[str]) -> None:
@@ -105,7 +110,7 @@ def few_turn(tile: MatmulTile, layout: Plan, column: str, ok: str) -> None:
         return f'tl.dot(w, x, {total}input_precision="ieee")'
 
     packed_rows(layout).print_turn(
-        writer, [("acc", column)], ok, ("[:, None]", "[None, :]"), _rows_of(tile, layout), product
+        writer, [("acc", column)], ok, ("[:, None]", "[None, :]"), _rows_of(tile, layout), product, element(layout)
     )
 
 
@@ -119,7 +124,9 @@ def many_turn(tile: MatmulTile, layout: Plan, accumulators: Sequence[str]) -> No
         return f'tl.dot(x, w, {total}input_precision="ieee")'
 
     sums = list(zip(accumulators, _columns(layout)))
-    packed_rows(layout).print_turn(writer, sums, "ok", ("[None, :]", "[:, None]"), _rows_of(tile, layout), product)
+    packed_rows(layout).print_turn(
+        writer, sums, "ok", ("[None, :]", "[:, None]"), _rows_of(tile, layout), product, element(layout)
+    )
 
 
 def _rows_of(tile: MatmulTile, layout: Plan) -> Callable[[], AbstractContextManager[str]]:

@@ -104,7 +104,7 @@ def pack(codes: Tensor, factors: Tensor, zeros: Tensor | None, scheme: Scheme) -
     if scheme.dynamic:
         rows[..., :depth] = codes.to(_element(scheme)).view(torch.uint8)
         return rows
-    blocks = begin // 16
+    blocks = begin // (2 * scheme.run)
     whole = F.pad(codes.to(torch.int16) + scheme.middle, (0, blocks * scheme.block - depth))
     places = _parted(whole, blocks, scheme.places)
     shifts = scheme.bits * torch.arange(scheme.places, dtype=torch.int32, device=codes.device)
@@ -122,7 +122,7 @@ def unpack(rows: Tensor, scheme: Scheme, depth: int) -> tuple[Tensor, Tensor, Te
     if scheme.dynamic:
         return rows[..., :depth].view(_element(scheme)), factors, None
     zeros = rows[..., end : end + scheme.groups(depth)] if scheme.zeros else None
-    halves = _parted(rows[..., :begin], begin // 16, 8).transpose(-1, -2)
+    halves = _parted(rows[..., :begin], begin // (2 * scheme.run), scheme.run).transpose(-1, -2)
     codes = halves.flatten(-3) if scheme.bits == 8 else torch.stack((halves & 15, halves >> 4), -2).flatten(-4)
     return (codes[..., :depth] - scheme.middle).view(torch.int8), factors, zeros
 

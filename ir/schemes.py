@@ -3,10 +3,10 @@
 A row is one run of bytes: its codes, then its factors in fp32, then (asymmetric schemes) its zero points of a byte,
 and nothing up to a multiple of 16 bytes, or of 64 or 128 where that adds little: of rows that begin between two cache
 lines a tile reads a line more each, which costs a quarter of a product's speed. Each row has its own factors, so that
-rows are cut and joined like those of any matrix. Codes stand in blocks of eight 16-bit words: word ``i`` of a block
-holds its codes ``i`` and ``i + 8`` if they have 8 bits, ``i``, ``i + 8``, ``i + 16`` and ``i + 24`` if they have 4,
-the first in the lowest bits. The codes of one place in words that follow each other so belong to inputs that follow
-each other: eight at a time, which is how many of 16 bits are read together.
+rows are cut and joined like those of any matrix. Codes stand in blocks of up to 32 words of 16 bits, ``n`` say: word ``i``
+of a block holds its codes ``i`` and ``i + n`` if they have 8 bits, ``i``, ``i + n``, ``i + 2n`` and ``i + 3n`` if they
+have 4, the first in the lowest bits. The codes of one place in words that follow each other so belong to inputs that
+follow each other. The more do, the fewer pieces the rows are read in: with 8 a product with 64 rows took twice as long.
 
 The dynamic schemes are for both operands of a product: the rows of its weight, and the rows of its activations, which
 are rounded in each step. Their codes stand one after another, in a byte each, as the tensor cores take them.
@@ -20,6 +20,8 @@ from functools import cache
 
 _NAME = re.compile(r"int8d?|fp8|(?:int8|u?int4)g(32|64|128)")
 _ALIGNMENT = 16
+# Words in a block at most: as many numbers of 16 bits are two sectors of memory.
+_RUN = 32
 # At most this part of a row is left empty to have rows begin at cache lines.
 _SPARE = 32
 ALIASES = {"int4": "int4g128", "int8-dynamic": "int8d"}
@@ -60,9 +62,17 @@ class Scheme:
         return 448.0 if self.floats else 127.0
 
     @property
+    def run(self) -> int:
+        """Words that follow each other in a block, in each place of which are codes that follow each other.
+
+        What is multiplied with one place of them is read in pieces of as many numbers.
+        """
+        return min(_RUN, self.group // self.places) if self.group else _RUN
+
+    @property
     def block(self) -> int:
-        """Codes in a block of 16 bytes."""
-        return 8 * _ALIGNMENT // self.bits
+        """Codes in a block: those of the first place of all its words, then those of the next."""
+        return self.run * self.places
 
     def groups(self, depth: int) -> int:
         """Factors of a row of ``depth`` codes."""
@@ -70,7 +80,8 @@ class Scheme:
 
     def factors_at(self, depth: int) -> int:
         """Where the factors of a row begin, in bytes."""
-        return -(-depth // self.block) * _ALIGNMENT
+        whole = 1 if self.dynamic else self.block
+        return _aligned(-(-depth // whole) * whole * self.bits // 8)
 
     def zeros_at(self, depth: int) -> int:
         """Where the zero points of a row begin, in bytes."""
@@ -82,13 +93,17 @@ class Scheme:
         for line in (128, 64):
             if -size % line <= size // _SPARE:
                 return size + -size % line
-        return size + -size % _ALIGNMENT
+        return _aligned(size)
 
     def reason_against(self, depth: int) -> str:
         """Why rows of that length cannot be held; empty if they can."""
         if self.group and depth % self.group:
             return f"rows of {depth} are no multiple of the group of {self.group}"
         return ""
+
+
+def _aligned(size: int) -> int:
+    return size + -size % _ALIGNMENT
 
 
 @cache
