@@ -14,7 +14,7 @@ from .writer import Writer
 
 @dataclass(frozen=True)
 class GroupedLinearSpec:
-    """out[t, j] = weight[ids[t, j]] @ x[t] + bias[ids[t, j]].
+    """out[t, j] = weight[ids[t, j]] @ x[t] + bias[ids[t, j]], and zeros where ids[t, j] is none of the experts.
 
     ``per_pair``: x is [T, top_k, in_features] and gives each pair its own row, not [T, in_features].
     ``transposed``: weights are [num_experts, in_features, out_features], not [num_experts, out_features, in_features].
@@ -68,7 +68,7 @@ def grouped_linear_source(spec: GroupedLinearSpec) -> str:
     """The text of a kernel file with ``sort_pairs``, ``launch`` and ``VARIANTS``; equal specs give equal texts."""
     shape = {
         "NUM_EXPERTS": spec.num_experts,
-        "PAD_EXPERTS": 1 << (spec.num_experts - 1).bit_length(),
+        "PAD_EXPERTS": 1 << spec.num_experts.bit_length(),
         "TOP_K": spec.top_k,
         "IN": spec.in_features,
         "OUT": spec.out_features,

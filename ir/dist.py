@@ -136,6 +136,20 @@ def _same_type(x: Node, ranks: int = 1) -> TensorType:
     return TensorType(kind.dtype, kind.shape)
 
 
+def _type_of_routed(ids: Node, experts: int, ranks: int = 1) -> TensorType:
+    if experts % ranks:
+        raise TypeInferenceError(f"{experts} experts cannot be divided among {ranks} ranks")
+    return _same_type(ids)
+
+
+@register("dist.route", infer_type=_type_of_routed)
+def route(ids: Tensor, experts: int, ranks: int = 1, *, group: Group = ALONE) -> Tensor:
+    """The experts that each token goes to, counted among those that this rank has: an equal share of ``experts`` in the
+    order of the ranks. One that another rank has is below 0 or past them."""
+    _check(group, ranks)
+    return ids - group.rank * (experts // ranks) if ranks > 1 else ids
+
+
 @register("dist.on_first", infer_type=_same_type)
 def on_first(x: Tensor, ranks: int = 1, *, group: Group = ALONE) -> Tensor:
     """``x`` on the first rank and zeros on the others: what is added to a sum of parts must be added once."""

@@ -161,6 +161,25 @@ def test_a_rank_reads_its_part_once(name: str, layers: int, ranks: int, read: Co
         assert {item.data_ptr() for values in few_part.constants.values() for item in values} <= places
 
 
+def test_a_rank_reads_its_experts_alone(read: Counter[str], tmp_path: Path) -> None:
+    """With their biases; of what is about all of them, such as the router, everything."""
+    divisible("gpt_oss").save_pretrained(tmp_path)
+    bones = skeleton(tmp_path, torch.float32)
+    options = Options(
+        CPU, torch.float32, 3, 64, 64, KVCacheConfig(), tensor_parallel=2, expert_parallel=("*.experts.*",)
+    )
+    loop = lower(bones, options, Wishes(), Report("cpu", "float32")).loop
+    found, whole = bones.lazy(), bones.load()
+    assert found is not None
+    for group in simulated(2):
+        read.clear()
+        ((part,), _) = place_parts(loop, loop, found, CPU, {}, [group], iter)
+        for item in (name for name in whole if ".experts." in name or ".router." in name):
+            assert read[item] * (2 if ".experts." in item else 1) == whole[item].nbytes, item
+        (held,) = [value for node, (value,) in part.constants.items() if node.name == "l1_mlp_experts_down_proj_part"]
+        assert torch.equal(held, whole["model.layers.1.mlp.experts.down_proj"].chunk(2)[group.rank])
+
+
 @pytest.mark.parametrize("layers", [2, 6])
 def test_ranks_that_read_parts_generate_the_tokens_of_one(layers: int, tmp_path: Path) -> None:
     divisible("llama", num_hidden_layers=layers).to(torch.bfloat16).save_pretrained(tmp_path, max_shard_size="60KB")
