@@ -19,6 +19,7 @@ class GroupedLinearSpec:
     ``per_pair``: x is [T, top_k, in_features] and gives each pair its own row, not [T, in_features].
     ``transposed``: weights are [num_experts, in_features, out_features], not [num_experts, out_features, in_features].
     ``scheme``: weights are rows of codes, u8 [num_experts, out_features, scheme.row_bytes(in_features)].
+    ``chosen_from``: how many experts tokens are sent to, if there are more than these.
     """
 
     num_experts: int
@@ -30,6 +31,7 @@ class GroupedLinearSpec:
     transposed: bool = False
     bias: bool = False
     scheme: Scheme | None = None
+    chosen_from: int = 0
 
     def __post_init__(self) -> None:
         if self.dtype not in _TYPES:
@@ -75,6 +77,7 @@ def grouped_linear_source(spec: GroupedLinearSpec) -> str:
     }
     words = {
         "SHAPE": repr(shape).replace("'", '"'),
+        "CHOSEN_FROM": str(max(spec.chosen_from, spec.num_experts)),
         "X_ROW": "pair" if spec.per_pair else "pair // TOP_K",
         "X_SHAPE": "[T, TOP_K, IN]" if spec.per_pair else "[T, IN]",
         "LOOP": _packed_loop(spec, spec.scheme) if spec.scheme else _plain_loop(spec),

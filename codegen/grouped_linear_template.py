@@ -117,9 +117,9 @@ def run(variant, grid, *tensors):
 
 
 def choose_tile(device, tokens):
-    """Rows per program near the pairs that an expert has on average; a token chooses an expert at most once."""
+    """Rows per program near the pairs that an expert has on average, of $CHOSEN_FROM$; a token chooses one at most once."""
     few, some, many = tiles(device)
-    pairs_per_expert = tokens * SHAPE["TOP_K"] / SHAPE["NUM_EXPERTS"]
+    pairs_per_expert = tokens * SHAPE["TOP_K"] / $CHOSEN_FROM$
     if tokens <= 16 or pairs_per_expert <= 16:
         return few
     return some if pairs_per_expert <= 64 else many

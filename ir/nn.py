@@ -97,7 +97,12 @@ def rope(x: Tensor, cos: Tensor, sin: Tensor, pairing: str = "half") -> Tensor:
 
 @register("nn.grouped_linear")
 def grouped_linear(
-    x: Tensor, ids: Tensor, weight: Tensor, bias: Tensor | None = None, transposed: bool = False
+    x: Tensor,
+    ids: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    transposed: bool = False,
+    experts: int | None = None,
 ) -> Tensor:
     """A linear layer whose weight each row chooses: mixture-of-experts projections.
 
@@ -106,6 +111,8 @@ def grouped_linear(
         ids: ``i64 [T, J]``, the experts that each token goes to. A row that goes to none of them (below 0, or ``E`` and
             more) is zeros.
         weight: ``[E, N, K]``, or ``[E, K, N]`` if ``transposed``; bias: ``[E, N]``.
+        experts: how many there are to choose from if a rank has ``E`` of them. It changes no result, and says how many rows
+            are to be expected.
 
     Returns:
         ``[T, J, N]``.

@@ -158,6 +158,16 @@ def test_cases_reach_every_tile(pool: ProcessPoolExecutor, tmp_path: Path) -> No
     assert reached == {2, 3, 4}
 
 
+def test_tiles_are_those_for_the_rows_that_reach_a_rank(pool: ProcessPoolExecutor, tmp_path: Path) -> None:
+    """A rank's 8 of 64 experts have as many rows each as all 64 would have."""
+    few, counts = replace(SPEC, num_experts=8, top_k=2), [100, 1000, 4000]
+    tiles = [
+        pool.submit(variant_names, spec, counts, str(tmp_path)).result()
+        for spec in (few, replace(few, chosen_from=64), replace(few, num_experts=64))
+    ]
+    assert tiles[1] == tiles[2] == [2, 3, 4] and tiles[0] != tiles[1]
+
+
 def test_source_is_deterministic_and_states_its_numbers() -> None:
     source = grouped_linear_source(UNLUCKY)
     assert source == grouped_linear_source(UNLUCKY) != grouped_linear_source(SPEC)

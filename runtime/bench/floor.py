@@ -132,10 +132,10 @@ def _share(node: Node, user: Node, rows: int) -> float:
 
 
 def _experts_here(node: Node) -> float:
-    """The share of the experts that this rank has."""
-    ids, weight = node.args[1:3]
-    assert isinstance(ids, Node) and isinstance(weight, Node)
-    here, experts = type_of(weight).shape[0], ids.args[1] if op_name(ids.target) == "dist.route" else None
+    """The share of the experts that this rank has; that of a full rank, where some of another are padding."""
+    weight, experts = node.args[2], node.args[5] if len(node.args) > 5 else None
+    assert isinstance(weight, Node)
+    here = type_of(weight).shape[0]
     return here / experts if isinstance(here, int) and isinstance(experts, int) else 1.0
 
 
