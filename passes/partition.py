@@ -235,7 +235,7 @@ class _Planner:
 
     def ways(self, node: Node) -> list[Shard]:
         """How the weight of a projection may be cut, the better way first."""
-        ways = ways_to_cut(node)
+        ways = ways_to_cut(node, self.ranks)
         return ways[::-1] if node in self.by_expert else ways
 
     def reason_against(self, node: Node, way: Shard) -> str:
@@ -243,9 +243,7 @@ class _Planner:
         size = next((size for size in way.sections if size % self.ranks), None)
         if size is None:
             return self.refused.get((node, way), "")
-        return (
-            f"{size} {'experts' if is_by_expert(node, way) else 'outputs'} cannot be divided among {self.ranks} ranks"
-        )
+        return f"{size} outputs cannot be divided among {self.ranks} ranks"
 
     def may_be_by_expert(self, rows: Node) -> bool:
         """Whether rows that are cut along their features come from experts that could be divided otherwise."""

@@ -7,6 +7,7 @@ from itertools import pairwise
 
 from torch.fx import Node
 
+from ..ir.dist import padded
 from ..ir.ops import PROJECTIONS, op_name
 from ..ir.placement import Shard, shape_of
 
@@ -28,13 +29,14 @@ def rows_and_weight(node: Node) -> tuple[Node, Node]:
     return x, weight
 
 
-def ways_to_cut(node: Node) -> list[Shard]:
-    """How the weight of a projection may be cut: between its outputs; if it is for several experts, also between these."""
+def ways_to_cut(node: Node, ranks: int) -> list[Shard]:
+    """How the weight of a projection may be cut: between its outputs; if it is for several experts, also between these,
+    which are padded so that ranks can divide them."""
     if not is_grouped(node):
         return [Shard(0, _sections(node))]
     turned = len(node.args) > 4 and node.args[4]
     count = shape_of(rows_and_weight(node)[1])[0]
-    return [Shard(2 if turned else 1, _sections(node)), Shard(0, (count,))]
+    return [Shard(2 if turned else 1, _sections(node)), Shard(0, (padded(count, ranks),))]
 
 
 def is_by_expert(node: Node, way: Shard) -> bool:

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch.fx import Node
 
 from ..ir.build import insert_before
+from ..ir.dist import padded
 from ..ir.errors import UnsupportedModelError
 from ..ir.graph import Graph, type_of
 from ..ir.infer import Inference
 from ..ir.ops import is_collective, resolve
-from ..ir.placement import OPTION, PARTIAL, Placement, Routed, Shard, annotate
+from ..ir.placement import OPTION, PARTIAL, Placement, Routed, Shard, annotate, shape_of
 from ..ir.quantized import is_quantised
 from .absmax import drop_absmax, give_absmax
 from .heads import repeat_heads
@@ -69,6 +72,11 @@ def shard(graph: Graph, report: PassReport) -> Graph:
     for node, why in plan.instead.items():
         how = "its experts are cut" if node in plan.experts else "each of its experts is cut"
         report.near.append(Refusal(node.name, f"{how}: {why}"))
+    for node in plan.experts:
+        count: Any = shape_of(rows_and_weight(node)[1])[0]
+        if count % ranks:
+            why = f"{count} cannot be divided among {ranks} ranks"
+            report.near.append(Refusal(node.name, f"padded to {padded(count, ranks)} experts, since {why}"))
     report.fused += [node.name for node in graph.calls() if node in {*plan.column, *plan.row, *plan.experts}]
     _write(graph, plan)
     drop_absmax(graph)

@@ -11,6 +11,7 @@ import torch
 from quantized_models import wide
 from tensor_parallel import mpirun, needs_mpirun, on_ranks, traced_once
 from test_tensor_parallel import _OPTIONS, cut_and_kept, divisible, plan_line, tokens
+from torch.fx import Node
 
 import fuseline
 from fuseline import ir, passes
@@ -19,8 +20,10 @@ from fuseline.ir.dist import MEETINGS, Mirror
 from fuseline.ir.graph import type_of
 from fuseline.ir.interpret import interpret
 from fuseline.ir.ops import op_name
+from fuseline.ir.weights import cut
 from fuseline.runtime import cli
 from fuseline.runtime.bench.floor import decode_bytes, prefill_operations
+from fuseline.runtime.groups import simulated
 
 _EXPERTS = {"expert_parallel": ["*.experts.*"], "simulate": True}
 _LAYER = """\
@@ -51,11 +54,14 @@ def near(compiled: fuseline.CompiledModel) -> list[str]:
     return [str(item) for item in next(item for item in compiled.report.passes if item.name == "Shard").near]
 
 
+def grouped(compiled: fuseline.CompiledModel) -> list[Node]:
+    return [node for node in compiled.graph.calls() if op_name(node.target) == "nn.grouped_linear"]
+
+
 def experts(compiled: fuseline.CompiledModel) -> set[int]:
     """How many experts a rank computes, of those that rows are sent to."""
-    found = [node for node in compiled.graph.calls() if op_name(node.target) == "nn.grouped_linear"]
-    assert all(op_name(node.args[1].target) == "dist.route" for node in found)  # type: ignore[union-attr]
-    return {type_of(node.args[2]).shape[0] for node in found}  # type: ignore[arg-type,misc]
+    assert all(op_name(node.args[1].target) == "dist.route" for node in grouped(compiled))  # type: ignore[union-attr]
+    return {type_of(node.args[2]).shape[0] for node in grouped(compiled)}  # type: ignore[arg-type,misc]
 
 
 @pytest.mark.parametrize(
@@ -85,14 +91,17 @@ def test_ranks_with_experts_of_their_own_generate_the_tokens_of_the_whole_model(
         assert plan_line(compiled).endswith("with base_model_ep_plan in 2 of 2 kinds of projections")
 
 
-def test_rounded_experts_are_divided_with_their_factors() -> None:
-    model, schemes = wide("gpt_oss"), {"*.experts.gate_up_proj": "int8", "*.experts.down_proj": "int4g32"}
-    _, expected = tokens(model, quantization=schemes)
-    compiled, found = tokens(model, quantization=schemes, tensor_parallel=2, **_EXPERTS)
+@pytest.mark.parametrize(("name", "more", "ranks"), [("gpt_oss", {}, 2), ("qwen3_moe", {"num_local_experts": 6}, 4)])
+def test_rounded_experts_are_divided_with_their_factors(name: str, more: dict[str, int], ranks: int) -> None:
+    """Of one token, a step sends rows to two experts: most ranks have nothing to do."""
+    model = divisible(name, **more) if more else wide(name)
+    schemes = {"*.experts.gate_up_proj": "int8", "*.experts.down_proj": "int4g32"}
+    whole, expected = tokens(model, quantization=schemes)
+    compiled, found = tokens(model, quantization=schemes, tensor_parallel=ranks, verify=True, **_EXPERTS)
     assert found == expected
-    kinds = [
-        node.args[2].meta["type"] for node in compiled.graph.calls() if op_name(node.target) == "nn.grouped_linear"
-    ]  # type: ignore[union-attr]
+    alone = [item.generate([[7]], max_new_tokens=6, stop_token_ids=[]) for item in (whole, compiled)]
+    assert alone[0] == alone[1]
+    kinds = [type_of(node.args[2]) for node in grouped(compiled)]  # type: ignore[arg-type]
     assert {(kind.dtype, kind.shape[0]) for kind in kinds} == {("int8", 2), ("int4g32", 2)}
 
 
@@ -108,25 +117,50 @@ def test_experts_whose_groups_would_be_torn_are_divided() -> None:
     assert "all_gather(l0_experts" not in str(compiled.graph)
 
 
-def test_ranks_divide_experts_or_each_of_them_or_neither() -> None:
-    """6 experts with 64 features, by what divides them; the report says why it is not what was wanted."""
+@pytest.mark.parametrize(
+    ("ranks", "asked", "here", "said"),
+    [
+        (2, True, 3, []),
+        (3, False, 2, ["its experts are cut: 64 outputs cannot be divided among 3 ranks"]),
+        (4, False, 6, []),
+        (4, True, 2, ["padded to 8 experts, since 6 cannot be divided among 4 ranks"]),
+        (
+            5,
+            False,
+            2,
+            [
+                "its experts are cut: 64 outputs cannot be divided among 5 ranks",
+                "padded to 10 experts, since 6 cannot be divided among 5 ranks",
+            ],
+        ),
+        (8, True, 1, ["padded to 8 experts, since 6 cannot be divided among 8 ranks"]),
+    ],
+)
+def test_ranks_divide_experts_or_each_of_them(ranks: int, asked: bool, here: int, said: list[str]) -> None:
+    """6 experts with 64 features: the report says what stands in the way. Ranks may have fewer experts, or none."""
     model = divisible("qwen3_moe", num_local_experts=6)
     _, expected = tokens(model)
-    for ranks, asked, said in [
-        (2, _EXPERTS, ""),
-        (3, {}, "l0_experts: its experts are cut: 64 outputs cannot be divided among 3 ranks"),
-        (4, _EXPERTS, "l0_experts: each of its experts is cut: 6 experts cannot be divided among 4 ranks"),
-    ]:
-        compiled, found = tokens(model, tensor_parallel=ranks, **{**asked, "simulate": True})
-        assert found == expected
-        assert {"l0_experts", "l0_experts_1"} <= set(cut_and_kept(compiled)[0])
-        assert [item for item in near(compiled) if "l0_experts" in item] == ([said] if said else [])
-        plan = "base_model_tp_plan in 7 of 7" if ranks == 4 else "base_model_ep_plan in 2 of 2"
-        assert f"with {plan} kinds of projections" in plan_line(compiled)
-    compiled, found = tokens(model, tensor_parallel=5, simulate=True)
+    wanted = _EXPERTS if asked else {"simulate": True}
+    compiled, found = tokens(model, tensor_parallel=ranks, **wanted)
     assert found == expected
-    why = "64 outputs cannot be divided among 5 ranks; 6 experts cannot be divided among 5 ranks"
-    assert cut_and_kept(compiled)[1]["l0_experts"] == f"every rank computes it whole: {why}"
+    assert {"l0_experts", "l0_experts_1"} <= set(cut_and_kept(compiled)[0])
+    assert [item.partition(": ")[2] for item in near(compiled) if item.startswith("l0_experts:")] == said
+    shapes = [type_of(node.args[2]).shape for node in grouped(compiled)]  # type: ignore[arg-type]
+    assert {shape[0] for shape in shapes} == {here}
+    plan = "base_model_tp_plan in 7 of 7" if here == 6 else "base_model_ep_plan in 2 of 2"
+    assert f"with {plan} kinds of projections" in plan_line(compiled)
+
+
+def test_experts_that_ranks_can_divide_in_no_way_are_whole() -> None:
+    """Between the projections stands what needs whole rows of all tokens."""
+    options = 'tensor_parallel: option(3), expert_parallel: option("mlp.experts.*")'
+    text = _LAYER.replace("OPTIONS", options).replace("aten.sigmoid(up)", "aten.cumsum(up, 0)")
+    (step,) = passes.steps(ir.parse(text), ["Shard"], check=True)
+    (why, _) = [item.why for item in step.report.refused]
+    assert why == (
+        "every rank computes it whole: high (aten.cumsum) is not known to work on the rows of some experts; "
+        "8 outputs cannot be divided among 3 ranks"
+    )
 
 
 def test_patterns_say_which_experts_are_divided() -> None:
@@ -135,11 +169,7 @@ def test_patterns_say_which_experts_are_divided() -> None:
     by_expert = ["model.layers.1.*.down_proj"]
     compiled, found = tokens(model, tensor_parallel=2, simulate=True, expert_parallel=by_expert)
     assert found == expected
-    shapes = {
-        node.name: type_of(node.args[2]).shape  # type: ignore[arg-type]
-        for node in compiled.graph.calls()
-        if op_name(node.target) == "nn.grouped_linear"
-    }
+    shapes = {node.name: type_of(node.args[2]).shape for node in grouped(compiled)}  # type: ignore[arg-type]
     assert shapes["l1_experts"] == (2, 128, 64), "both of a layer go the same way"
     assert shapes["l1_experts_1"] == (2, 64, 64)
     assert shapes["l0_experts"] == (4, 64, 64)
@@ -179,6 +209,22 @@ def test_ranks_sum_up_what_their_experts_make() -> None:
     (mirrored,) = interpret(local, inputs, drawn, group=Mirror(3))
     first = {**inputs, "shares": inputs["shares"] * (inputs["scores"].topk(2)[1] < 2).unsqueeze(-1)}
     torch.testing.assert_close(mirrored, 3 * interpret(graph, first, drawn)[0])
+
+
+def test_padding_is_the_last_expert_again() -> None:
+    """Before the parts are made, in parts, and where a caller's tensor is cut."""
+    experts = torch.arange(18.0).reshape(6, 3)
+    padded = experts[[0, 1, 2, 3, 4, 5, 5, 5]]
+    assert torch.equal(dist.shard(experts, 0, [8]), padded)
+    for group in simulated(4):
+        part = padded.chunk(4)[group.rank]
+        assert torch.equal(dist.shard(experts, 0, [8], 4, group=group), part)
+        assert torch.equal(cut(experts, 0, [8], 4, group.rank), part)
+        ids = dist.route(torch.arange(6), 6, 4, group=group)
+        assert all(torch.equal(part[place], experts[one]) for one, place in enumerate(ids.tolist()) if place in (0, 1))
+        assert sum(place in (0, 1) for place in ids.tolist()) == (0 if group.rank == 3 else 2)
+    with pytest.raises(ValueError, match="not made of the sections"):
+        cut(experts, 0, [4, 4], 4, 0)
 
 
 def test_passes_that_divide_experts_are_verified(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
