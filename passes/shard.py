@@ -63,6 +63,19 @@ def shard(graph: Graph, report: PassReport) -> Graph:
     unused = [item for item in by_expert if not any(fits(item, names) for names in experts)]
     if unused:
         raise UnsupportedModelError(f"expert_parallel: {unused[0]!r} fits the name of no weight of experts")
+    _tell(graph, plan, ranks, report)
+    _write(graph, plan)
+    drop_absmax(graph)
+    sink_cuts(graph)
+    return graph
+
+
+def _patterns(graph: Graph, option: str) -> list[str]:
+    return [item for item in str(graph.options.get(option, "")).split(", ") if item]
+
+
+def _tell(graph: Graph, plan: Plan, ranks: int, report: PassReport) -> None:
+    """Report what is cut, and what is not as it might be."""
     for node, why in plan.kept.items():
         if why:
             report.refuse(node.name, f"every rank computes it whole: {why}", node)
@@ -78,14 +91,6 @@ def shard(graph: Graph, report: PassReport) -> Graph:
             why = f"{count} cannot be divided among {ranks} ranks"
             report.near.append(Refusal(node.name, f"padded to {padded(count, ranks)} experts, since {why}"))
     report.fused += [node.name for node in graph.calls() if node in {*plan.column, *plan.row, *plan.experts}]
-    _write(graph, plan)
-    drop_absmax(graph)
-    sink_cuts(graph)
-    return graph
-
-
-def _patterns(graph: Graph, option: str) -> list[str]:
-    return [item for item in str(graph.options.get(option, "")).split(", ") if item]
 
 
 def _write(graph: Graph, plan: Plan) -> None:
