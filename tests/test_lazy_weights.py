@@ -232,6 +232,15 @@ def test_ranks_that_read_parts_generate_the_tokens_of_one(layers: int, tmp_path:
     assert found == expected
 
 
+def test_ranks_that_read_parts_of_experts_generate_the_tokens_of_one(tmp_path: Path) -> None:
+    """Stacked from a file's tensors: a part of each, or some of them, of which 3 ranks have 2, 2 and none."""
+    divisible("mixtral").to(torch.bfloat16).save_pretrained(tmp_path, max_shard_size="60KB")
+    _, expected = tokens(tmp_path, quantization="int8")
+    for ranks, by_expert in [(2, []), (3, ["*.experts.*"])]:
+        wanted = {"tensor_parallel": ranks, "simulate": True, "expert_parallel": by_expert}
+        assert tokens(tmp_path, quantization="int8", **wanted)[1] == expected
+
+
 def test_ranks_in_processes_run_the_layers_that_are_traced(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, read: Counter[str]
 ) -> None:
