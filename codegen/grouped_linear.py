@@ -14,11 +14,12 @@ from .writer import Writer
 
 @dataclass(frozen=True)
 class GroupedLinearSpec:
-    """out[t, j] = weight[ids[t, j]] @ x[t] + bias[ids[t, j]].
+    """out[t, j] = weight[ids[t, j]] @ x[t] + bias[ids[t, j]], and zeros where ids[t, j] is none of the experts.
 
     ``per_pair``: x is [T, top_k, in_features] and gives each pair its own row, not [T, in_features].
     ``transposed``: weights are [num_experts, in_features, out_features], not [num_experts, out_features, in_features].
     ``scheme``: weights are rows of codes, u8 [num_experts, out_features, scheme.row_bytes(in_features)].
+    ``chosen_from``: how many experts tokens are sent to, if there are more than these.
     """
 
     num_experts: int
@@ -30,6 +31,7 @@ class GroupedLinearSpec:
     transposed: bool = False
     bias: bool = False
     scheme: Scheme | None = None
+    chosen_from: int = 0
 
     def __post_init__(self) -> None:
         if self.dtype not in _TYPES:
@@ -68,13 +70,14 @@ def grouped_linear_source(spec: GroupedLinearSpec) -> str:
     """The text of a kernel file with ``sort_pairs``, ``launch`` and ``VARIANTS``; equal specs give equal texts."""
     shape = {
         "NUM_EXPERTS": spec.num_experts,
-        "PAD_EXPERTS": 1 << (spec.num_experts - 1).bit_length(),
+        "PAD_EXPERTS": 1 << spec.num_experts.bit_length(),
         "TOP_K": spec.top_k,
         "IN": spec.in_features,
         "OUT": spec.out_features,
     }
     words = {
         "SHAPE": repr(shape).replace("'", '"'),
+        "CHOSEN_FROM": str(max(spec.chosen_from, spec.num_experts)),
         "X_ROW": "pair" if spec.per_pair else "pair // TOP_K",
         "X_SHAPE": "[T, TOP_K, IN]" if spec.per_pair else "[T, IN]",
         "LOOP": _packed_loop(spec, spec.scheme) if spec.scheme else _plain_loop(spec),

@@ -9,9 +9,18 @@ import triton.language as tl
 SHAPE = $SHAPE$
 
 
+@triton.jit
+def experts_of(ids_ptr, pair, num_pairs, NUM_EXPERTS: tl.constexpr):
+    """The expert of each pair: NUM_EXPERTS if it goes to none of them, and one more past the last pair."""
+    ids = tl.load(ids_ptr + pair, mask=pair < num_pairs, other=0)
+    known = tl.where((ids >= 0) & (ids < NUM_EXPERTS), ids, NUM_EXPERTS)
+    return tl.where(pair < num_pairs, known, NUM_EXPERTS + 1)
+
+
 @triton.jit(do_not_specialize=["num_pairs"])
 def sort_by_expert(ids_ptr, order_ptr, starts_ptr, num_pairs, NUM_EXPERTS: tl.constexpr, BLOCK: tl.constexpr):
-    """One program per expert: where its pairs begin in the sorted order, and which they are, in their old order.
+    """One program per expert, and one for the pairs that go to none: where they begin in the sorted order, and which they
+    are, in their old order.
 
     Each program reads all ids for itself, so none waits for another and the result does not depend on timing.
     """
@@ -19,15 +28,13 @@ def sort_by_expert(ids_ptr, order_ptr, starts_ptr, num_pairs, NUM_EXPERTS: tl.co
     place = 0
     for base in range(0, num_pairs, BLOCK):
         pair = base + tl.arange(0, BLOCK)
-        ids = tl.load(ids_ptr + pair, mask=pair < num_pairs, other=NUM_EXPERTS)
-        place += tl.sum((ids < expert).to(tl.int32), 0)
+        place += tl.sum((experts_of(ids_ptr, pair, num_pairs, NUM_EXPERTS) < expert).to(tl.int32), 0)
     tl.store(starts_ptr + expert, place)
-    if expert == NUM_EXPERTS - 1:
-        tl.store(starts_ptr + NUM_EXPERTS, num_pairs)
+    if expert == NUM_EXPERTS:
+        tl.store(starts_ptr + NUM_EXPERTS + 1, num_pairs)
     for base in range(0, num_pairs, BLOCK):
         pair = base + tl.arange(0, BLOCK)
-        ids = tl.load(ids_ptr + pair, mask=pair < num_pairs, other=NUM_EXPERTS)
-        mine = (ids == expert).to(tl.int32)
+        mine = (experts_of(ids_ptr, pair, num_pairs, NUM_EXPERTS) == expert).to(tl.int32)
         tl.store(order_ptr + place + tl.cumsum(mine, 0) - 1, pair, mask=mine != 0)
         place += tl.sum(mine, 0)
 
@@ -38,16 +45,16 @@ def grouped_linear(
     NUM_EXPERTS: tl.constexpr, PAD_EXPERTS: tl.constexpr, TOP_K: tl.constexpr, IN: tl.constexpr, OUT: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):
-    """BLOCK_M pairs of one expert times BLOCK_N of its output features."""
+    """BLOCK_M pairs of one expert times BLOCK_N of its output features. Those of no expert come last, and are zeros."""
     # Only the device knows how many pairs each expert has: count blocks expert by expert up to this program's.
     block = tl.program_id(0)
     experts = tl.arange(0, PAD_EXPERTS)
-    starts = tl.load(starts_ptr + experts, mask=experts < NUM_EXPERTS, other=0)
-    ends = tl.load(starts_ptr + experts + 1, mask=experts < NUM_EXPERTS, other=0)
+    starts = tl.load(starts_ptr + experts, mask=experts <= NUM_EXPERTS, other=0)
+    ends = tl.load(starts_ptr + experts + 1, mask=experts <= NUM_EXPERTS, other=0)
     block_ends = tl.cumsum(tl.cdiv(ends - starts, BLOCK_M), 0)
     expert = tl.sum((block_ends <= block).to(tl.int32), 0)
-    # The grid is an upper bound: the programs past the last expert's blocks have nothing to do.
-    if expert >= NUM_EXPERTS:
+    # The grid is an upper bound: the programs past the last block have nothing to do.
+    if expert > NUM_EXPERTS:
         return
     earlier_blocks = tl.max(tl.where(block_ends <= block, block_ends, 0), 0)
     rank = tl.load(starts_ptr + expert) + (block - earlier_blocks) * BLOCK_M + tl.arange(0, BLOCK_M)
@@ -56,6 +63,11 @@ def grouped_linear(
     pair = tl.load(order_ptr + rank, mask=live, other=0)
 
     n = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
+    if expert == NUM_EXPERTS:
+        zeros = tl.zeros((BLOCK_M, BLOCK_N), out_ptr.dtype.element_ty)
+        places = out_ptr + (pair.to(tl.int64) * OUT)[:, None] + n[None, :]
+        tl.store(places, zeros, mask=live[:, None] & (n < OUT)[None, :])
+        return
     x_row = ($X_ROW$).to(tl.int64) * IN
     expert_ptr = weight_ptr + expert.to(tl.int64) * ($W_EXPERT$)
     acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
@@ -105,25 +117,26 @@ def run(variant, grid, *tensors):
 
 
 def choose_tile(device, tokens):
-    """Rows per program near the pairs that an expert has on average; a token chooses an expert at most once."""
+    """Rows per program near the pairs that an expert has on average, of $CHOSEN_FROM$; a token chooses one at most once."""
     few, some, many = tiles(device)
-    pairs_per_expert = tokens * SHAPE["TOP_K"] / SHAPE["NUM_EXPERTS"]
+    pairs_per_expert = tokens * SHAPE["TOP_K"] / $CHOSEN_FROM$
     if tokens <= 16 or pairs_per_expert <= 16:
         return few
     return some if pairs_per_expert <= 64 else many
 
 
 def sort_pairs(ids):
-    """Pair numbers sorted by expert, i32 [T * TOP_K], and where each expert's begin, i32 [NUM_EXPERTS + 1]."""
+    """Pair numbers sorted by expert, i32 [T * TOP_K], those of none last, and where each's begin, i32 [NUM_EXPERTS + 2]."""
     order = torch.empty(ids.numel(), dtype=torch.int32, device=ids.device)
-    starts = torch.empty(SHAPE["NUM_EXPERTS"] + 1, dtype=torch.int32, device=ids.device)
+    starts = torch.empty(SHAPE["NUM_EXPERTS"] + 2, dtype=torch.int32, device=ids.device)
     variant = SORT_FEW if ids.numel() <= 4096 else SORT_MANY
-    run(variant, (SHAPE["NUM_EXPERTS"],), ids, order, starts, ids.numel())
+    run(variant, (SHAPE["NUM_EXPERTS"] + 1,), ids, order, starts, ids.numel())
     return order, starts
 
 
 def launch(x, ids, weight, out,$BIAS_PARAMETER$ routing=None):
-    """out[t, j] = weight[ids[t, j]] applied to the input of pair (t, j); all tensors contiguous and 16-byte aligned.
+    """out[t, j] = weight[ids[t, j]] applied to the input of pair (t, j), or zeros where ids[t, j] is no expert; all tensors
+    contiguous and 16-byte aligned.
 
     x $X_SHAPE$, ids i64 [T, TOP_K], weight $W_SHAPE$, out [T, TOP_K, OUT]$BIAS_DOC$.
     routing: the result of sort_pairs(ids), if another layer of the same block has it already.
@@ -133,8 +146,8 @@ def launch(x, ids, weight, out,$BIAS_PARAMETER$ routing=None):
         return
     order, starts = sort_pairs(ids) if routing is None else routing
     variant = choose_tile(ids.device, ids.shape[0])
-    # Each expert with pairs may have one block that is not full.
-    blocks = pairs // variant["constexprs"]["BLOCK_M"] + min(pairs, SHAPE["NUM_EXPERTS"])
+    # Each expert with pairs, and those of none, may have one block that is not full.
+    blocks = pairs // variant["constexprs"]["BLOCK_M"] + min(pairs, SHAPE["NUM_EXPERTS"] + 1)
     grid = (blocks, triton.cdiv(SHAPE["OUT"], variant["constexprs"]["BLOCK_N"]))
     run(variant, grid, x, weight, order, starts,$BIAS_VALUE$ out)
 '''

@@ -125,8 +125,8 @@ def grouped_spec(node: Node) -> GroupedLinearSpec:
     """The constants of a grouped matmul kernel, from its node."""
     arguments: list[Any] = list(node.args)
     x, ids, weight, *rest = arguments
-    defaults: list[Any] = [None, False]
-    bias, transposed = rest + defaults[len(rest) :]
+    defaults: list[Any] = [None, False, None]
+    bias, transposed, of_all = rest + defaults[len(rest) :]
     assert isinstance(x, Node) and isinstance(ids, Node) and isinstance(weight, Node)
     experts, first, second = type_of(weight).shape
     inner, outer = (first, second) if transposed else (second, first)
@@ -134,6 +134,7 @@ def grouped_spec(node: Node) -> GroupedLinearSpec:
     assert isinstance(experts, int) and isinstance(inner, int) and isinstance(outer, int) and isinstance(choices, int)
     return GroupedLinearSpec(
         num_experts=experts,
+        chosen_from=of_all or experts,
         top_k=choices,
         in_features=inner,
         out_features=outer,

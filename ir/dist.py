@@ -78,6 +78,8 @@ MEETINGS = frozenset({"dist.all_reduce", "dist.receive", "dist.all_gather"})
 
 def _type_of_part(x: Node, dim: int, sections: Sequence[int], ranks: int = 1) -> TensorType:
     kind = type_of(x)
+    if 0 <= dim < kind.rank and is_padded(kind.shape[dim], sections):
+        kind = _resized(kind, dim, sections[0])
     return _resized(kind, dim, _part_of(kind, dim, sections, ranks))
 
 
@@ -85,13 +87,14 @@ def _type_of_part(x: Node, dim: int, sections: Sequence[int], ranks: int = 1) ->
 def shard(x: Tensor, dim: int, sections: Sequence[int], ranks: int = 1, *, group: Group = ALONE) -> Tensor:
     """This rank's part of a value that all have whole: of each section of ``dim`` in turn, part ``rank`` of ``ranks``.
 
-    What is made of several parts next to each other (queries, keys and values) has a section for each. Rows of quantised
-    matrices are cut like those of any.
+    What is made of several parts next to each other (queries, keys and values) has a section for each. A single section may
+    be longer than the dim, which is padded then: its last element is stated so often. Rows of quantised matrices are cut
+    like those of any.
     """
     _check(group, ranks)
-    if ranks == 1:
+    if ranks == 1 and not is_padded(x.shape[dim], sections):
         return x
-    pieces = _pieces(x, dim, sections, ranks, group.rank)
+    pieces = _pieces(x, dim, sections, ranks, group.rank if ranks > 1 else 0)
     return torch.cat(pieces, dim) if len(pieces) > 1 else pieces[0]
 
 
@@ -134,6 +137,18 @@ def shard_columns(
 def _same_type(x: Node, ranks: int = 1) -> TensorType:
     kind = type_of(x)
     return TensorType(kind.dtype, kind.shape)
+
+
+def _type_of_routed(ids: Node, experts: int, ranks: int = 1) -> TensorType:
+    return _same_type(ids)
+
+
+@register("dist.route", infer_type=_type_of_routed)
+def route(ids: Tensor, experts: int, ranks: int = 1, *, group: Group = ALONE) -> Tensor:
+    """The experts that each token goes to, counted among those that this rank has: of ``experts``, padded so that the ranks
+    can divide them, an equal share in the order of the ranks. One that another rank has is below 0 or past them."""
+    _check(group, ranks)
+    return ids - group.rank * (padded(experts, ranks) // ranks) if ranks > 1 else ids
 
 
 @register("dist.on_first", infer_type=_same_type)
@@ -191,14 +206,32 @@ def ranks_of(graph: Graph) -> int:
     return 1
 
 
+def padded(size: int, ranks: int) -> int:
+    """The least number from ``size`` on that ranks can divide."""
+    return -(-size // ranks) * ranks
+
+
+def is_padded(size: object, sections: Sequence[int]) -> bool:
+    """Whether the sections that a dim is cut in go on past its end."""
+    return len(sections) == 1 and isinstance(size, int) and 0 < size < sections[0]
+
+
 def spans(sections: Sequence[int], ranks: int, rank: int) -> list[tuple[int, int]]:
     """Where a rank's part of each section begins, and its size."""
     starts = [sum(sections[:place]) for place in range(len(sections))]
     return [(start + rank * (size // ranks), size // ranks) for start, size in zip(starts, sections, strict=True)]
 
 
+def along(x: Tensor, dim: int, start: int, size: int) -> Tensor:
+    """What a dim has from ``start`` on; past its end, its last element again."""
+    if start + size <= x.shape[dim]:
+        return x.narrow(dim, start, size)
+    places = torch.arange(start, start + size, device=x.device).clamp(max=x.shape[dim] - 1)
+    return x.index_select(dim, places)
+
+
 def _pieces(x: Tensor, dim: int, sections: Sequence[int], ranks: int, rank: int) -> list[Tensor]:
-    return [x.narrow(dim, start, size) for start, size in spans(sections, ranks, rank)]
+    return [along(x, dim, start, size) for start, size in spans(sections, ranks, rank)]
 
 
 def _part_of(kind: TensorType, dim: int, sections: Sequence[int], ranks: int) -> int:

@@ -97,14 +97,22 @@ def rope(x: Tensor, cos: Tensor, sin: Tensor, pairing: str = "half") -> Tensor:
 
 @register("nn.grouped_linear")
 def grouped_linear(
-    x: Tensor, ids: Tensor, weight: Tensor, bias: Tensor | None = None, transposed: bool = False
+    x: Tensor,
+    ids: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    transposed: bool = False,
+    experts: int | None = None,
 ) -> Tensor:
     """A linear layer whose weight each row chooses: mixture-of-experts projections.
 
     Args:
         x: ``[T, K]``, or ``[T, J, K]`` with a row of its own for each choice.
-        ids: ``i64 [T, J]``, the experts that each token goes to.
+        ids: ``i64 [T, J]``, the experts that each token goes to. A row that goes to none of them (below 0, or ``E`` and
+            more) is zeros.
         weight: ``[E, N, K]``, or ``[E, K, N]`` if ``transposed``; bias: ``[E, N]``.
+        experts: how many there are to choose from if a rank has ``E`` of them. It changes no result, and says how many rows
+            are to be expected.
 
     Returns:
         ``[T, J, N]``.
@@ -117,11 +125,12 @@ def grouped_linear(
         matrix = weight[expert].t() if transposed else weight[expert]
         return F.linear(rows, matrix, None if bias is None else bias[expert])
 
-    return by_expert(x, ids, width, product)
+    return by_expert(x, ids, len(weight), width, product)
 
 
-def by_expert(x: Tensor, ids: Tensor, width: int, product: Callable[[int, Tensor], Tensor]) -> Tensor:
-    """``[T, J, width]``: what ``product`` makes, for each expert that is chosen, of the rows ``[pairs, K]`` that chose it.
+def by_expert(x: Tensor, ids: Tensor, experts: int, width: int, product: Callable[[int, Tensor], Tensor]) -> Tensor:
+    """``[T, J, width]``: what ``product`` makes, for each of the experts that is chosen, of the rows ``[pairs, K]`` that
+    chose it.
 
     ``x`` and ``ids`` are those of ``grouped_linear``.
     """
@@ -129,5 +138,5 @@ def by_expert(x: Tensor, ids: Tensor, width: int, product: Callable[[int, Tensor
     pairs = x if x.dim() == 3 else x.unsqueeze(1).expand(-1, ids.shape[1], -1)
     for expert in torch.unique(ids).tolist():
         chosen = ids == expert
-        out[chosen] = product(expert, pairs[chosen])
+        out[chosen] = product(expert, pairs[chosen]) if 0 <= expert < experts else 0
     return out

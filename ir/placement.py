@@ -1,4 +1,5 @@
-"""Where a value is when several ranks run a graph: whole on each, cut along a dim, or as a sum of parts.
+"""Where a value is when several ranks run a graph: whole on each, cut along a dim, row by row where its experts are, or as
+a sum of parts.
 
 The rules of the operators are a table: ``placement_of`` gives the placement of a result from those of its operands, or
 says which operand has to be placed otherwise first. A graph is only annotated; nothing is moved unless it says so.
@@ -41,8 +42,23 @@ class Partial:
         return "partial"
 
 
+@dataclass(frozen=True)
+class Routed:
+    """Of rows ``[T, J, ...]``, one for each pair of a token and an expert, a rank has those that go to its experts.
+
+    ``ids`` are the experts that the tokens go to, so many there are. What a rank has in place of other rows counts for
+    nothing.
+    """
+
+    ids: Node
+    experts: int
+
+    def __str__(self) -> str:
+        return "routed"
+
+
 PARTIAL = Partial()
-Placement = Shard | Partial | None
+Placement = Shard | Routed | Partial | None
 """``None``: every rank holds the value whole."""
 
 
@@ -61,16 +77,21 @@ Rule = Callable[[Node, Known, int], Placement]
 _RULES: dict[str, Rule] = {}
 # Operators that give a sum of parts if they are given one, under the conditions of their rules.
 _LINEAR: set[str] = set()
+# Operators whose rules know what to do with rows that are where their experts are.
+_ROUTED: set[str] = set()
 _GATED = frozenset({"nn.silu_mul", "nn.gelu_mul"})
 
 
-def rule(*names: str, linear: bool = False) -> Callable[[Rule], Rule]:
-    """Enter the rule of operators. Unless it is ``linear`` it is not asked about sums of parts, which must be summed up."""
+def rule(*names: str, linear: bool = False, routed: bool = False) -> Callable[[Rule], Rule]:
+    """Enter the rule of operators. Unless it is ``linear`` it is not asked about sums of parts, which must be summed up, and
+    unless it is ``routed`` not about rows that are where their experts are."""
 
     def register(function: Rule) -> Rule:
         _RULES.update(dict.fromkeys(names, function))
         if linear:
             _LINEAR.update(names)
+        if routed:
+            _ROUTED.update(names)
         return function
 
     return register
@@ -86,6 +107,9 @@ def placement_of(node: Node, known: Known, ranks: int) -> Placement:
     placed = [item for item in node.all_input_nodes if known(item) is not None]
     if not placed and not is_collective(node.target):
         return None
+    routed = next((item for item in placed if isinstance(known(item), Routed)), None)
+    if routed is not None and name not in _ROUTED:
+        return _row_by_row(node, routed, known)
     found = _RULES.get(name)
     if found is None:
         if name in POINTWISE or name in _GATED:
@@ -152,6 +176,20 @@ def whole(known: Known, why: str, *operands: Any) -> None:
     for item in operands:
         if isinstance(item, Node) and known(item) is not None:
             raise Needs(item, None, why)
+
+
+def _row_by_row(node: Node, routed: Node, known: Known) -> Placement:
+    """What works on each row by itself leaves it where it is."""
+    name, found = op_name(node.target), known(routed)
+    assert isinstance(found, Routed)
+    along = name == "aten.slice.Tensor" and node.args[1] in (-1, len(shape_of(node)) - 1)
+    works = along or name in POINTWISE or name in _GATED
+    if not works or shape_of(node)[:-1] != shape_of(found.ids):
+        raise Needs(routed, None, f"{node.name} ({name}) is not known to work on the rows of some experts")
+    for item in node.all_input_nodes:
+        if known(item) not in (None, found):
+            raise Needs(item, None, f"{node.name} ({name}) reads it with the rows of some experts")
+    return found
 
 
 def _pointwise(node: Node, known: Known, ranks: int) -> Placement:

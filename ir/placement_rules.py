@@ -6,8 +6,9 @@ from typing import Any
 
 from torch.fx import Node
 
+from .dist import padded
 from .ops import op_name
-from .placement import PARTIAL, Known, Needs, Placement, Shard, cut_of, divided, rule, shape_of, whole
+from .placement import PARTIAL, Known, Needs, Placement, Routed, Shard, cut_of, divided, rule, shape_of, whole
 from .schemes import scheme_of
 
 
@@ -20,6 +21,14 @@ def _shard(node: Node, known: Known, ranks: int) -> Placement:
     dim: Any = len(shape_of(x)) - 1 if columns else node.args[1]
     sections: Any = node.args[2]
     return divided(dim, sections, ranks, x)
+
+
+@rule("dist.route")
+def _route(node: Node, known: Known, ranks: int) -> Placement:
+    ids, experts = node.args[:2]
+    assert isinstance(ids, Node) and isinstance(experts, int)
+    whole(known, f"{node.name} sends rows where it says", ids)
+    return Routed(ids, experts)
 
 
 @rule("dist.on_first")
@@ -55,12 +64,34 @@ def _linear(node: Node, known: Known, ranks: int) -> Placement:
     return _product(node, x, weight, bias, 0, 1, known, ranks)
 
 
-@rule("nn.grouped_linear", linear=True)
+@rule("nn.grouped_linear", linear=True, routed=True)
 def _grouped_linear(node: Node, known: Known, ranks: int) -> Placement:
     arguments: list[Any] = [*node.args, *(None, False)[len(node.args) - 3 :]]
     x, ids, weight, bias, turned = arguments
+    cut = cut_of(weight, known)
+    if isinstance(known(x), Routed) or (cut is not None and cut.dim == 0):
+        return _by_expert(node, x, ids, weight, bias, known, ranks)
     whole(known, f"{node.name} sends rows where it says", ids)
     return _product(node, x, weight, bias, *((2, 1) if turned else (1, 2)), known, ranks)
+
+
+def _by_expert(node: Node, x: Node, ids: Node, weight: Node, bias: Any, known: Known, ranks: int) -> Placement:
+    """A rank has some of the experts, and computes the rows that go to these; the others are zeros.
+
+    Experts that the ranks cannot divide are padded. Of rows that are not whole themselves, the result is taken as a sum of
+    these parts.
+    """
+    count = shape_of(weight)[0]
+    share = Shard(0, (padded(count, ranks),))
+    for item in (weight, bias):
+        if isinstance(item, Node) and known(item) != share:
+            raise Needs(item, share, f"{node.name} has some of the experts")
+    routed, given = known(ids), known(x)
+    if not isinstance(routed, Routed) or padded(routed.experts, ranks) != padded(count, ranks):
+        raise Needs(ids, Routed(ids, count), f"{node.name} has some of the experts")
+    if given not in (None, routed):
+        raise Needs(x, None, f"{node.name} sends each row to an expert")
+    return routed if given is None else PARTIAL
 
 
 def _product(

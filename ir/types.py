@@ -147,14 +147,15 @@ def parse_size(text: str) -> Size:
 def parse_placement(text: str, rank: int) -> str:
     """The placement that a type of ``rank`` dims states after ``@``: ``shard(dim)``, ``partial``, or replicated (empty).
 
-    ``shard(d)``: each rank holds its part of dim ``d``; ``partial``: the value is the sum of what the ranks hold.
+    ``shard(d)``: each rank holds its part of dim ``d``; ``partial``: the value is the sum of what the ranks hold;
+    ``routed``: a rank holds the rows of the pairs of a token and an expert that go to its experts.
     Raises ``ValueError`` for any other word and for a dim that the type does not have.
     """
-    if text in ("replicated", "partial"):
+    if text in ("replicated", "partial", "routed"):
         return "" if text == "replicated" else text
     match = re.fullmatch(r"shard\((\d+)\)", text)
     if match is None:
-        raise ValueError(f"unknown placement {text}; write shard(dim), partial or replicated")
+        raise ValueError(f"unknown placement {text}; write shard(dim), partial, routed or replicated")
     if int(match[1]) >= rank:
         raise ValueError(f"{text} names no dim of a type of {rank}; dims count from 0")
     return text

@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping, Sequence
 import torch
 from torch import Tensor
 
-from .dist import spans
+from .dist import along, is_padded, spans
 from .errors import WeightsError
 
 
@@ -107,9 +107,9 @@ class GivenWeights(LazyWeights):
 
 def cut(whole: Tensor, dim: int, sections: Sequence[int], ranks: int, rank: int) -> Tensor:
     """A rank's part of each section next to each other, in memory of its own."""
-    if whole.shape[dim] != sum(sections):
+    if whole.shape[dim] != sum(sections) and not is_padded(whole.shape[dim], sections):
         raise ValueError(f"dim {dim} of {tuple(whole.shape)} is not made of the sections {list(sections)}")
-    pieces = [whole.narrow(dim, start, size) for start, size in spans(sections, ranks, rank)]
+    pieces = [along(whole, dim, start, size) for start, size in spans(sections, ranks, rank)]
     return torch.cat(pieces, dim) if len(pieces) > 1 else pieces[0].clone(memory_format=torch.contiguous_format)
 
 

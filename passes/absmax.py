@@ -11,7 +11,7 @@ from ..ir.graph import Graph, is_constant
 from ..ir.infer import Inference
 from ..ir.ops import op_name, resolve
 from ..ir.placement import shape_of
-from .partition import is_projection, rows_and_weight
+from .projections import is_projection, rows_and_weight
 
 
 def give_absmax(graph: Graph, ranks: int, may_be_cut: Callable[[Node], bool]) -> None:

@@ -8,7 +8,7 @@ from torch.fx import Node
 
 from ..ir.graph import Graph, flat_types
 from ..ir.ops import is_collective, op_name
-from ..ir.placement import OPTION, Placement, Shard, annotate, placements
+from ..ir.placement import OPTION, Placement, Routed, Shard, annotate, placements
 from ..ir.placement_shapes import local_slice
 from ..ir.types import TensorType
 from .ledger import PassReport
@@ -40,6 +40,9 @@ def localize(graph: Graph, report: PassReport) -> Graph:
             elif op_name(node.target) == "nn.absmax":
                 parts: Any = kinds[0].shape[-1]
                 node.args = (node.args[0], parts, *node.args[2:])
+        if op_name(node.target) == "nn.grouped_linear":
+            ids, rest = placed[node.all_input_nodes[1]], (None, False)[len(node.args) - 3 :]
+            node.args = (*node.args, *rest, ids.experts) if isinstance(ids, Routed) else node.args
         if node in slices:
             node.args = slices[node]
         if is_collective(node.target):

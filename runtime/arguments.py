@@ -24,6 +24,10 @@ Quantization = Annotated[
         metavar="SCHEME", help="Hold weights in fewer bits: int8, int4, ..., or PATTERN=SCHEME,PATTERN=none,..."
     ),
 ]
+ExpertParallel = Annotated[
+    list[str] | None,
+    typer.Option(metavar="PATTERN", help="Ranks hold some of the experts of such weights, whole: '*.experts.*'."),
+]
 TensorParallel = Annotated[
     int,
     typer.Option(

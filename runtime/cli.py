@@ -15,7 +15,7 @@ from rich.console import Console
 from .. import ir, passes
 from ..ir.errors import FuselineError, InvalidRequestError
 from ..ir.skeleton import skeleton
-from .arguments import CacheDtype, Device, Dtype, MaxSeqLen, Model, Quantization, TensorParallel
+from .arguments import CacheDtype, Device, Dtype, ExpertParallel, MaxSeqLen, Model, Quantization, TensorParallel
 from .bench.command import bench
 from .calibration.texts import Calibration
 from .compile import compile
@@ -32,8 +32,10 @@ from .options import (
     OptionError,
     positive,
     quantization_of,
+    refuse_ranks,
     resolve_device,
     resolve_dtype,
+    resolve_patterns,
     resolve_quantization,
 )
 from .options import resolve as resolve_sizes
@@ -72,6 +74,7 @@ def run(
     calibrate: Annotated[bool, typer.Option("--calibrate", help="Round the weights by GPTQ.")] = False,
     kv_cache: CacheDtype = None,
     tensor_parallel: TensorParallel = 1,
+    expert_parallel: ExpertParallel = None,
     simulate: Annotated[bool, typer.Option("--simulate", help="Run all ranks in this process.")] = False,
 ) -> None:
     """Generate text. The text goes to stdout as it is made, progress and a short table to stderr."""
@@ -94,6 +97,7 @@ def run(
             kv_cache=KVCacheConfig(dtype=kv_cache),
             tensor_parallel=tensor_parallel,
             simulate=simulate,
+            expert_parallel=expert_parallel or (),
             progress=first,
         )
         speed = _stream(compiled, tokenizer, tokens, params, first)
@@ -117,12 +121,15 @@ def dump(
     quantization: Quantization = None,
     kv_cache: CacheDtype = None,
     tensor_parallel: TensorParallel = 1,
+    expert_parallel: ExpertParallel = None,
 ) -> None:
     """Show what a model is compiled to: its lowered graph on stdout, numbered files, or a page. No weights are read."""
     quiet_transformers()
     if html and html.suffix != ".html":
         raise OptionError(f"--html {html}: the name of the page must end with .html")
-    lowered, _ = _lower(model, device, dtype, max_seq_len, quantization, kv_cache, tensor_parallel, out or html)
+    lowered, _ = _lower(
+        model, device, dtype, max_seq_len, quantization, kv_cache, tensor_parallel, expert_parallel, out or html
+    )
     out, html = (path and path_of_rank(path) for path in (out, html))
     if out is not None:
         last, page = max(out.glob("[0-9][0-9][0-9]_*.txt")), out / "index.html"
@@ -144,10 +151,13 @@ def explain(
     quantization: Quantization = None,
     kv_cache: CacheDtype = None,
     tensor_parallel: TensorParallel = 1,
+    expert_parallel: ExpertParallel = None,
 ) -> None:
     """Say what was fused, what was not and why, and what almost was. No weights are read."""
     quiet_transformers()
-    lowered, report = _lower(model, device, dtype, max_seq_len, quantization, kv_cache, tensor_parallel)
+    lowered, report = _lower(
+        model, device, dtype, max_seq_len, quantization, kv_cache, tensor_parallel, expert_parallel
+    )
     try:
         print(explanation(lowered.graph, report, layer), end="")
     except ValueError as error:
@@ -198,11 +208,14 @@ def _lower(
     quantization: str | None,
     kv_cache: str | None,
     tensor_parallel: int,
+    expert_parallel: list[str] | None,
     out: Path | None = None,
 ) -> tuple[Lowered, Report]:
     """A model lowered to kernels, without its weights."""
     place = resolve_device(device)
     kind = resolve_dtype(dtype, place)
+    by_expert = resolve_patterns("expert_parallel", expert_parallel or ())
+    refuse_ranks(tensor_parallel, False, {"expert_parallel": by_expert}, False, None)
     report = Report(device=str(place), dtype=str(kind).removeprefix("torch."))
     with report.timed("read the model"):
         bones = skeleton(resolve(model), kind)
@@ -213,6 +226,7 @@ def _lower(
         options,
         quantization=resolve_quantization(_wanted(quantization)),
         tensor_parallel=positive("tensor_parallel", tensor_parallel),
+        expert_parallel=by_expert,
     )
     wishes = Wishes(dump=Dump(out) if out else None, progress=Progress(True))
     return lower(bones, options, wishes, report), report

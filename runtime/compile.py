@@ -76,6 +76,7 @@ def compile(
     tensor_parallel: int = 1,
     simulate: bool = False,
     replicated: Sequence[str] = (),
+    expert_parallel: Sequence[str] = (),
     schedule: str = "auto",
     graphs: bool | None = None,
     lookahead: bool | None = None,
@@ -114,6 +115,8 @@ def compile(
             others are started here, one for each GPU or on the CPU, and end with the model (see ``CompiledModel.close``).
         simulate: run all ranks in this process, on the CPU, each in a thread.
         replicated: patterns of weights, as for ``quantization``, that every rank is to hold whole.
+        expert_parallel: patterns of weights of experts (``"*.experts.*"``) of which each rank is to hold some of the experts
+            whole, and not a part of each.
         graphs: run steps that only decode as CUDA graphs, recorded here for a few batch sizes that others are padded
             to; the default on a GPU. On the CPU the same padded steps are plain calls, for tests.
         lookahead: launch each step before the tokens of the last are known to the host; the default on a GPU.
@@ -154,8 +157,9 @@ def compile(
     if tensor_parallel != 1 and place.type == "cuda" and torch.device(device or "cuda").index is None:
         place = gpu_of_rank()
     groups = groups_of(tensor_parallel, simulate, place)
-    kept = resolve_patterns("replicated", replicated)
-    refuse_ranks(tensor_parallel, simulate, replicated, calibration is not None, model)
+    patterns = {"replicated": replicated, "expert_parallel": expert_parallel}
+    kept, by_expert = (resolve_patterns(name, wanted) for name, wanted in patterns.items())
+    refuse_ranks(tensor_parallel, simulate, patterns, calibration is not None, model)
     refuse_schemes(passes.wanted_of(model) if isinstance(model, Graph) else wanted, place)
     kind = resolve_dtype(dtype, place)
     meter = Meter(place) if place.type == "cuda" else None
@@ -184,6 +188,7 @@ def compile(
         quantization=wanted,
         tensor_parallel=tensor_parallel,
         replicated=kept,
+        expert_parallel=by_expert,
         calibrated=calibration is not None,
         smoothing=calibration is not None and "int8d" in wanted.values(),
         graphs=gpu if graphs is None else graphs,

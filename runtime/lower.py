@@ -73,7 +73,7 @@ def lower(source: Skeleton | Graph, options: Options, wishes: Wishes, report: Re
         UnsupportedModelError, ExpectationError, VerificationError, UnknownPassError, OptionError: see ``compile``.
     """
     skip = _switches(wishes.skip)
-    stated: dict[str, str] = {}  # by the model, about ranks
+    stated = passes.ModelPlan()
     if isinstance(source, Graph):
         graph = source
     else:
@@ -93,8 +93,10 @@ def lower(source: Skeleton | Graph, options: Options, wishes: Wishes, report: Re
                     choices[passes.CALIBRATION] = True
             if options.replicated:
                 choices[passes.REPLICATED] = ", ".join(options.replicated)
+            if options.expert_parallel:
+                choices[passes.EXPERT_PARALLEL] = ", ".join(options.expert_parallel)
             # A pattern with numbers may tell equal layers apart.
-            patterns = [*options.quantization, *options.replicated, *stated]
+            patterns = [*options.quantization, *options.replicated, *options.expert_parallel, *stated.patterns]
             fold = fold and not any(re.search(r"[0-9?\[]", pattern) for pattern in patterns)
             graph = capture(source, choices, options.max_seq_len, fold)
     captured, undivided = graph, None
@@ -110,7 +112,7 @@ def lower(source: Skeleton | Graph, options: Options, wishes: Wishes, report: Re
                 undivided = graph
             graph = step.graph
             done.append(step.report)
-            if step.name == "Shard" and stated:
+            if step.name == "Shard" and stated.patterns:
                 report.model_plan = passes.compare(stated, graph, step.report)
             if wishes.dump:
                 wishes.dump.graph(step.name, graph)

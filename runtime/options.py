@@ -48,6 +48,7 @@ class Options:
     smoothing: bool = False
     tensor_parallel: int = 1
     replicated: tuple[str, ...] = ()
+    expert_parallel: tuple[str, ...] = ()
     graphs: bool = False
     lookahead: bool = False
 
@@ -117,18 +118,23 @@ def resolve_patterns(name: str, patterns: Iterable[object]) -> tuple[str, ...]:
     return tuple(found)
 
 
-def refuse_ranks(ranks: int, simulate: bool, replicated: Sequence[str], calibrated: bool, model: object) -> None:
+def refuse_ranks(
+    ranks: int, simulate: bool, patterns: Mapping[str, Sequence[str]], calibrated: bool, model: object
+) -> None:
     """Check the options about ranks against each other, and against a graph that was made for some.
 
+    ``patterns`` are those of weights, by option; ``calibrated`` says that weights are to be calibrated.
+
     Raises:
-        OptionError: they do not go together. ``calibrated`` says that weights are to be calibrated.
+        OptionError: they do not go together.
     """
     if ranks == 1 and simulate:
         raise OptionError("simulate=True is for several ranks: pass tensor_parallel=2 or more, or leave it out")
-    if ranks == 1 and replicated:
-        raise OptionError(
-            f"replicated={replicated!r} is for several ranks: pass tensor_parallel=2 or more, or leave it out"
-        )
+    for name, wanted in patterns.items():
+        if ranks == 1 and wanted:
+            raise OptionError(
+                f"{name}={wanted!r} is for several ranks: pass tensor_parallel=2 or more, or leave it out"
+            )
     if ranks > 1 and calibrated and isinstance(model, Graph):
         raise OptionError("calibration with tensor_parallel is for a model, not for a graph from a dump: leave it out")
     stated = model.options.get(TENSOR_PARALLEL, 1) if isinstance(model, Graph) else ranks

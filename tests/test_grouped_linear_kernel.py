@@ -38,12 +38,23 @@ CASES = {
     "uint4g128, fp16": (replace(UNLUCKY, scheme=scheme_of("uint4g128"), in_features=256, dtype=torch.float16), 1),
     "fp16": (replace(UNLUCKY, dtype=torch.float16, bias=True), 37),
 }
+# The experts that ranks before and after this one have.
+SHARES = {
+    "the first rank's": ("unlucky features, more tokens", (0, 5)),
+    "the last rank's": ("all three", (10, 0)),
+    "one of many": ("one expert", (7, 8)),
+    "few of many": ("a few tokens", (20, 30)),
+    "in codes": ("int4g64", (3, 3)),
+    "in fp16": ("fp16", (5, 5)),
+}
 
 
 def grouped_linear_reference(spec: GroupedLinearSpec, x, ids, weight, bias=None):  # type: ignore[no-untyped-def]
     """One matrix-vector product per pair, in fp64."""
-    out = torch.empty(*ids.shape, spec.out_features, dtype=torch.float64, device=x.device)
+    out = torch.zeros(*ids.shape, spec.out_features, dtype=torch.float64, device=x.device)
     for t, j in ((t, j) for t in range(ids.shape[0]) for j in range(spec.top_k)):
+        if not 0 <= ids[t, j] < spec.num_experts:
+            continue
         matrix = weight[ids[t, j]].double()
         row = (x[t, j] if spec.per_pair else x[t]).double()
         out[t, j] = row @ matrix if spec.transposed else matrix @ row
@@ -52,11 +63,13 @@ def grouped_linear_reference(spec: GroupedLinearSpec, x, ids, weight, bias=None)
     return out
 
 
-def inputs(spec: GroupedLinearSpec, tokens: int, device: str = "cpu") -> list[torch.Tensor]:
+def inputs(
+    spec: GroupedLinearSpec, tokens: int, device: str = "cpu", others: tuple[int, int] = (0, 0)
+) -> list[torch.Tensor]:
     """x, ids (distinct within a token, the last expert without pairs where that is possible), weight and bias."""
     generator = torch.Generator().manual_seed(tokens)
-    usable = max(spec.num_experts - 1, spec.top_k)
-    ids = torch.stack([torch.randperm(usable, generator=generator)[: spec.top_k] for _ in range(tokens)])
+    usable = max(sum(others) + spec.num_experts - 1, spec.top_k)
+    ids = torch.stack([torch.randperm(usable, generator=generator)[: spec.top_k] for _ in range(tokens)]) - others[0]
     features = (spec.in_features, spec.out_features) if spec.transposed else (spec.out_features, spec.in_features)
     x_shape = (tokens, spec.top_k, spec.in_features) if spec.per_pair else (tokens, spec.in_features)
     x = torch.randn(x_shape, generator=generator)
@@ -67,26 +80,33 @@ def inputs(spec: GroupedLinearSpec, tokens: int, device: str = "cpu") -> list[to
     return [x, ids.to(device), held.to(device), *bias]
 
 
-def run_case(spec: GroupedLinearSpec, tokens: int, folder: str, device: str = "cpu") -> tuple[float, float]:
+def run_case(
+    spec: GroupedLinearSpec, tokens: int, folder: str, device: str = "cpu", others: tuple[int, int] = (0, 0)
+) -> tuple[float, float]:
     """RMSE of an emitted file relative to the reference, and that of rounding the reference to the dtype."""
     path = Path(folder, "grouped.py")
     path.write_text(grouped_linear_source(spec))
-    x, ids, weight, *bias = inputs(spec, tokens, device)
+    x, ids, weight, *bias = inputs(spec, tokens, device, others)
     out = torch.full((tokens, spec.top_k, spec.out_features), torch.nan, dtype=spec.dtype, device=device)
     load_kernel_file(path).launch(x, ids, weight, out, *bias)
     if spec.scheme is not None:
         kind = TensorType(spec.scheme.name, (spec.num_experts, spec.out_features, spec.in_features))
         weight = dequantize(weight, kind, torch.float32)
     expected = grouped_linear_reference(spec, x, ids, weight, *bias)
+    if sum(others):
+        away = (ids < 0) | (ids >= spec.num_experts)
+        assert away.any() and not away.all() and not out[away].any(), "rows of no expert here are zeros"
     scale = expected.square().mean()
     rounding = (expected.to(spec.dtype).double() - expected).square().mean() / scale
     return ((out.double() - expected).square().mean() / scale).sqrt().item(), rounding.sqrt().item()
 
 
-def run_sort(spec: GroupedLinearSpec, tokens: int, folder: str) -> tuple[list[int], list[int], list[int]]:
+def run_sort(
+    spec: GroupedLinearSpec, tokens: int, folder: str, others: tuple[int, int]
+) -> tuple[list[int], list[int], list[int]]:
     path = Path(folder, "sort.py")
     path.write_text(grouped_linear_source(spec))
-    ids = inputs(spec, tokens)[1]
+    ids = inputs(spec, tokens, others=others)[1]
     order, starts = load_kernel_file(path).sort_pairs(ids)
     return ids.flatten().tolist(), order.tolist(), starts.tolist()
 
@@ -111,19 +131,41 @@ def test_equals_the_reference(name: str, pool: ProcessPoolExecutor, tmp_path: Pa
     assert error <= (1e-5 if spec.dtype == torch.float32 else 1e-3)
 
 
-@pytest.mark.parametrize("tokens", [1, 11, 700, 2500])
-def test_pairs_are_sorted_stably(tokens: int, pool: ProcessPoolExecutor, tmp_path: Path) -> None:
+@pytest.mark.parametrize("name", SHARES)
+def test_pairs_of_other_ranks_are_zeros(name: str, pool: ProcessPoolExecutor, tmp_path: Path) -> None:
+    """Experts that are not here have numbers below 0 or past the last one's."""
+    case, others = SHARES[name]
+    spec, tokens = CASES[case]
+    error, _ = pool.submit(run_case, spec, tokens, str(tmp_path), "cpu", others).result()
+    assert error <= (1e-5 if spec.dtype == torch.float32 else 1e-3)
+
+
+@pytest.mark.parametrize(("tokens", "others"), [(1, (0, 0)), (11, (3, 4)), (700, (0, 0)), (2500, (6, 6))])
+def test_pairs_are_sorted_stably(
+    tokens: int, others: tuple[int, int], pool: ProcessPoolExecutor, tmp_path: Path
+) -> None:
     """2500 tokens take the larger of the two sorting tiles."""
     spec = replace(SPEC, num_experts=6)
-    ids, order, starts = pool.submit(run_sort, spec, tokens, str(tmp_path)).result()
+    ids, order, starts = pool.submit(run_sort, spec, tokens, str(tmp_path), others).result()
+    ids = [expert if 0 <= expert < spec.num_experts else spec.num_experts for expert in ids]
     assert order == sorted(range(len(ids)), key=lambda pair: ids[pair])
-    assert starts == [sum(i < expert for i in ids) for expert in range(spec.num_experts + 1)]
+    assert starts == [sum(i < expert for i in ids) for expert in range(spec.num_experts + 2)]
 
 
 def test_cases_reach_every_tile(pool: ProcessPoolExecutor, tmp_path: Path) -> None:
     """If this fails, a tile is emitted that no case above runs."""
     reached = {pool.submit(variant_names, spec, [tokens], str(tmp_path)).result()[0] for spec, tokens in CASES.values()}
     assert reached == {2, 3, 4}
+
+
+def test_tiles_are_those_for_the_rows_that_reach_a_rank(pool: ProcessPoolExecutor, tmp_path: Path) -> None:
+    """A rank's 8 of 64 experts have as many rows each as all 64 would have."""
+    few, counts = replace(SPEC, num_experts=8, top_k=2), [100, 1000, 4000]
+    tiles = [
+        pool.submit(variant_names, spec, counts, str(tmp_path)).result()
+        for spec in (few, replace(few, chosen_from=64), replace(few, num_experts=64))
+    ]
+    assert tiles[1] == tiles[2] == [2, 3, 4] and tiles[0] != tiles[1]
 
 
 def test_source_is_deterministic_and_states_its_numbers() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -67,10 +68,12 @@ def read(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
     return Counted.read
 
 
-@pytest.mark.parametrize("name", ["llama", "llama-tied", "gpt2", "opt", "phi3", "gemma3_text"])
+@pytest.mark.parametrize(
+    "name", ["llama", "llama-tied", "gpt2", "opt", "phi3", "gemma3_text", "mixtral", "qwen3_moe", "jamba"]
+)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_values_are_those_that_transformers_loads(name: str, dtype: torch.dtype, tmp_path: Path) -> None:
-    """Converted, tied and kept wide as there, whatever the checkpoint's type and number of files."""
+    """Converted, tied, stacked and kept wide as there, whatever the checkpoint's type and number of files."""
     make(name, torch.bfloat16).save_pretrained(tmp_path, max_shard_size="40KB")
     assert len(list(tmp_path.glob("*.safetensors"))) > 1
     bones = skeleton(tmp_path, dtype)
@@ -82,10 +85,28 @@ def test_values_are_those_that_transformers_loads(name: str, dtype: torch.dtype,
         assert found[item].dtype == value.dtype and torch.equal(found[item], value), item
 
 
-@pytest.mark.parametrize("name", ["mixtral", "zaya"])
-def test_what_is_converted_on_loading_is_left_to_transformers(name: str, tmp_path: Path) -> None:
-    """Experts are stacked; a buffer's type is a matter of its own."""
-    make(name).save_pretrained(tmp_path)
+def test_a_buffer_that_files_hold_is_left_to_transformers(tmp_path: Path) -> None:
+    """Its type on loading is a matter of its own."""
+    make("zaya").save_pretrained(tmp_path)
+    assert skeleton(tmp_path, torch.float32).lazy() is None
+
+
+def test_what_is_computed_on_loading_is_left_to_transformers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Experts that are turned, and not only stacked."""
+    make("mixtral").save_pretrained(tmp_path)
+    assert skeleton(tmp_path, torch.float32).lazy() is not None
+    monkeypatch.setattr(
+        "transformers.core_model_loading.MergeModulelist.convert",
+        lambda self, values, **_: {name: torch.stack([item.t() for item in items]) for name, items in values.items()},
+    )
+    assert skeleton(tmp_path, torch.float32).lazy() is None
+
+
+def test_experts_that_the_files_lack_are_left_to_transformers(tmp_path: Path) -> None:
+    make("mixtral").save_pretrained(tmp_path)
+    values = load_file(tmp_path / "model.safetensors")
+    del values[max(name for name in values if ".experts." in name)]
+    save_file(values, tmp_path / "model.safetensors", {"format": "pt"})
     assert skeleton(tmp_path, torch.float32).lazy() is None
 
 
@@ -161,6 +182,44 @@ def test_a_rank_reads_its_part_once(name: str, layers: int, ranks: int, read: Co
         assert {item.data_ptr() for values in few_part.constants.values() for item in values} <= places
 
 
+@pytest.mark.parametrize("by_expert", [(), ("*.experts.*",)])
+@pytest.mark.parametrize(
+    ("name", "more", "ranks"),
+    [
+        ("gpt_oss", {}, 2),
+        ("mixtral", {}, 4),
+        ("qwen3_moe", {"num_local_experts": 6}, 4),
+    ],
+)
+def test_a_rank_reads_its_part_of_experts(
+    name: str, more: dict[str, int], ranks: int, by_expert: tuple[str, ...], read: Counter[str], tmp_path: Path
+) -> None:
+    """Some of them or a part of each, held stacked or one by one; of the router, everything. Padding reads the last again."""
+    divisible(name, **more).save_pretrained(tmp_path)
+    bones = skeleton(tmp_path, torch.float32)
+    options = Options(CPU, torch.float32, 3, 64, 64, KVCacheConfig(), tensor_parallel=ranks, expert_parallel=by_expert)
+    loop = lower(bones, options, Wishes(), Report("cpu", "float32")).loop
+    found, whole = bones.lazy(), bones.load()
+    assert found is not None
+    count, routers = more.get("num_local_experts", 4), (".gate.weight", ".router.weight")
+
+    def of_experts(sizes: Mapping[str, int]) -> int:
+        return sum(size for item, size in sizes.items() if ".experts." in item and not item.endswith("bias"))
+
+    sizes = {item: value.nbytes for item, value in whole.items()}
+    for group in simulated(ranks):
+        read.clear()
+        ((part,), _) = place_parts(loop, loop, found, CPU, {}, [group], iter)
+        ((expected,), _) = place_parts(loop, loop, whole, CPU, {}, [group], iter)
+        share = -(-count // ranks)
+        here = min(share, count - min(share * group.rank, count - 1))
+        assert of_experts(read) == of_experts(sizes) * (here / count if by_expert else 1 / ranks)
+        whole_read, held = (sum(of[item] for item in of if item.endswith(routers)) for of in (read, sizes))
+        assert whole_read == held > 0
+        for node, values in expected.constants.items():
+            assert all(map(torch.equal, part.constants[node], values)), node
+
+
 @pytest.mark.parametrize("layers", [2, 6])
 def test_ranks_that_read_parts_generate_the_tokens_of_one(layers: int, tmp_path: Path) -> None:
     divisible("llama", num_hidden_layers=layers).to(torch.bfloat16).save_pretrained(tmp_path, max_shard_size="60KB")
@@ -171,6 +230,15 @@ def test_ranks_that_read_parts_generate_the_tokens_of_one(layers: int, tmp_path:
     _, expected = tokens(tmp_path, quantization="int8")
     _, found = tokens(tmp_path, quantization="int8", tensor_parallel=2, simulate=True)
     assert found == expected
+
+
+def test_ranks_that_read_parts_of_experts_generate_the_tokens_of_one(tmp_path: Path) -> None:
+    """Stacked from a file's tensors: a part of each, or some of them, of which 3 ranks have 2, 2 and none."""
+    divisible("mixtral").to(torch.bfloat16).save_pretrained(tmp_path, max_shard_size="60KB")
+    _, expected = tokens(tmp_path, quantization="int8")
+    for ranks, by_expert in [(2, []), (3, ["*.experts.*"])]:
+        wanted = {"tensor_parallel": ranks, "simulate": True, "expert_parallel": by_expert}
+        assert tokens(tmp_path, quantization="int8", **wanted)[1] == expected
 
 
 def test_ranks_in_processes_run_the_layers_that_are_traced(

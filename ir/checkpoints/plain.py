@@ -1,4 +1,4 @@
-"""Read a checkpoint whose files hold a model's parameters under their own names: each when it is asked for."""
+"""Read a checkpoint whose files hold a model's parameters, whole or in pieces: each when it is asked for."""
 
 from __future__ import annotations
 
@@ -13,47 +13,61 @@ from transformers import PreTrainedModel
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, cached_file
 from transformers.utils.hub import get_checkpoint_shard_files
 
-from ..dist import spans
+from ..dist import is_padded, spans
 from ..prepare import names_of_each
 from ..weights import LazyWeights
 from .files import Tensors, opened
+from .layout import Layout
 
 
 class FileWeights(LazyWeights):
-    """The values of a model in safetensors files, converted to the types that the model has them in."""
+    """The values of a model in safetensors files, converted to the types that the model has them in.
+
+    ``layouts`` says for each of ``kinds`` which tensors of the files it is made of.
+    """
 
     reads_parts = True
 
     def __init__(
-        self, tensors: Tensors, keys: Mapping[str, str], kinds: Mapping[str, Tensor], held: Mapping[str, Tensor]
+        self, tensors: Tensors, layouts: Mapping[str, Layout], kinds: Mapping[str, Tensor], held: Mapping[str, Tensor]
     ) -> None:
         super().__init__(kinds, held)
-        self._tensors, self._keys = tensors, keys
+        self._tensors, self._layouts = tensors, layouts
 
     def part(self, name: str, dim: int, sections: Sequence[int], ranks: int, rank: int) -> Tensor:
         if name not in self._kinds:
             return super().part(name, dim, sections, ranks, rank)
         kind, found = self._kinds[name], spans(sections, ranks, rank)
-        if kind.shape[dim] != sum(sections):
+        there = kind.shape[dim]
+        if there != sum(sections) and not is_padded(there, sections):
             raise ValueError(f"dim {dim} of {name} {tuple(kind.shape)} is not made of the sections {list(sections)}")
         shape = (*kind.shape[:dim], sum(size for _, size in found), *kind.shape[dim + 1 :])
         made, place = torch.empty(shape, dtype=kind.dtype), 0
         for start, size in found:
-            made.narrow(dim, place, size).copy_(self._tensors.piece(self._keys[name], dim, start, size))
+            first = min(start, there - 1)
+            held = min(size, there - first)
+            self._layouts[name].read(self._tensors, dim, first, made.narrow(dim, place, held))
+            if held < size:
+                made.narrow(dim, place + held, size - held).copy_(made.narrow(dim, place + held - 1, 1))
             place += size
         return made
 
     def _read(self, name: str) -> Tensor:
-        # A tensor of a file is its pages in memory: what is kept must not change with the file.
-        return self._tensors[self._keys[name]].to(self._kinds[name].dtype, copy=True)
+        kind, layout = self._kinds[name], self._layouts[name]
+        if not layout.shape:
+            # A tensor of a file is its pages in memory: what is kept must not change with the file.
+            return self._tensors[layout.blocks[0].key].to(kind.dtype, copy=True)
+        made = torch.empty(kind.shape, dtype=kind.dtype)
+        layout.read(self._tensors, 0, 0, made)
+        return made
 
 
 def plain_weights(path: str | Path, model: PreTrainedModel, options: Mapping[str, Any]) -> FileWeights | None:
-    """The values of a checkpoint, if loading does nothing but read them; else nothing.
+    """The values of a checkpoint, if loading does nothing but read them, stack them and put them next to each other.
 
     ``model`` has parameters of the shapes and types wanted, without values, and real buffers. ``options`` are those of
-    ``from_pretrained``. Nothing is found where transformers renames, stacks or splits what the files hold, or would have
-    to invent a value.
+    ``from_pretrained``. Nothing is found where transformers does anything else with what the files hold, or would have to
+    invent a value.
     """
     if type(model).from_pretrained.__func__ is not PreTrainedModel.from_pretrained.__func__:
         return None
@@ -64,21 +78,21 @@ def plain_weights(path: str | Path, model: PreTrainedModel, options: Mapping[str
         return None
     tensors = opened(files)
     state = {name: item for name, item in model.state_dict().items() if isinstance(item, Tensor)}
-    found = _keys(tensors, model, state)
+    found = _layouts(tensors, model, state)
     if found is None:
         return None
     named = dict(model.named_parameters(remove_duplicate=False))
     if not found.keys() <= named.keys():  # a buffer, whose type on loading is a matter of its own
         return None
-    keys = {}
+    layouts = {}
     for name, names in names_of_each(model).items():
         there = [found[item] for item in names if item in found]
         if len(there) != 1:  # no value, or several that may differ
             return None
-        keys[name] = there[0]
+        layouts[name] = there[0]
     held = dict(model.named_buffers(remove_duplicate=False))
-    fits = all(tensors.shape(key) == tuple(named[name].shape) for name, key in keys.items())
-    return FileWeights(tensors, keys, named, held) if fits else None
+    fits = all(layout.shape == tuple(named[name].shape) for name, layout in layouts.items())
+    return FileWeights(tensors, layouts, named, held) if fits else None
 
 
 def _files(path: str | Path, model: PreTrainedModel) -> list[str] | None:
@@ -104,27 +118,59 @@ def _files(path: str | Path, model: PreTrainedModel) -> list[str] | None:
         return None
 
 
-def _keys(tensors: Tensors, model: PreTrainedModel, state: Mapping[str, Tensor]) -> dict[str, str] | None:
-    """The files' name of each value that they hold, by the model's name; nothing if one is not held as it is.
+def _layouts(tensors: Tensors, model: PreTrainedModel, state: Mapping[str, Tensor]) -> dict[str, Layout] | None:
+    """How each value lies in the files, by the model's name; nothing if loading does more than put tensors together.
 
-    The names are matched by what transformers itself does on loading.
+    Names are matched, and tensors put together, by what transformers itself does on loading.
     """
     try:
         from transformers.conversion_mapping import get_model_conversion_mapping
-        from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
+        from transformers.core_model_loading import (
+            WeightConverter,
+            WeightRenaming,
+            dot_natural_key,
+            rename_source_key,
+        )
     except ImportError:  # another version of transformers
         return None
     changes = get_model_conversion_mapping(model)
     renamings = [item for item in changes if isinstance(item, WeightRenaming)]
     converters = [item for item in changes if isinstance(item, WeightConverter)]
-    found: dict[str, str] = {}
-    for key in tensors:
-        plain, _ = rename_source_key(key, [], [], model.base_model_prefix, state)
-        name, converter = rename_source_key(key, renamings, converters, model.base_model_prefix, state)
-        if (name != plain or converter is not None) and (name in state or key not in state):
+    parts: dict[str, dict[str, list[Layout]]] = {}
+    for key in sorted(tensors, key=dot_natural_key):
+        name, pattern = rename_source_key(key, renamings, converters, model.base_model_prefix, state)
+        if name not in state and key in state:
+            name, pattern = rename_source_key(key, [], [], model.base_model_prefix, state)
+        if name in state:
+            parts.setdefault(name, {}).setdefault(pattern or "", []).append(Layout.of(tensors, key))
+    by_pattern = {pattern: item for item in converters for pattern in item.source_patterns}
+    found: dict[str, Layout] = {}
+    for name, items in parts.items():
+        used = {by_pattern.get(pattern) for pattern in items}
+        made = _converted(name, items, used.pop(), model) if len(used) == 1 else None
+        if made is None:
             return None
-        if plain in state:
-            if plain in found:
-                return None
-            found[plain] = key
+        found[name] = made
     return found
+
+
+def _converted(name: str, parts: dict[str, list[Layout]], converter: Any, model: PreTrainedModel) -> Layout | None:
+    """What a converter makes of the tensors for a value, by the patterns that they fit; nothing if it computes with them."""
+    if converter is None:
+        (items,) = parts.values()
+        return items[0] if len(items) == 1 else None
+    values: Any = parts
+    try:
+        for operation in converter.operations:
+            values = operation.convert(
+                values,
+                source_patterns=converter.source_patterns,
+                target_patterns=converter.target_patterns,
+                full_layer_name=name,
+                model=model,
+                config=model.config,
+            )
+    except (AttributeError, TypeError, ValueError):
+        return None
+    found = list(values.values())
+    return found[0] if len(found) == 1 == len(converter.target_patterns) and isinstance(found[0], Layout) else None

@@ -89,7 +89,8 @@ def prefill_operations(graph: Graph, batch: int, prompt: int) -> float:
     for node in graph.calls():
         name = op_name(node.target)
         if name in PROJECTIONS or name == "nn.grouped_linear":
-            total += 2.0 * _numel(node, sizes) * _numel(node.args[0], sizes, last=True)
+            share = _experts_here(node) if name == "nn.grouped_linear" else 1.0
+            total += 2.0 * share * _numel(node, sizes) * _numel(node.args[0], sizes, last=True)
         elif name == "nn.paged_attention":
             queries = sum(_seen(node, place) for place in range(1, prompt + 1))
             heads, width = type_of(node.args[0]).shape[1:]  # type: ignore[arg-type]
@@ -126,8 +127,16 @@ def _share(node: Node, user: Node, rows: int) -> float:
     if name == "nn.grouped_linear" and node in user.args[2:]:
         chosen = type_of(user.args[1]).shape[1]  # type: ignore[arg-type]
         assert isinstance(chosen, int)
-        return 1.0 - (1.0 - chosen / first) ** rows
+        return 1.0 - (1.0 - chosen * _experts_here(user) / first) ** rows
     return 1.0
+
+
+def _experts_here(node: Node) -> float:
+    """The share of the experts that this rank has; that of a full rank, where some of another are padding."""
+    weight, experts = node.args[2], node.args[5] if len(node.args) > 5 else None
+    assert isinstance(weight, Node)
+    here = type_of(weight).shape[0]
+    return here / experts if isinstance(here, int) and isinstance(experts, int) else 1.0
 
 
 def _seen(attention: Node, context: int) -> int:
