@@ -18,6 +18,28 @@ def row_codes(tile: MatmulTile, layout: Plan) -> str:
     return tile.writer.assign("codes", f"tl.load({where}, mask={at.mask}, other=0.0)")
 
 
+def in_fours(layout: Plan) -> bool:
+    """Whether one row is multiplied four codes at a time: they are whole numbers, of a byte each."""
+    return in_codes(layout) and not scheme(layout).floats
+
+
+def row_fours(layout: Plan) -> str:
+    """The expression of one row at ``word``, in words of four codes."""
+    return _fours(_rows(layout), layout, "row")
+
+
+def weight_fours(layout: Plan, more: str) -> list[str]:
+    """The same of a tile of the weight, for each lane. What lies past the end of its rows is zero."""
+    columns = [f"(n + {offset})[:, None]" if offset else "n[:, None]" for offset in layout.offsets]
+    return [_fours(layout.weight, layout, column, "ok[:, None] & ", more) for column in columns]
+
+
+def _fours(value: Node, layout: Plan, row: str, ok: str = "", more: str = "") -> str:
+    how, depth = scheme(layout), layout.depth
+    where = f"{as_numbers(value, 'int32')} + {row} * {how.row_bytes(depth) // 4} + word[None, :]"
+    return f"tl.load({where}, mask={ok}(word < {how.factors_at(depth) // 4})[None, :], other=0{more})"
+
+
 def print_row_factors(tile: MatmulTile, layout: Plan) -> None:
     """Print the factor of each row's sums, where the rows are in codes."""
     if not in_codes(layout):
@@ -31,7 +53,7 @@ def print_row_factors(tile: MatmulTile, layout: Plan) -> None:
 
 def sums_type(layout: Plan) -> str:
     """The type of the sums, as Triton text: products of whole codes are summed exactly."""
-    return "tl.int32" if in_codes(layout) and not scheme(layout).floats else "tl.float32"
+    return "tl.int32" if in_fours(layout) else "tl.float32"
 
 
 def dot_options(layout: Plan) -> str:

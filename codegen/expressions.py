@@ -14,7 +14,7 @@ from ..ir.cache_rounding import LARGEST
 from ..ir.graph import type_of
 from ..ir.ops import op_name
 from .exchange import HELPERS as EXCHANGE_HELPERS
-from .pairs import codes_helpers
+from .instructions import HELPERS as INSTRUCTION_HELPERS
 
 Print = Callable[[Sequence[str], Node], str]
 
@@ -30,7 +30,7 @@ _INTEGERS = {
 # Functions that an expression may call; a kernel file holds those that it uses.
 HELPERS = {
     **EXCHANGE_HELPERS,
-    **codes_helpers(),
+    **INSTRUCTION_HELPERS,
     "prefetch": """@triton.jit
 def prefetch(pointers, BYTES: tl.constexpr):
     # To the L2 cache, by the copy engine: no register waits for it. Needs sm_90, and takes whole 16 bytes.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from ..ir.graph import Graph
-from .codes import dot_options, print_row_factors, sums_type
+from .codes import dot_options, in_fours, print_row_factors, row_fours, sums_type, weight_fours
 from .columns import Plan, plan
 from .exchange import SENDING, UNSPECIALISED, sent_by
 from .few_rows import few_rows
@@ -78,11 +78,12 @@ def _one_row(graph: Graph, layout: Plan) -> str:
     writer.line("tile = tl.program_id(0) // num_rows")
     tiles = place_columns(writer, layout)
     accumulators = accumulators_of(layout)
-    loads = weight_loads(layout, more=STREAMED)
-    rounded = is_rounded(layout)
+    rounded, fours = is_rounded(layout), in_fours(layout)
+    loads = weight_fours(layout, STREAMED) if fours else weight_loads(layout, more=STREAMED)
+    width, numbers = ("BLOCK_K // 4", "word = k0 // 4") if fours else ("BLOCK_K", "k = k0")
     print_begin(writer)
     if not rounded:
-        writer.line("k = tl.arange(0, BLOCK_K)")
+        writer.line(f"{numbers.partition(' ')[0]} = tl.arange(0, {width})")
     writer.line(
         "# The weight depends on no other kernel: its first part is on its way while those before this one end."
     )
@@ -100,28 +101,33 @@ def _one_row(graph: Graph, layout: Plan) -> str:
         begin_row(tile, layout, accumulators)
     else:
         for name in accumulators:
-            writer.line(f"{name}_sums = tl.zeros((BLOCK_N, BLOCK_K), tl.float32)")
+            writer.line(f"{name}_sums = tl.zeros((BLOCK_N, {width}), {sums_type(layout)})")
         tile.begin_squares("BLOCK_K")
     with writer.block(loop):
         tile.enter()
         if rounded:
             row_turn(tile, layout, accumulators)
         else:
-            writer.line("k = k0 + tl.arange(0, BLOCK_K)")
+            writer.line(f"{numbers} + tl.arange(0, {width})")
             with writer.block("if k0 > 0:"):
                 for name, load in zip(accumulators, loads):
                     writer.line(f"{name}_w = {load}")
-            value = print_rows(tile, layout)
-            value = f"{value}.to(tl.float32)" if in_codes(layout) else value
-            tile.add_squares()
-            for name in accumulators:
-                writer.line(f"{name}_sums += {name}_w.to(tl.float32) * {value}")
+            if fours:
+                writer.line(f"codes = {row_fours(layout)}")
+                for name in accumulators:
+                    writer.line(f"{name}_sums = add_fours({name}_w, codes, {name}_sums, PDL)")
+            else:
+                value = print_rows(tile, layout)
+                value = f"{value}.to(tl.float32)" if in_codes(layout) else value
+                tile.add_squares()
+                for name in accumulators:
+                    writer.line(f"{name}_sums += {name}_w.to(tl.float32) * {value}")
         tile.leave()
     if rounded:
         end_row(tile, layout, accumulators)
     else:
         for name in accumulators:
-            writer.line(f"{name} = tl.sum({name}_sums, 1)[None, :]")
+            writer.line(f"{name} = tl.sum({name}_sums, 1){'.to(tl.float32)' if fours else ''}[None, :]")
     tile.finish(accumulators, tiles)
     return writer.text()
 

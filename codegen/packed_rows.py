@@ -7,7 +7,7 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
 from ..ir.schemes import Scheme
-from .pairs import PAIRED, codes_name
+from .instructions import PAIRED, codes_name
 from .writer import Writer
 
 # Codes of a group whose products are summed before its factor. For fewer, which also are not 16 of each place as the

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from fuseline.codegen.pairs import codes_helpers, codes_name
+from fuseline.codegen.instructions import codes_helpers, codes_name
 
 KINDS = {"tl.bfloat16": torch.bfloat16, "tl.float16": torch.float16}
 CASES = [

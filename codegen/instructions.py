@@ -1,4 +1,7 @@
-"""How codes become numbers of 16 bits, two of them at a time: in a few instructions where the GPU has them."""
+"""Instructions that Triton does not choose by itself: codes that become numbers two at a time, and four products at once.
+
+Where a kernel does not run on a GPU that has them (``PDL`` says so), the helpers compute the same in the ordinary way.
+"""
 
 from __future__ import annotations
 
@@ -60,3 +63,21 @@ def {name}(words, PDL: tl.constexpr):
 
 def _twice(bits: int) -> str:
     return f"0x{bits << 16 | bits:08x}"
+
+
+HELPERS = {
+    **codes_helpers(),
+    "add_fours": """@triton.jit
+def add_fours(words, others, sums, PDL: tl.constexpr):
+    # Each word holds four whole numbers of a byte, with their signs.
+    if PDL:
+        sums = tl.inline_asm_elementwise(
+            "dp4a.s32.s32 $0, $1, $2, $3;", "=r,r,r,r", [words, others, sums], dtype=tl.int32, is_pure=True, pack=1
+        )
+    else:
+        for place in tl.static_range(4):
+            sums += ((words << (24 - 8 * place)) >> 24) * ((others << (24 - 8 * place)) >> 24)
+    return sums
+""",
+}
+"""Helper functions by name, as texts."""
