@@ -80,7 +80,7 @@ def quantize(
         assert isinstance(vocab, int)
         windows = windows_of(calibration, model, vocab, options.max_seq_len)
         found = calibrate(loop, values, windows, 16, place, lambda items: show.bar(items, "calibrate"))
-        summary, placed = found.summary, found.values
+        summary, placed, values = found.summary, found.values, {**values, **found.scales}
     constants = fold_constants(loop, values, place, placed, lambda items: show.bar(items, "weights"))
     schemes, state = _state(loop, constants, bones, values)
     _write(folder, model, bones, schemes, state)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -20,7 +21,9 @@ from ...ir.types import TensorType
 from ..constants import origin_of, weight_on
 from ..liveness import last_uses
 from ..selfcheck import step_of
-from .rounding import rounded
+from .balance import balance
+from .makers import maker_of
+from .rounding import Inputs, rounded
 from .smoothing import smoothing
 
 # Rows of logits that are computed: the output projection may be rounded, too.
@@ -29,18 +32,20 @@ _ROWS = 512
 
 @dataclass(frozen=True)
 class Calibrated:
-    """``values`` are rounded weights, and the vectors that ``smoothed`` of them were multiplied with before, by what they
-    are computed from, as ``fold_constants`` takes them. ``error`` is the squared error of all projections' results over
-    that of rounding to nearest."""
+    """``values`` are rounded weights, the vectors that ``smoothed`` of them were multiplied with before, and ``scales``, the
+    weights of norms that were divided to balance inputs: by what they are computed from, as ``fold_constants`` takes them
+    (``scales`` by their names as well). ``error`` is the squared error of all projections' results over that of rounding
+    to nearest."""
 
     values: dict[str, Tensor]
+    scales: dict[str, Tensor]
     smoothed: int
     error: float
 
     @property
     def summary(self) -> str:
         """What came of it, for a report."""
-        count = len(self.values) - self.smoothed
+        count = len(self.values) - self.smoothed - len(self.scales)
         smoothed = f", {self.smoothed} of them smoothed" if self.smoothed else ""
         return f"{count} weights by GPTQ{smoothed}: {self.error:.0%} of the squared error of rounding to nearest"
 
@@ -80,6 +85,10 @@ class _Calibration:
         self._origins: dict[Node, str] = {}
         self._caches: dict[tuple[str, TensorType], Tensor] = {}
         self._made: dict[str, Tensor] = {}
+        self._scales: dict[str, Tensor] = {}
+        self._names: dict[Node, str] = {}
+        weights_read = [(node, time) for stage in loop.stages for time in stage.times for node in stage.nodes]
+        self._readers = Counter(loop.weight(*item) for item in weights_read if str(item[0].target) == "weight")
         self._smoothed = 0
         self._errors = [0.0, 0.0]
 
@@ -112,14 +121,14 @@ class _Calibration:
                         for carry, later in self._loop.carries.items()
                     }
         ours, plain = self._errors
-        return Calibrated(self._made, self._smoothed, ours / plain if plain else 1.0)
+        return Calibrated(self._made, self._scales, self._smoothed, ours / plain if plain else 1.0)
 
     def _value(self, node: Node, time: int) -> Any:
         name = op_name(node.target)
         if node.op == "placeholder":
             return getattr(self._step, node.name)
         if name == "weight":
-            self._origins[node] = self._loop.origin(node, time)
+            self._origins[node], self._names[node] = self._loop.origin(node, time), self._loop.weight(node, time)
             return weight_on(self._weights, self._loop.weight(node, time), type_of(node), self._device)
         if name == "cache":
             # No layer reads what another has written.
@@ -174,19 +183,48 @@ class _Calibration:
             parts = [self._expert(item, sent[ids == expert], scheme) for expert, item in enumerate(matrix)]
             made = torch.stack(parts)
         else:
-            made = self._rounded(matrix, rows, scheme)
+            made = self._rounded(matrix, rows, scheme, projection)
         self._values[weight] = self._made[self._origins[weight]] = made
 
     def _expert(self, matrix: Tensor, rows: Tensor, scheme: Scheme) -> Tensor:
         """An expert's matrix. Rounding by fewer rows than it has inputs makes products with other rows worse."""
         return self._rounded(matrix, rows, scheme) if len(rows) >= matrix.shape[1] else quantize(matrix, scheme)
 
-    def _rounded(self, matrix: Tensor, rows: Tensor, scheme: Scheme) -> Tensor:
-        """A matrix rounded by the rows that it is multiplied with."""
+    def _rounded(self, matrix: Tensor, rows: Tensor, scheme: Scheme, projection: Node | None = None) -> Tensor:
+        """A matrix rounded by the rows that it is multiplied with, which are balanced before if a projection is given."""
         plain, hessian = quantize(matrix, scheme), rows.t() @ rows
-        made = rounded(matrix, hessian, scheme)
+        inputs, vector = Inputs.of(hessian), torch.ones_like(hessian[0])
+        if projection is not None:
+            vector = self._balanced(projection, matrix, inputs, scheme)
+        made = rounded(matrix.float() * vector, inputs.divided(vector), scheme)
         kind = TensorType(scheme.name, tuple(matrix.shape))
-        for place, found in enumerate((made, plain)):
-            wrong = dequantize(found, kind, torch.float32) - matrix.float()
+        for place, (found, over) in enumerate(((made, vector), (plain, torch.ones_like(vector)))):
+            wrong = dequantize(found, kind, torch.float32) / over - matrix.float()
             self._errors[place] += float(((wrong @ hessian) * wrong).sum())
         return made
+
+    def _balanced(self, projection: Node, matrix: Tensor, inputs: Inputs, scheme: Scheme) -> Tensor:
+        """Divide the inputs of a projection where that costs steps nothing; its matrix is to be multiplied with the result.
+
+        Where rows are rounded they have a vector of their own (``smoothing``), and E4M3 is about as exact at any size.
+        """
+        maker = None if scheme.dynamic else maker_of(projection)
+        if maker is None or any(self._readers[name] > 1 for name in self._leaves(maker.weight, projection)):
+            return torch.ones(matrix.shape[1], device=self._device)
+        source, x, channels = maker.weight, projection.args[0], maker.channels.to(self._device)
+        assert isinstance(x, Node)
+        value, inner = self._values[source], self._values[x]
+        vector = maker.exact(value, balance(matrix, inputs.shares, scheme, channels))
+        made = self._values[source] = self._made[self._origins[source]] = maker.divided(value, vector)
+        if not is_quantised(source):
+            self._scales[self._names[source]] = made
+        self._values[x] = (inner.float() / vector[channels]).to(inner.dtype)
+        return vector[channels]
+
+    def _leaves(self, *weights: Any) -> Iterator[str]:
+        """The names of the weights that nodes are computed from, through constants alone; of projections, their own."""
+        for node in weights:
+            node = node if is_constant(node) else node.args[1]
+            if node in self._names:
+                yield self._names[node]
+            yield from self._leaves(*node.all_input_nodes)

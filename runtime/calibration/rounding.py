@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 
@@ -16,22 +18,49 @@ _DAMPING = 0.01
 _BLOCK = 128
 
 
-def rounded(matrix: Tensor, hessian: Tensor, scheme: Scheme) -> Tensor:
+@dataclass(frozen=True)
+class Inputs:
+    """What rounding needs to know of the rows that a matrix ``[N, K]`` is multiplied with.
+
+    order   ``i64 [K]``: the inputs, in the order in which they are rounded, the largest first
+    root    ``f32 [K, K]``: the upper Cholesky factor of the inverse of the Hessian, in that order
+    """
+
+    order: Tensor
+    root: Tensor
+
+    @staticmethod
+    def of(hessian: Tensor) -> Inputs:
+        """``hessian f32 [K, K]`` is the sum of ``x^T x`` over the rows ``x``."""
+        order = hessian.diagonal().argsort(descending=True, stable=True)
+        return Inputs(order, _inverse_root(hessian[order][:, order]))
+
+    @property
+    def shares(self) -> Tensor:
+        """What the squared error of each input's weight counts, ``f32 [K]``, when those that are rounded after it have made
+        up for it: the inverse of an entry of the inverse (Optimal Brain Surgeon, Hassibi and Stork 1993)."""
+        found = torch.empty_like(self.root.diagonal())
+        found[self.order] = self.root.diagonal().square().reciprocal()
+        return found
+
+    def divided(self, vector: Tensor) -> Inputs:
+        """The same for rows that are divided by ``vector f32 [K]``."""
+        return Inputs(self.order, self.root * vector[self.order])
+
+
+def rounded(matrix: Tensor, inputs: Inputs, scheme: Scheme) -> Tensor:
     """``matrix [N, K]`` in the bytes of a scheme, ``u8 [N, scheme.row_bytes(K)]``.
 
-    ``hessian f32 [K, K]`` is the sum of ``x^T x`` over the rows ``x`` that the matrix is multiplied with. Columns are
-    rounded in the order of their weight in it, each to the nearest code; its error is made up for by the columns that
-    are still to come. The factors of all groups are chosen before, by the squared error that each input's weight gives.
+    Columns are rounded one by one, each to the nearest code; its error is made up for by the columns that are still to
+    come. The factors of all groups are chosen before, by what the error of each input's weight counts then.
     """
     wide, depth = matrix.float(), matrix.shape[1]
-    weight = hessian.diagonal()
-    factors, zeros = _factors(wide, weight, scheme)
+    order, root = inputs.order, inputs.root
+    factors, zeros = _factors(wide, inputs.shares, scheme)
     width = depth // scheme.groups(depth)
     spread = factors.repeat_interleave(width, 1)
     offsets = None if zeros is None else zeros.repeat_interleave(width, 1)
-    order = weight.argsort(descending=True, stable=True)
     left = wide[:, order]
-    root = _inverse_root(hessian[order][:, order])
     codes = torch.empty_like(wide)
     for begin in range(0, depth, _BLOCK):
         columns = range(begin, min(begin + _BLOCK, depth))
@@ -49,10 +78,10 @@ def rounded(matrix: Tensor, hessian: Tensor, scheme: Scheme) -> Tensor:
     return pack(codes, factors, zeros, scheme)
 
 
-def _factors(matrix: Tensor, weight: Tensor, scheme: Scheme) -> tuple[Tensor, Tensor | None]:
-    """Factors and zero points ``[N, groups]``, those of the least squared error of what an input's ``weight [K]`` counts."""
+def _factors(matrix: Tensor, shares: Tensor, scheme: Scheme) -> tuple[Tensor, Tensor | None]:
+    """Factors and zero points ``[N, groups]``, those of the least squared error, with what each input's ``shares [K]``."""
     groups = matrix.reshape(matrix.shape[0], scheme.groups(matrix.shape[1]), -1)
-    share = (weight + _DAMPING * weight.mean()).clamp_min(1e-30).reshape(groups.shape[1:])
+    share = shares.reshape(groups.shape[1:])
     best: tuple[Tensor, Tensor | None] | None = None
     least = torch.empty(0)
     for shrink in _SHRINKS:

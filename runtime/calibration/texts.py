@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import os
 import random
 from collections.abc import Sequence
@@ -20,7 +21,8 @@ class Calibration:
     """Text that the rounding of weights heeds: ``windows`` runs of ``length`` tokens (at most
     ``max_seq_len``), drawn by ``seed``.
 
-    ``text`` is a text file, or lists of tokens, which are taken as they are; by default sources of Python's library.
+    ``text`` is a text file, or lists of tokens, which are taken as they are; by default sources of Python's library, and as
+    much again of what its modules say of themselves: rounding by code alone makes prose worse.
     """
 
     text: str | Path | Sequence[Sequence[int]] | None = None
@@ -63,7 +65,7 @@ def _checked(given: Sequence[Sequence[int]], vocab_size: int, max_length: int) -
 
 
 def _text(source: str | Path | None, enough: int, draws: random.Random) -> str:
-    """A file's text, or as much as is enough of Python's library, its modules in drawn order."""
+    """A file's text, or as much as is enough of Python's library, half of it prose, its modules in drawn order."""
     if source is not None:
         try:
             return Path(source).read_text()
@@ -71,7 +73,24 @@ def _text(source: str | Path | None, enough: int, draws: random.Random) -> str:
             raise OptionError(f"Calibration.text {source}: {error}") from error
     modules = sorted(Path(os.__file__).parent.glob("*.py"))
     draws.shuffle(modules)
-    parts: list[str] = []
-    while modules and sum(map(len, parts)) < enough:
-        parts.append(modules.pop().read_text(errors="replace"))
-    return "\n".join(parts)
+    sources, said = [], []
+    size = told = 0
+    for module in modules:
+        source = module.read_text(errors="replace")
+        if size < enough // 2:
+            sources.append(source)
+            size += len(source)
+        if told < enough // 2:
+            said.append(_docstrings(source))
+            told += len(said[-1])
+    return "\n".join(sources + said)
+
+
+def _docstrings(source: str) -> str:
+    """What a module, its classes and functions say of themselves."""
+    found = [
+        ast.get_docstring(node)
+        for node in ast.walk(ast.parse(source))
+        if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef))
+    ]
+    return "\n\n".join(filter(None, found))
