@@ -107,8 +107,8 @@ def _bound(node: Node, dims: Mapping[str, int]) -> int:
         if name == "aten.index_select" and isinstance(user.args[0], Node):
             return type_of(user.args[0]).concrete(dims)[0]
         if name == "nn.grouped_linear" and isinstance(user.args[2], Node):
-            # Of a rank's experts: how many all ranks have.
-            return int(str(user.args[5])) if len(user.args) > 5 else type_of(user.args[2]).concrete(dims)[0]
+            everywhere = user.args[5] if len(user.args) > 5 else None  # of a rank's experts: how many all ranks have
+            return everywhere if isinstance(everywhere, int) else type_of(user.args[2]).concrete(dims)[0]
         if user.op == "call_function" and isinstance(user.meta["type"], tuple) is False:
             inner = _bound(user, dims) if not type_of(user).torch_dtype.is_floating_point else 0
             if inner:

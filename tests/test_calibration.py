@@ -19,7 +19,7 @@ from fuseline.ir.types import TensorType
 from fuseline.runtime import compile as compile_module
 from fuseline.runtime.calibration.activations import calibrate
 from fuseline.runtime.calibration.rounding import Inputs, rounded
-from fuseline.runtime.calibration.texts import windows_of
+from fuseline.runtime.calibration.texts import _docstrings, windows_of
 from fuseline.runtime.models import resolve
 from fuseline.runtime.options import OptionError
 
@@ -165,3 +165,8 @@ def test_experts_are_rounded_by_the_rows_sent_to_them(monkeypatch: pytest.Monkey
         exact = model(ids).logits
     assert (many(ids).logits - exact).norm() < 0.95 * (plain(ids).logits - exact).norm()
     assert len(seen[-1].values) == 2 * model.config.num_hidden_layers and seen[-1].error < 0.9
+
+
+def test_what_is_no_code_says_nothing() -> None:
+    assert _docstrings('"""Of a module."""\n\ndef f():\n    """Of a function."""\n') == "Of a module.\n\nOf a function."
+    assert _docstrings("def (") == _docstrings("a = 1\0") == ""

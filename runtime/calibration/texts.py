@@ -76,21 +76,25 @@ def _text(source: str | Path | None, enough: int, draws: random.Random) -> str:
     sources, said = [], []
     size = told = 0
     for module in modules:
-        source = module.read_text(errors="replace")
+        code = module.read_text(errors="replace")
         if size < enough // 2:
-            sources.append(source)
-            size += len(source)
+            sources.append(code)
+            size += len(code)
         if told < enough // 2:
-            said.append(_docstrings(source))
+            said.append(_docstrings(code))
             told += len(said[-1])
     return "\n".join(sources + said)
 
 
-def _docstrings(source: str) -> str:
-    """What a module, its classes and functions say of themselves."""
+def _docstrings(code: str) -> str:
+    """What a module, its classes and functions say of themselves; nothing if it is no code for this Python."""
+    try:
+        tree = ast.parse(code)
+    except (SyntaxError, ValueError):
+        return ""
     found = [
         ast.get_docstring(node)
-        for node in ast.walk(ast.parse(source))
+        for node in ast.walk(tree)
         if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef))
     ]
     return "\n\n".join(filter(None, found))
