@@ -31,6 +31,10 @@ def few_rows(graph: Graph, layout: Plan) -> str:
     writer.line(f"span = ({layout.depth} + SPLITS * BLOCK_K - 1) // (SPLITS * BLOCK_K) * BLOCK_K")
     writer.line("first = tl.program_id(2) * span")
     writer.line(f"until = tl.minimum(first + span, {layout.depth})")
+    with writer.block("if SPLITS == 1:"):
+        # Of a loop that it unrolls as a whole, ptxas 12.8 takes `where(which == 0, acc, 0)` to be what acc began as: zero.
+        writer.line("# Once, but no number that is known: the assembler must not unroll a short loop as a whole.")
+        writer.line(f"first, until = 0, tl.num_programs(2) * {layout.depth}")
     print_begin(writer)
     column, ok = _stack_lanes(writer, layout)
     _print_prefetch(writer, layout, column, ok)

@@ -15,7 +15,7 @@ from triton_interpreter import interpreter
 from fuseline import passes
 from fuseline.codegen.check import errors, random_case
 from fuseline.codegen.kernels import Kernel, emit_kernels
-from fuseline.codegen.offline import check_file, load_kernel_file
+from fuseline.codegen.offline import check_file, compile_variant, load_kernel_file
 from fuseline.ir.capture import capture
 from fuseline.ir.graph import Graph
 from fuseline.ir.ops import op_name
@@ -87,6 +87,13 @@ def test_every_kind_of_tiling_is_right(name: str, pool: ProcessPoolExecutor, tmp
         if "CONFIGS" in kernel.source:
             found = pool.submit(tilings, str(write(kernel, tmp_path)), str(kernel.graph)).result()
             assert {label: error for label, error in found.items() if not error <= 1e-5} == {}
+
+
+def test_the_assembler_does_not_know_how_short_a_loop_is(tmp_path: Path) -> None:
+    """It would unroll it as a whole and then, where lanes are parted, take the sums to be the zeros that they began as."""
+    gate_up = next(kernel for kernel in emit_kernels(lowered("llama", torch.bfloat16)) if kernel.name == "gate_up")
+    module = load_kernel_file(write(gate_up, tmp_path))
+    assert "%nctaid.z" in compile_variant(module.few(16, 32, 32, 4, 3, 1), 90).ptx
 
 
 # bf16 for every family; fp32, whose tiles differ, and sm_80 for one of each kind of kernel.
