@@ -91,7 +91,7 @@ def launch(q, k_cache, v_cache, block_tables, query_starts, context_lens, out,$S
         return
     if num_splits is None:
         num_splits = choose_splits(q.device, tokens, table_width)
-    grid = (tokens, programs(DECODE), num_splits)
+    grid = (programs(DECODE), tokens, num_splits)
     if num_splits == 1:
         run(DECODE, grid, **inputs, out_ptr=out, num_splits=1)
         return

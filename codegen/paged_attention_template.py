@@ -111,8 +111,9 @@ def decode(
     PARTS: tl.constexpr = (GROUP + HEADS - 1) // HEADS
     if PDL:
         tl.extra.cuda.gdc_launch_dependents()
-    token = tl.program_id(0)
-    kv_head = tl.program_id(1) // PARTS
+    # Heads vary fastest: programs that run together read neighbouring rows of the cache.
+    kv_head = tl.program_id(0) // PARTS
+    token = tl.program_id(1)
     split = tl.program_id(2)
     # Tables and lengths are there before the first kernel of a step: only queries, keys and values are waited for.
     seq, first, last = locate_query(token, starts_ptr, lengths_ptr, num_seqs)
@@ -135,7 +136,7 @@ def decode(
     if split >= live_splits:
         return
 
-    in_group = tl.program_id(1) % PARTS * HEADS + tl.arange(0, BLOCK_M)
+    in_group = tl.program_id(0) % PARTS * HEADS + tl.arange(0, BLOCK_M)
     row_live = (tl.arange(0, BLOCK_M) < HEADS) & (in_group < GROUP)
     head = kv_head * GROUP + in_group
     dv = tl.arange(0, PAD_DV)
@@ -156,7 +157,7 @@ $JOIN$    acc = acc / tl.where(total == 0.0, 1.0, total$LIFT_END$)[:, None]
             tl.store(partial_ptr + place[:, None] * V_HEAD_DIM + dv[None, :], acc, mask=out_mask)
             # One thread announces what all have written.
             tl.debug_barrier()
-            counter = arrived_ptr + token * tl.num_programs(1) + tl.program_id(1)
+            counter = arrived_ptr + token * tl.num_programs(0) + tl.program_id(0)
             before = tl.atomic_add(counter, 1, sem="acq_rel", scope="gpu")
             if before + 1 < live_splits:
                 return
