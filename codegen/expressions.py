@@ -15,6 +15,7 @@ from ..ir.graph import type_of
 from ..ir.ops import op_name
 from .exchange import HELPERS as EXCHANGE_HELPERS
 from .instructions import HELPERS as INSTRUCTION_HELPERS
+from .rounding import HELPERS as ROUNDING_HELPERS
 
 Print = Callable[[Sequence[str], Node], str]
 
@@ -31,6 +32,7 @@ _INTEGERS = {
 HELPERS = {
     **EXCHANGE_HELPERS,
     **INSTRUCTION_HELPERS,
+    **ROUNDING_HELPERS,
     "prefetch": """@triton.jit
 def prefetch(pointers, BYTES: tl.constexpr):
     # To the L2 cache, by the copy engine: no register waits for it. Needs sm_90, and takes whole 16 bytes.
@@ -88,39 +90,6 @@ def gelu_tanh(x):
     "silu": """@triton.jit
 def silu(x):
     return x / (1.0 + tl.exp(-x))
-""",
-    "code": """@triton.jit
-def code(x, factor, LARGEST: tl.constexpr, WHOLE: tl.constexpr):
-    # The quotient as a division rounds it (Markstein 1990), with one division for a whole row and none for its numbers.
-    whole = factor + tl.zeros_like(x)
-    # Rows of less than 1e-35 become zeros: the inverse of their factor may not be finite.
-    inverse = tl.where(factor > 1e-37, tl.div_rn(tl.full(factor.shape, 1.0, tl.float32), factor), 0.0) + tl.zeros_like(x)
-    near = x * inverse
-    scaled = tl.fma(tl.fma(-near, whole, x), inverse, near)
-    scaled = tl.minimum(tl.maximum(scaled, -LARGEST), LARGEST)
-    if WHOLE:
-        # So large a number leaves no place for fractions: adding it rounds to the nearest, ties to even.
-        return (scaled + 12582912.0) - 12582912.0
-    # To three binary places, or (small ones) to whole 512ths. A cast does the same, but not in the interpreter.
-    bits = scaled.to(tl.int32, bitcast=True)
-    coarse = ((bits + 524287 + ((bits >> 20) & 1)) & -1048576).to(tl.float32, bitcast=True)
-    return tl.where(tl.abs(scaled) < 0.015625, (scaled + 24576.0) - 24576.0, coarse)
-""",
-    "code_factor": """@triton.jit
-def code_factor(x, LARGEST: tl.constexpr, WHOLE: tl.constexpr, TRIES: tl.constexpr):
-    most = tl.max(tl.abs(x), 1)[:, None]
-    smallest = tl.where(most > 0, tl.div_rn(most, tl.full(most.shape, LARGEST, tl.float32)), 1.0)
-    best, least = smallest, tl.full(most.shape, float("inf"), tl.float32)
-    for number in tl.static_range(TRIES):
-        factor = smallest * (1 + number / TRIES)
-        # To bf16, ties to even, bit by bit: the interpreter's cast cuts off.
-        bits = factor.to(tl.int32, bitcast=True)
-        factor = ((bits + 32767 + ((bits >> 16) & 1)) & -65536).to(tl.float32, bitcast=True)
-        difference = code(x, factor, LARGEST, WHOLE) * factor - x
-        distance = tl.sum(difference * difference, 1)[:, None]
-        best = tl.where(distance < least, factor, best)
-        least = tl.minimum(distance, least)
-    return best
 """,
     "softplus": """@triton.jit
 def softplus(x):

@@ -7,7 +7,7 @@ from torch.fx import Node
 from ..ir.graph import type_of
 from ..ir.schemes import scheme_of
 from .tile import Position, Tile
-from .weights import as_numbers, code_type
+from .weights import as_numbers
 
 
 def row_absmax(tile: Tile, node: Node, at: Position) -> str:
@@ -26,11 +26,9 @@ def store_codes(tile: Tile, output: Node, at: Position) -> None:
     most = writer.assign("most", _given(tile, output.args[4], at) if len(output.args) > 4 else _largest(x, at))
     steps = f"tl.full({most}.shape, {how.largest}, tl.float32)"
     factor = writer.assign("factor", f"tl.where({most} > 0, tl.div_rn({most}, {steps}), 1.0)")
-    codes = writer.assign("codes", f"code({x}, {factor}, {how.largest}, {not how.floats})")
-    kind, size = code_type(how), how.row_bytes(depth)
-    where, begin = f"{output.name}_ptr + {row} * {size}", how.factors_at(depth)
-    bits = f"{codes}.to({kind}).to(tl.uint8, bitcast=True)"
-    writer.line(f"tl.store({where} + {column}, {bits}, mask={at.mask})")
+    codes = f"code_byte({x}, {factor}, {how.largest}, {not how.floats}, PDL)"
+    size, begin = how.row_bytes(depth), how.factors_at(depth)
+    writer.line(f"tl.store({output.name}_ptr + {row} * {size} + {column}, {codes}, mask={at.mask})")
     place = f"{as_numbers(output, 'float32')} + {row} * {size // 4} + {begin // 4}"
     writer.line(f"tl.store({place}, {factor}, mask={at.rows})")
 
