@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -17,6 +18,8 @@ from fuseline.ir.ops import op_name
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 
+# With the tilings that files name: `test_gpu_tilings.py` tries those that may be measured to be faster.
+on_gpu = partial(fuseline.compile, device="cuda", tuning=False)
 LENGTHS = (1, 7, 16, 33, 48)
 NEW = 12
 
@@ -41,7 +44,7 @@ def relative(found: torch.Tensor, wanted: torch.Tensor) -> float:
 @pytest.mark.parametrize("name", REQUIRED)
 def test_fp32_tokens_are_those_of_the_model(name: str) -> None:
     model = make(name).cuda()
-    compiled = fuseline.compile(model, device="cuda", dtype=torch.float32, max_seq_len=64)
+    compiled = on_gpu(model, dtype=torch.float32, max_seq_len=64)
     given = prompts(model.config.get_text_config().vocab_size)
     answers = compiled.generate(given, max_new_tokens=NEW, stop_token_ids=[])
     assert answers == [greedy(model, prompt, NEW) for prompt in given]
@@ -56,9 +59,7 @@ def test_fp32_tokens_are_those_of_the_model(name: str) -> None:
 def test_tokens_of_rounded_weights(name: str, scheme: str) -> None:
     """In fp32 those of the model whose weights were rounded by the definition of the scheme."""
     model = wide(name)
-    compiled = fuseline.compile(
-        copy.deepcopy(model).cuda(), device="cuda", dtype=torch.float32, max_seq_len=64, quantization=scheme
-    )
+    compiled = on_gpu(copy.deepcopy(model).cuda(), dtype=torch.float32, max_seq_len=64, quantization=scheme)
     twin = fake_quantised(model, scheme).cuda()
     given = prompts(model.config.get_text_config().vocab_size)
     answers = compiled.generate(given, max_new_tokens=NEW, stop_token_ids=[])
@@ -70,9 +71,7 @@ def test_kernels_of_rounded_weights_agree_with_their_references(scheme: str) -> 
     sizes = {"hidden_size": 256, "intermediate_size": 384, "num_attention_heads": 4, "num_key_value_heads": 2}
     config = LlamaConfig(vocab_size=199, num_hidden_layers=2, **sizes)
     model = LlamaForCausalLM(config).bfloat16().cuda()
-    compiled = fuseline.compile(
-        model, device="cuda", dtype=torch.bfloat16, max_seq_len=64, quantization=scheme, verify=True
-    )
+    compiled = on_gpu(model, dtype=torch.bfloat16, max_seq_len=64, quantization=scheme, verify=True)
     assert f"{len(compiled.kernels)} kernels agree with their references" in compiled.report.verification
 
 
@@ -81,7 +80,7 @@ def test_kernels_of_rounded_weights_agree_with_their_references(scheme: str) -> 
 def test_logits_over_a_rounded_cache(name: str, kind: str) -> None:
     """In fp32 those of the references on the CPU; numbers half-way between two codes may become either."""
     model, cache = make(name), fuseline.KVCacheConfig(dtype=kind)
-    choices = {"dtype": torch.float32, "max_seq_len": 64, "kv_cache": cache}
+    choices = {"dtype": torch.float32, "max_seq_len": 64, "kv_cache": cache, "tuning": False}
     ours, theirs = (fuseline.compile(copy.deepcopy(model).to(d), device=d, **choices) for d in ("cuda", "cpu"))
     given = torch.tensor([prompts(model.config.get_text_config().vocab_size)[-1]])
     assert relative(ours(given).logits.cpu(), theirs(given).logits) <= 5e-3
@@ -94,9 +93,7 @@ def test_kernels_over_a_rounded_cache_agree_with_their_references(head_dim: int,
     sizes = {"hidden_size": 384, "intermediate_size": 256, "num_attention_heads": 6, "num_key_value_heads": 2}
     model = LlamaForCausalLM(LlamaConfig(vocab_size=199, num_hidden_layers=2, head_dim=head_dim, **sizes))
     cache = fuseline.KVCacheConfig(dtype=kind)
-    compiled = fuseline.compile(
-        model.to(dtype).cuda(), device="cuda", dtype=dtype, max_seq_len=64, kv_cache=cache, verify=True
-    )
+    compiled = on_gpu(model.to(dtype).cuda(), dtype=dtype, max_seq_len=64, kv_cache=cache, verify=True)
     assert f"{len(compiled.kernels)} kernels agree with their references" in compiled.report.verification
 
 
@@ -110,7 +107,7 @@ def test_rounding_is_no_worse_than_eager(name: str, dtype: torch.dtype) -> None:
     """Against fp32 on the same rounded weights, the error is at most twice that of eager in the narrow type."""
     narrow = make(name).to(dtype).cuda()
     wide = make(name).to(dtype).float().cuda()
-    compiled = fuseline.compile(narrow, device="cuda", dtype=dtype, max_seq_len=64)
+    compiled = on_gpu(narrow, dtype=dtype, max_seq_len=64)
     ids = torch.tensor([prompts(wide.config.get_text_config().vocab_size)[-1]], device="cuda")
     with torch.no_grad():
         exact, eager = wide(ids).logits, narrow(ids).logits
@@ -125,14 +122,14 @@ def test_rounding_is_no_worse_than_eager(name: str, dtype: torch.dtype) -> None:
 
 @pytest.mark.parametrize("name", ["llama", "qwen2", "qwen3", "mistral", "phi3", "gpt2"])
 def test_every_operator_of_a_step_is_in_a_kernel(name: str) -> None:
-    compiled = fuseline.compile(make(name).cuda(), device="cuda", max_seq_len=64)
+    compiled = on_gpu(make(name).cuda(), max_seq_len=64)
     assert compiled.report.other_operators == {}
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=["fp32", "bf16", "fp16"])
 @pytest.mark.parametrize("name", REQUIRED)
 def test_verify_raises_no_false_alarm(name: str, dtype: torch.dtype) -> None:
-    compiled = fuseline.compile(make(name).to(dtype).cuda(), device="cuda", dtype=dtype, max_seq_len=64, verify=True)
+    compiled = on_gpu(make(name).to(dtype).cuda(), dtype=dtype, max_seq_len=64, verify=True)
     assert f"{len(compiled.kernels)} kernels agree with their references" in compiled.report.verification
 
 
@@ -142,4 +139,4 @@ def test_verify_raises_no_false_alarm(name: str, dtype: torch.dtype) -> None:
 def test_verify_finds_a_wrong_kernel(bug: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     MUTATIONS[bug].switch(monkeypatch)
     with pytest.raises(fuseline.VerificationError, match="The kernel"):
-        fuseline.compile(make("llama").cuda(), device="cuda", max_seq_len=64, verify=True, dump=tmp_path)
+        on_gpu(make("llama").cuda(), max_seq_len=64, verify=True, dump=tmp_path)

@@ -101,7 +101,12 @@ class TestTokens:
     @pytest.fixture(scope="class", params=FAMILIES)
     def compiled(self, request: pytest.FixtureRequest, poison: None) -> fuseline.CompiledModel:
         return fuseline.compile(
-            make(request.param).cuda(), device="cuda", dtype=torch.float32, max_seq_len=80, max_batch_size=BATCH
+            make(request.param).cuda(),
+            device="cuda",
+            dtype=torch.float32,
+            max_seq_len=80,
+            max_batch_size=BATCH,
+            tuning=False,
         )
 
     def test_they_are_those_without_graphs(self, compiled: fuseline.CompiledModel) -> None:
