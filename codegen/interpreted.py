@@ -13,6 +13,7 @@ import sys
 import tempfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 # Tokens and sequences of each case: decode of two, and a ragged step of more rows than one program takes.
 CASES = ((2, 2), (37, 3))
@@ -74,12 +75,30 @@ def interpret_one(path: str, text: str) -> Outcome:
 
     graph = parse(text)
     order = Kernel(graph.name, "", graph).order
+    accept_bounds_of_loops()
     try:
         launch = load_kernel_file(path).launch
         found = [max(errors(graph, launch, order, random_case(graph, *case, seed=7, device="cpu"))) for case in CASES]
     except Exception as error:
         return math.inf, f"{type(error).__name__}: {error}"
     return max(math.inf if math.isnan(error) else error for error in found), ""
+
+
+def accept_bounds_of_loops() -> None:
+    """Let the interpreter of Triton 3.6 take tensors as bounds of a loop under NumPy 2.5, as later versions do: it makes an
+    integer of an array that holds one number, which NumPy refuses by now."""
+    import triton
+    from triton.runtime import interpreter
+
+    plain = interpreter._patch_lang_tensor
+    if plain.__module__ == __name__ or not triton.__version__.startswith("3.6."):
+        return
+
+    def patch(tensor: Any, scope: Any) -> None:
+        plain(tensor, scope)
+        tensor.__index__ = lambda self: int(self.handle.data.item())
+
+    interpreter._patch_lang_tensor = patch
 
 
 def main() -> None:

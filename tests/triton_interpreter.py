@@ -18,7 +18,8 @@ from fuseline.codegen import interpreted
 @contextmanager
 def interpreter() -> Iterator[ProcessPoolExecutor]:
     """Functions of a test module, submitted to this pool, run with TRITON_INTERPRET=1."""
-    with ProcessPoolExecutor(max_workers=1, mp_context=get_context("spawn")) as pool:
+    started = {"mp_context": get_context("spawn"), "initializer": interpreted.accept_bounds_of_loops}
+    with ProcessPoolExecutor(max_workers=1, **started) as pool:
         with mock.patch.dict(os.environ, TRITON_INTERPRET="1", OMP_NUM_THREADS="1"):
             assert pool.submit(os.getenv, "TRITON_INTERPRET").result() == "1"
         yield pool
