@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.fx import Node
 
@@ -21,6 +22,7 @@ from ...ir.types import TensorType
 from ..constants import origin_of, weight_on
 from ..liveness import last_uses
 from ..selfcheck import step_of
+from .attended import ahead, values_of
 from .balance import balance
 from .makers import maker_of
 from .rounding import Inputs, rounded
@@ -77,6 +79,7 @@ class _Calibration:
     ) -> None:
         step = step_of(windows, block_size, device)
         tokens = len(step.tokens)
+        self._starts = step.query_starts.tolist()
         self._step = replace(step, rows=torch.linspace(0, tokens - 1, min(_ROWS, tokens), device=device).long())
         self._slots = int(step.slots.max()) // block_size * block_size + block_size
         self._loop, self._weights, self._device = loop, weights, device
@@ -145,13 +148,13 @@ class _Calibration:
             ):
                 return None  # until it is known what it is multiplied with
         elif name in PROJECTIONS or name == "nn.grouped_linear":
-            self._round(node)
+            self._round(node, time)
         elif name == "nn.quantize" and len(node.args) > 3:
             self._smooth(node)
-        return self._called(node)
+        return self._called(node, self._values)
 
-    def _called(self, node: Node) -> Any:
-        return call(node, lambda item: read(item, self._values, self._dims), self._device)
+    def _called(self, node: Node, values: Mapping[Node, Any]) -> Any:
+        return call(node, lambda item: read(item, values, self._dims), self._device)
 
     def _smooth(self, rounding: Node) -> None:
         """Find what the rows of a projection are divided by, and multiply its weight with it."""
@@ -165,9 +168,9 @@ class _Calibration:
                 self._smoothed += 1
             self._values[vector] = self._made[origin]
             for user in filter(is_constant, vector.users):
-                self._values[user] = self._called(user)
+                self._values[user] = self._called(user, self._values)
 
-    def _round(self, projection: Node) -> None:
+    def _round(self, projection: Node, time: int) -> None:
         """Round the weight of a projection, if it is to be; that of experts, each by the rows that are sent to it."""
         grouped = op_name(projection.target) == "nn.grouped_linear"
         x, weight = projection.args[0], projection.args[1 + grouped]
@@ -183,25 +186,61 @@ class _Calibration:
             parts = [self._expert(item, sent[ids == expert], scheme) for expert, item in enumerate(matrix)]
             made = torch.stack(parts)
         else:
-            made = self._rounded(matrix, rows, scheme, projection)
+            made = self._projected(projection, matrix, rows, scheme, time)
         self._values[weight] = self._made[self._origins[weight]] = made
 
     def _expert(self, matrix: Tensor, rows: Tensor, scheme: Scheme) -> Tensor:
         """An expert's matrix. Rounding by fewer rows than it has inputs makes products with other rows worse."""
-        return self._rounded(matrix, rows, scheme) if len(rows) >= matrix.shape[1] else quantize(matrix, scheme)
+        if len(rows) < matrix.shape[1]:
+            return quantize(matrix, scheme)
+        hessian = rows.t() @ rows
+        made = rounded(matrix, Inputs.of(hessian), scheme)
+        self._compare(made, matrix, hessian, scheme)
+        return made
 
-    def _rounded(self, matrix: Tensor, rows: Tensor, scheme: Scheme, projection: Node | None = None) -> Tensor:
-        """A matrix rounded by the rows that it is multiplied with, which are balanced before if a projection is given."""
-        plain, hessian = quantize(matrix, scheme), rows.t() @ rows
-        inputs, vector = Inputs.of(hessian), torch.ones_like(hessian[0])
-        if projection is not None:
-            vector = self._balanced(projection, matrix, inputs, scheme)
-        made = rounded(matrix.float() * vector, inputs.divided(vector), scheme)
+    def _projected(self, projection: Node, matrix: Tensor, rows: Tensor, scheme: Scheme, time: int) -> Tensor:
+        """A projection's matrix, its inputs balanced before; rows that make values are rounded by what is read of them."""
+        hessian = rows.t() @ rows
+        attended = self._attended(projection, matrix, rows, time)
+        inputs = Inputs.of(hessian)
+        vector = self._balanced(projection, matrix, inputs, scheme)
+        wide = matrix.float() * vector
+        made = rounded(wide, inputs.divided(vector), scheme)
+        if attended is not None:
+            part, means = attended
+            made[part] = rounded(wide[part], Inputs.of(means).divided(vector), scheme)
+        self._compare(made, matrix, hessian, scheme, vector)
+        return made
+
+    def _compare(
+        self, made: Tensor, matrix: Tensor, hessian: Tensor, scheme: Scheme, vector: Tensor | float = 1.0
+    ) -> None:
+        """Add up the squared errors of what a matrix makes, and of what it would make if it were rounded to nearest."""
         kind = TensorType(scheme.name, tuple(matrix.shape))
-        for place, (found, over) in enumerate(((made, vector), (plain, torch.ones_like(vector)))):
+        for place, (found, over) in enumerate(((made, vector), (quantize(matrix, scheme), 1.0))):
             wrong = dequantize(found, kind, torch.float32) / over - matrix.float()
             self._errors[place] += float(((wrong @ hessian) * wrong).sum())
-        return made
+
+    def _attended(self, projection: Node, matrix: Tensor, rows: Tensor, time: int) -> tuple[slice, Tensor] | None:
+        """Which rows of a projection's matrix make values, if some do, and the Hessian of the means of their inputs."""
+        values = values_of(projection)
+        if values is None:
+            return None
+        known: dict[Node, Any] = {}
+
+        def found(node: Node) -> Any:
+            return ahead(node, known, self._values, lambda item: self._value(item, time), self._called)
+
+        bias = projection.args[2] if len(projection.args) > 2 else None
+        added = found(bias).float() if isinstance(bias, Node) else None
+        known[projection] = F.linear(rows, matrix.float(), added).to(type_of(projection).torch_dtype)
+        written = self._values.get(values.keys)
+        keys = found(values.keys.args[1]) if written is None else written[self._step.slots]  # type: ignore[arg-type]
+        queries = found(values.queries)
+        if queries is None or keys is None:
+            return None
+        sinks = None if values.sinks is None else found(values.sinks)
+        return slice(values.begin, values.end), values.hessian(rows, queries, keys, sinks, self._starts)
 
     def _balanced(self, projection: Node, matrix: Tensor, inputs: Inputs, scheme: Scheme) -> Tensor:
         """Divide the inputs of a projection where that costs steps nothing; its matrix is to be multiplied with the result.
