@@ -11,8 +11,9 @@ from torch import Tensor
 from torch.fx import Node
 
 from ...ir.attention import attention
-from ...ir.graph import is_constant, type_of
+from ...ir.graph import is_constant
 from ...ir.ops import PROJECTIONS, op_name
+from .makers import rows_of
 
 _SHAPES = frozenset({"aten.slice.Tensor", "aten.reshape"})
 # Means of so many windows are enough: each token has one for every head.
@@ -58,17 +59,15 @@ class Values:
 def values_of(projection: Node) -> Values | None:
     """The rows of a projection that make values and nothing else, if it has some."""
     for node in projection.users:
-        begin, end = 0, type_of(projection).shape[-1]
-        if op_name(node.target) == "aten.slice.Tensor":
-            begin, end = node.args[2:4]  # type: ignore[assignment]
         while op_name(node.target) in _SHAPES and len(node.users) == 1:
             node = next(iter(node.users))
         reader = next(iter(node.users), node)
         if len(node.users) != 1 or op_name(reader.target) != "nn.paged_attention" or len(reader.args) > 12:
             continue  # more arguments are the factors of codes
+        made = rows_of(node.args[1]) if reader.args[2] is node else None
         keys, sinks = reader.args[1], reader.args[11] if len(reader.args) > 11 else None
-        if reader.args[2] is node and isinstance(keys, Node) and op_name(keys.target) == "nn.cache_write":
-            return Values(reader, begin, end, reader.args[0], keys, sinks)  # type: ignore[arg-type]
+        if made and made[0] is projection and isinstance(keys, Node) and op_name(keys.target) == "nn.cache_write":
+            return Values(reader, *made[1:], reader.args[0], keys, sinks)  # type: ignore[arg-type]
     return None
 
 

@@ -75,22 +75,33 @@ def maker_of(projection: Node) -> Maker | None:
 
 def _rows(value: Any, channels: Tensor) -> Maker | None:
     """The rows of a rounded matrix that make a value, alone and without a bias."""
-    made = _alone(value)
-    if made is None or type_of(made).shape[-1] != int(channels.max()) + 1:
+    found = rows_of(value)
+    if found is None:
         return None
-    begin, linear = 0, made
-    if op_name(made.target) == "aten.slice.Tensor":
-        linear, _, begin, end = made.args  # type: ignore[assignment]
-        for other in linear.users:
-            part = other.args[2:4] if op_name(other.target) == "aten.slice.Tensor" else (0, end)
-            if other is not made and part[0] < end and begin < part[1]:  # type: ignore[operator]
-                return None
-    if op_name(linear.target) not in PROJECTIONS or (len(linear.args) > 2 and linear.args[2] is not None):
+    linear, begin, end = found
+    if end - begin != int(channels.max()) + 1 or (len(linear.args) > 2 and linear.args[2] is not None):
         return None
     weight = linear.args[1]
     assert isinstance(weight, Node)
     known = op_name(weight.target) == "nn.quantize" and is_constant(weight) and len(weight.users) == 1
     return Maker(weight, begin, channels) if known else None
+
+
+def rows_of(value: Any) -> tuple[Node, int, int] | None:
+    """The projection that makes a value, and which rows of its matrix do, if one operator alone reads what they make."""
+    linear = made = _alone(value)
+    if made is None:
+        return None
+    begin, end = 0, type_of(made).shape[-1]
+    if op_name(made.target) == "aten.slice.Tensor":
+        linear, _, begin, end = made.args  # type: ignore[assignment]
+        assert isinstance(linear, Node)
+        for other in linear.users:
+            part = other.args[2:4] if op_name(other.target) == "aten.slice.Tensor" else (0, end)
+            if other is not made and part[0] < end and begin < part[1]:  # type: ignore[operator]
+                return None
+    known = isinstance(linear, Node) and op_name(linear.target) in PROJECTIONS and isinstance(end, int)
+    return (linear, begin, end) if known else None  # type: ignore[return-value]
 
 
 def _alone(value: Any) -> Node | None:
