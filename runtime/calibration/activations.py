@@ -164,7 +164,8 @@ class _Calibration:
             origin, scheme = self._origins[vector], scheme_of(type_of(rounding).dtype)
             assert scheme is not None
             if origin not in self._made:
-                self._made[origin] = smoothing(self._values[rows], self._values[vector.args[0]], scheme)  # type: ignore[index]
+                flat, matrix = self._values[rows].flatten(0, -2), self._values[vector.args[0]]  # type: ignore[index]
+                self._made[origin] = smoothing(flat, matrix, scheme)
                 self._smoothed += 1
             self._values[vector] = self._made[origin]
             for user in filter(is_constant, vector.users):
@@ -200,8 +201,9 @@ class _Calibration:
 
     def _projected(self, projection: Node, matrix: Tensor, rows: Tensor, scheme: Scheme, time: int) -> Tensor:
         """A projection's matrix, its inputs balanced before; rows that make values are rounded by what is read of them."""
-        hessian = rows.t() @ rows
         attended = self._attended(projection, matrix, rows, time)
+        flat = rows.flatten(0, -2)  # some models have [T, 1, K] here
+        hessian = flat.t() @ flat
         inputs = Inputs.of(hessian)
         vector = self._balanced(projection, matrix, inputs, scheme)
         wide = matrix.float() * vector
@@ -224,7 +226,7 @@ class _Calibration:
     def _attended(self, projection: Node, matrix: Tensor, rows: Tensor, time: int) -> tuple[slice, Tensor] | None:
         """Which rows of a projection's matrix make values, if some do, and the Hessian of the means of their inputs."""
         values = values_of(projection)
-        if values is None:
+        if values is None or rows.dim() != 2:
             return None
         known: dict[Node, Any] = {}
 
