@@ -15,6 +15,8 @@ import fuseline
 from fuseline.ir.quantized import dequantize
 from fuseline.ir.schemes import scheme_of
 from fuseline.ir.types import TensorType
+from fuseline.runtime import compile as compile_module
+from fuseline.runtime.calibration.activations import calibrate
 from fuseline.runtime.calibration.attended import Values
 from fuseline.runtime.calibration.rounding import Inputs, rounded
 
@@ -109,8 +111,7 @@ def test_values_of_another_layer_have_weights_of_their_own(seen: list[tuple[Valu
     assert float((seen[1][1].double() - wanted).norm() / wanted.norm()) < 2e-2
 
 
-def test_the_matrix_of_values_is_rounded_by_them(seen: list[tuple[Values, Tensor]]) -> None:
-    """What the rounded weight makes of the means differs less than with any rounding that heeds the rows alone."""
+def test_rounding_by_means_keeps_them_better_than_rounding_by_rows() -> None:
     generator = torch.Generator().manual_seed(2)
     rows = torch.randn(300, 64, generator=generator) * torch.logspace(0, -1, 64)
     means = rows.cumsum(0) / torch.arange(1, 301)[:, None]
@@ -122,3 +123,21 @@ def test_the_matrix_of_values_is_rounded_by_them(seen: list[tuple[Values, Tensor
         numbers = dequantize(packed, TensorType("int4g32", (48, 64)), torch.float32)
         errors.append(float((means @ (numbers - matrix).T).norm()))
     assert errors[0] < 0.8 * errors[1]
+
+
+def test_rows_of_values_alone_are_rounded_by_means(monkeypatch: pytest.MonkeyPatch) -> None:
+    found: list[Tensor] = []
+
+    def watched(*arguments: Any) -> Any:
+        made = calibrate(*arguments)
+        found.append(next(rows for origin, rows in made.values.items() if "layers.0" in origin and "v_proj" in origin))
+        return made
+
+    monkeypatch.setattr(compile_module, "calibrate", watched)
+    model = wide("llama")
+    compiled(model)
+    monkeypatch.setattr(Values, "hessian", lambda self, rows, *_: torch.eye(rows.shape[1]))
+    compiled(model)
+    values = model.model.layers[0].self_attn.v_proj.out_features
+    assert torch.equal(found[0][:-values], found[1][:-values])
+    assert not torch.equal(found[0][-values:], found[1][-values:])

@@ -94,8 +94,11 @@ def rows_of(value: Any) -> tuple[Node, int, int] | None:
         return None
     begin, end = 0, type_of(made).shape[-1]
     if op_name(made.target) == "aten.slice.Tensor":
-        linear, _, begin, end = made.args  # type: ignore[assignment]
-        assert isinstance(linear, Node)
+        linear, _, begin = made.args[:3]  # type: ignore[assignment]
+        assert isinstance(linear, Node) and isinstance(end, int)
+        end += begin  # a slice may be stated to end beyond the last column
+        if begin < 0:
+            return None
         for other in linear.users:
             part = other.args[2:4] if op_name(other.target) == "aten.slice.Tensor" else (0, end)
             if other is not made and part[0] < end and begin < part[1]:  # type: ignore[operator]
