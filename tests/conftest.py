@@ -4,16 +4,22 @@ from __future__ import annotations
 
 import gc
 import os
+from collections.abc import Iterator
+from contextlib import nullcontext
 from pathlib import PurePath
 from typing import Any
 
 import pytest
 import torch
+from traced import traced_anew, traced_once
 
 # Files whose tests share what takes long to make: one worker runs all of each.
 TOGETHER = frozenset({"test_kernels.py", "test_page.py", "test_smollm2.py"})
 # Files with long tests: begun first, so that no worker is left with one of them at the end.
 LONG = ("test_random_graphs.py", "test_fold.py", "test_deep_check.py", "test_decode_steps.py")
+
+# Files about tracing itself, or that change what it does.
+TRACED_ANEW = frozenset({"test_refusals.py", "test_fold.py", "test_deep_check.py"})
 
 
 def pytest_configure() -> None:
@@ -35,6 +41,19 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Long tests first."""
     places = {name: place for place, name in enumerate(LONG)}
     items.sort(key=lambda item: places.get(item.path.name, len(LONG)))
+
+
+@pytest.fixture(scope="session", autouse=True)
+def models_are_traced_once() -> Iterator[None]:
+    """For all files but those of ``TRACED_ANEW``."""
+    with traced_once():
+        yield
+
+
+@pytest.fixture(scope="module", autouse=True)
+def some_are_traced_anew(request: pytest.FixtureRequest) -> Iterator[None]:
+    with traced_anew() if request.path.name in TRACED_ANEW else nullcontext():
+        yield
 
 
 @pytest.hookimpl(optionalhook=True)

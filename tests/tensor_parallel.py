@@ -1,4 +1,4 @@
-"""Several ranks in tests: threads that interpret a graph, models that are traced once for many compiles, and ``mpirun``."""
+"""Several ranks in tests: threads that interpret a graph, and ``mpirun``."""
 
 from __future__ import annotations
 
@@ -7,21 +7,16 @@ import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 import pytest
 from torch import Tensor
 
-from fuseline.ir.capture import capture
 from fuseline.ir.dist import Group
 from fuseline.ir.graph import Graph
 from fuseline.ir.interpret import interpret
-from fuseline.ir.skeleton import Skeleton
-from fuseline.runtime import lower
 from fuseline.runtime.groups import simulated
 
 _SOURCE = Path(__file__).parent.parent / ".src"
@@ -50,29 +45,6 @@ def on_ranks(
 
     with ThreadPoolExecutor(ranks) as threads:
         return list(threads.map(run, simulated(ranks)))
-
-
-@contextmanager
-def traced_once() -> Iterator[None]:
-    """Inside, models of one config are traced by the first of their compiles: that is most of what one takes here."""
-    known: dict[tuple[Any, ...], Graph] = {}
-
-    def remembered(
-        source: Skeleton, options: dict[str, Any] | None = None, max_seq_len: int | None = None, fold: bool = False
-    ) -> Graph:
-        model = source.model
-        key = (type(model), model.config.to_json_string(), str(source.dtype), max_seq_len, fold)
-        if source.schemes:
-            return capture(source, options, max_seq_len, fold)
-        if key not in known:
-            known[key] = capture(source, None, max_seq_len, fold)
-        graph = known[key].copy()
-        graph.options.update(options or {})
-        return graph
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(lower, "capture", remembered)
-        yield
 
 
 def mpirun(

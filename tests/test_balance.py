@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from quantized_models import wide
-from tensor_parallel import traced_once
 
 import fuseline
 from fuseline.ir.quantized import dequantize
@@ -21,12 +19,6 @@ from fuseline.runtime.calibration.activations import Calibrated, calibrate
 from fuseline.runtime.calibration.balance import balance
 from fuseline.runtime.calibration.makers import Maker, maker_of
 from fuseline.runtime.calibration.rounding import Inputs, rounded
-
-
-@pytest.fixture(scope="module", autouse=True)
-def models_are_traced_once() -> Iterator[None]:
-    with traced_once():
-        yield
 
 
 def case() -> tuple[torch.Tensor, torch.Tensor]:

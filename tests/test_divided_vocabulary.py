@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any
 
 import pytest
 import torch
-from tensor_parallel import traced_once
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -21,13 +19,6 @@ from fuseline.runtime.groups import simulated
 from fuseline.runtime.sampler import sample
 from fuseline.runtime.sequence import SamplingParams
 from fuseline.runtime.vocabulary import DividedVocabulary, Vocabulary
-
-
-@pytest.fixture(scope="module", autouse=True)
-def models_are_traced_once() -> Iterator[None]:
-    with traced_once():
-        yield
-
 
 GREEDY = SamplingParams()
 DRAWN = [

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from itertools import pairwise
 from pathlib import Path
 
 import pytest
 from quantized_models import wide
-from tensor_parallel import mpirun, needs_mpirun, traced_once
+from tensor_parallel import mpirun, needs_mpirun
 from test_tensor_parallel import _OPTIONS, cut_and_kept, divisible, plan_line, tokens
 from torch.fx import Node
 
@@ -20,12 +19,6 @@ from fuseline.ir.ops import op_name
 from fuseline.runtime import cli
 
 _EXPERTS = {"expert_parallel": ["*.experts.*"], "simulate": True}
-
-
-@pytest.fixture(scope="module", autouse=True)
-def models_are_traced_once() -> Iterator[None]:
-    with traced_once():
-        yield
 
 
 def near(compiled: fuseline.CompiledModel) -> list[str]:

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from quantized_models import wide
-from tensor_parallel import traced_once
 from transformers import PreTrainedModel
 
 import fuseline
@@ -19,12 +17,6 @@ from fuseline.runtime import compile as compile_module
 from fuseline.runtime import parts as parts_module
 from fuseline.runtime.calibration.activations import calibrate
 from fuseline.runtime.parts import Part, place_parts
-
-
-@pytest.fixture(scope="module", autouse=True)
-def models_are_traced_once() -> Iterator[None]:
-    with traced_once():
-        yield
 
 
 def tokens_for(model: PreTrainedModel) -> list[list[int]]:

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import pytest
 import torch
 from quantized_models import wide
-from tensor_parallel import on_ranks, traced_once
+from tensor_parallel import on_ranks
 from test_rank_kernels import ROUNDED
 from test_tensor_parallel import cut_and_kept, plan_line, tokens
 
@@ -18,12 +16,6 @@ from fuseline.ir.quantized import unpack
 from fuseline.ir.schemes import scheme_of
 
 SCHEMES = ["int8d", "fp8"]
-
-
-@pytest.fixture(scope="module", autouse=True)
-def models_are_traced_once() -> Iterator[None]:
-    with traced_once():
-        yield
 
 
 @pytest.mark.parametrize(("name", "scheme"), [("llama", "int8-dynamic"), ("gpt2", "fp8")])

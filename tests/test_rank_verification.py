@@ -10,7 +10,6 @@ from typing import Any
 import pytest
 import torch
 from quantized_models import wide
-from tensor_parallel import traced_once
 from test_tensor_parallel import tokens
 from triton_interpreter import shared_interpreter
 
@@ -26,8 +25,8 @@ from fuseline.passes.reproduction import error_of
 
 
 @pytest.fixture(scope="module", autouse=True)
-def interpreted_and_traced_once(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    with traced_once(), shared_interpreter(tmp_path_factory.mktemp("kernels")):
+def kernels_are_interpreted(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    with shared_interpreter(tmp_path_factory.mktemp("kernels")):
         yield
 
 

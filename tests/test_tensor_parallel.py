@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from functools import cache
@@ -14,7 +14,6 @@ import pytest
 import torch
 from families import FAMILIES, REQUIRED, config, make, randomize
 from quantized_models import wide
-from tensor_parallel import traced_once
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
 import fuseline
@@ -33,12 +32,6 @@ _DIVISIBLE: Mapping[str, int] = {
     "num_key_value_heads": 2,
     "vocab_size": 96,
 }
-
-
-@pytest.fixture(scope="module", autouse=True)
-def models_are_traced_once() -> Iterator[None]:
-    with traced_once():
-        yield
 
 
 @cache
