@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch.fx import Node
@@ -14,6 +14,8 @@ from .types import DTYPE_NAMES, Dim, TensorType, Type, concrete_args
 
 # Large enough that no branch for tiny sizes is taken, and odd, so that nothing divides it by accident.
 _PROBE = 97
+# Calls that are remembered: many times those of one model and its passes.
+_MOST_KNOWN = 20_000
 
 
 class TypeInferenceError(ValueError):
@@ -21,10 +23,10 @@ class TypeInferenceError(ValueError):
 
 
 class Inference:
-    """Infers types of calls; equal calls (as in equal layers) are inferred once."""
+    """Infers types of calls. Equal calls, as in equal layers and in a graph after each pass, are inferred once: the type
+    follows from the operator and the types of its arguments alone."""
 
-    def __init__(self) -> None:
-        self._known: dict[Any, Type] = {}
+    _known: ClassVar[dict[Any, Type]] = {}
 
     def __call__(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Type:
         """The type of ``target(*args, **kwargs)``, where nodes among the arguments stand for values of their type.
@@ -35,6 +37,8 @@ class Inference:
         key = (target, _key(args), _key(kwargs))
         found = self._known.get(key)
         if found is None:
+            if len(self._known) >= _MOST_KNOWN:
+                self._known.clear()
             found = self._known[key] = _infer(target, args, kwargs)
         return found
 

@@ -32,7 +32,7 @@ Milliseconds = Callable[[Mapping[str, Choices], int], float]
 """The time of a step of so many sequences with these tilings, by the kernel's name."""
 
 # A rival is not much slower alone, and has to win by more than noise.
-_RIVALS, _SLOWER, _MARGIN = 3, 1.25, 0.003
+_RIVALS, _SLOWER, _MARGIN = 5, 1.25, 0.003
 _SEQUENCES, _CONTEXT, _REPEATS = 8, 256, 20
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import os
 from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
 from contextlib import nullcontext
 from pathlib import PurePath
 from typing import Any
@@ -12,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 from traced import traced_anew, traced_once
+from triton_interpreter import interpreter
 
 # Files whose tests share what takes long to make: one worker runs all of each.
 TOGETHER = frozenset({"test_kernels.py", "test_page.py", "test_smollm2.py"})
@@ -54,6 +56,13 @@ def models_are_traced_once() -> Iterator[None]:
 def some_are_traced_anew(request: pytest.FixtureRequest) -> Iterator[None]:
     with traced_anew() if request.path.name in TRACED_ANEW else nullcontext():
         yield
+
+
+@pytest.fixture(scope="session")
+def pool() -> Iterator[ProcessPoolExecutor]:
+    """A process in which Triton kernels are interpreted: one for all tests of a worker, as to start it takes seconds."""
+    with interpreter() as made:
+        yield made
 
 
 @pytest.hookimpl(optionalhook=True)

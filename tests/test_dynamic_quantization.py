@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 import statistics
-from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from functools import partial
 from pathlib import Path
@@ -15,7 +14,6 @@ import pytest
 import torch
 from quantized_models import fake_quantised, nearest_e4m3, restored, rounded, wide
 from test_quantization import PROMPTS, matrix, quantised
-from triton_interpreter import interpreter
 
 import fuseline
 from fuseline.codegen.check import errors, random_case
@@ -156,12 +154,6 @@ def projection(scheme: str, dtype: str, depth: int = 160, width: int = 48) -> Ke
     graph = run(parse(text), [])
     (kernel,) = emit_kernels(graph)
     return kernel
-
-
-@pytest.fixture(scope="module")
-def pool() -> Iterator[ProcessPoolExecutor]:
-    with interpreter() as made:
-        yield made
 
 
 def tilings(path: str, text: str) -> dict[str, float]:

@@ -6,6 +6,7 @@ If this fails, a family is silently wrong. Prompts are longer than the windows o
 from __future__ import annotations
 
 from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
 from typing import Any
 
 import pytest
@@ -13,7 +14,7 @@ import torch
 from families import FAMILIES, REQUIRED, make
 from transformers import PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
-from triton_interpreter import shared_interpreter
+from triton_interpreter import interpreted_by
 
 import fuseline
 from fuseline import ir
@@ -31,8 +32,8 @@ OTHERS = (
 
 
 @pytest.fixture(scope="module", autouse=True)
-def interpreted_once(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    with shared_interpreter(tmp_path_factory.mktemp("kernels")):
+def interpreted_once(pool: ProcessPoolExecutor, tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    with interpreted_by(pool, tmp_path_factory.mktemp("kernels")):
         yield
 
 

@@ -2,25 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
 import pytest
 import torch
-from triton_interpreter import interpreter
 
 from fuseline.codegen.greedy import greedy_source
 from fuseline.codegen.launch import load_greedy
 from fuseline.codegen.offline import check_file, load_kernel_file
 
 WIDTHS = (1, 300, 2048, 2049, 32000)
-
-
-@pytest.fixture(scope="module")
-def pool() -> Iterator[ProcessPoolExecutor]:
-    with interpreter() as made:
-        yield made
 
 
 @pytest.fixture

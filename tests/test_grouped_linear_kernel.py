@@ -1,13 +1,11 @@
 """Emitted grouped linear layers: interpreted against a loop over pairs, and compiled for sm_80 and sm_90."""
 
-from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
-from triton_interpreter import interpreter
 
 from fuseline.codegen.grouped_linear import GroupedLinearSpec, grouped_linear_source
 from fuseline.codegen.offline import check_file, load_kernel_file
@@ -116,12 +114,6 @@ def variant_names(spec: GroupedLinearSpec, tokens: list[int], folder: str) -> li
     path.write_text(grouped_linear_source(spec))
     module = load_kernel_file(path)
     return [module.VARIANTS.index(module.choose_tile(torch.device("cpu"), count)) for count in tokens]
-
-
-@pytest.fixture(scope="module")
-def pool() -> Iterator[ProcessPoolExecutor]:
-    with interpreter() as executor:
-        yield executor
 
 
 @pytest.mark.parametrize("name", CASES)

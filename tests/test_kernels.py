@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from functools import cache, partial
 from pathlib import Path
@@ -10,13 +9,12 @@ from pathlib import Path
 import pytest
 import torch
 from families import REQUIRED, make
-from triton_interpreter import interpreter
+from traced import traced
 
 from fuseline import passes
 from fuseline.codegen.check import errors, random_case
 from fuseline.codegen.kernels import Kernel, emit_kernels
 from fuseline.codegen.offline import check_file, compile_variant, load_kernel_file
-from fuseline.ir.capture import capture
 from fuseline.ir.graph import Graph
 from fuseline.ir.ops import op_name
 from fuseline.ir.parse import parse
@@ -27,15 +25,9 @@ from fuseline.ir.tiles import TILE_POINTWISE
 CASES = ((1, 1), (3, 3), (19, 4))
 
 
-@pytest.fixture(scope="module")
-def pool() -> Iterator[ProcessPoolExecutor]:
-    with interpreter() as made:
-        yield made
-
-
 @cache
 def lowered(name: str, dtype: torch.dtype = torch.float32) -> Graph:
-    return passes.run(capture(skeleton(make(name), dtype)))
+    return passes.run(traced(skeleton(make(name), dtype)))
 
 
 def interpreted(path: str, text: str) -> list[float]:

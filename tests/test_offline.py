@@ -1,11 +1,9 @@
 """Compiling emitted files without a GPU: what is refused, and that the interpreter does not get in the way."""
 
-from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
 import pytest
-from triton_interpreter import interpreter
 
 from fuseline.codegen.offline import KernelResourceError, Resources, check_file, compile_variant, load_kernel_file
 from fuseline.ir.errors import FuselineError
@@ -123,12 +121,6 @@ def test_a_file_that_fails_to_load_leaves_no_module(tmp_path: Path) -> None:
     for _ in range(2):
         with pytest.raises(ZeroDivisionError):
             load_kernel_file(write(tmp_path, "1 / 0\n"))
-
-
-@pytest.fixture(scope="module")
-def pool() -> Iterator[ProcessPoolExecutor]:
-    with interpreter() as executor:
-        yield executor
 
 
 def check_module(path: str) -> list[Resources]:

@@ -2,14 +2,12 @@
 
 import random
 import re
-from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pytest
 import torch
-from triton_interpreter import interpreter
 
 from fuseline.codegen.offline import check_file, load_kernel_file
 from fuseline.codegen.paged_attention import AttentionSpec, paged_attention_source
@@ -218,12 +216,6 @@ GPU_SPECS = [
 def _name(spec: AttentionSpec) -> str:
     codes = f"-{str(spec.codes)[6:]}" if spec.codes else ""
     return f"{spec.num_heads}x{spec.num_kv_heads}x{spec.head_dim}-{spec.kind}-{str(spec.dtype)[6:]}{codes}"
-
-
-@pytest.fixture(scope="module")
-def pool() -> Iterator[ProcessPoolExecutor]:
-    with interpreter() as executor:
-        yield executor
 
 
 @pytest.mark.parametrize("name", CASES)

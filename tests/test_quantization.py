@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from concurrent.futures import ProcessPoolExecutor
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,6 @@ import numpy as np
 import pytest
 import torch
 from quantized_models import fake_quantised, restored, rounded, wide
-from triton_interpreter import interpreter
 from typer.testing import CliRunner
 
 import fuseline
@@ -331,10 +331,11 @@ def library_error(path: str, text: str) -> float:
 @pytest.mark.parametrize(
     ("scheme", "depth"), [("int8", 520), ("int8", 72), ("int8g32", 544), ("int4g32", 1056), ("uint4g64", 128)]
 )
-def test_the_library_multiplies_the_numbers_of_a_weight(scheme: str, depth: int, tmp_path: Path) -> None:
+def test_the_library_multiplies_the_numbers_of_a_weight(
+    scheme: str, depth: int, pool: ProcessPoolExecutor, tmp_path: Path
+) -> None:
     graph = run(parse(PROJECTION.format(name=f"project_{scheme}", scheme=scheme, depth=depth)), [])
     (kernel,) = emit_kernels(graph)
     path = tmp_path / f"{kernel.name}.py"
     path.write_text(kernel.source)
-    with interpreter() as pool:
-        assert pool.submit(library_error, str(path), str(kernel.graph)).result() <= 1e-5
+    assert pool.submit(library_error, str(path), str(kernel.graph)).result() <= 1e-5

@@ -10,24 +10,16 @@ from collections.abc import Callable
 from dataclasses import replace
 
 import pytest
-from random_builder import INFER
 from random_checks import Apply, apply_pass, broken_alone, failure, report
 from random_graphs import build, recipe, shrink
 from torch.fx import Node
 
 from fuseline import ir, passes
-from fuseline.ir.infer import Inference
 from fuseline.ir.ops import op_name
 from fuseline.passes import duplicates
 
 FIRST = int(os.environ.get("FUSELINE_RANDOM_SEED", "0"))
 CASES, EACH = 20, 100
-
-
-@pytest.fixture(autouse=True)
-def types_are_inferred_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Passes forget the types they inferred; over thousands of small graphs that is most of the work of some."""
-    monkeypatch.setattr(Inference, "__init__", lambda self: setattr(self, "_known", INFER._known))
 
 
 @pytest.mark.parametrize("case", range(CASES), ids=lambda case: f"{case}-")

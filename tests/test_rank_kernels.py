@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
 from pathlib import Path
 
 import pytest
 import torch
-from triton_interpreter import interpreter
 
 from fuseline import passes
 from fuseline.codegen.exchange import Exchange, MirrorExchange, Places
@@ -94,12 +92,6 @@ def sums(
             assert torch.equal(add, results[0][0]), "ranks have other bits"
             assert torch.equal(norm, results[0][1]), "ranks have other bits"
     return found
-
-
-@pytest.fixture(scope="module")
-def pool() -> Iterator[ProcessPoolExecutor]:
-    with interpreter() as made:
-        yield made
 
 
 def file(folder: Path, text: str) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ import pytest
 import torch
 from quantized_models import wide
 from test_tensor_parallel import tokens
-from triton_interpreter import shared_interpreter
+from triton_interpreter import interpreted_by
 
 import fuseline
 from fuseline import ir, passes
@@ -25,8 +26,8 @@ from fuseline.passes.reproduction import error_of
 
 
 @pytest.fixture(scope="module", autouse=True)
-def kernels_are_interpreted(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    with shared_interpreter(tmp_path_factory.mktemp("kernels")):
+def kernels_are_interpreted(pool: ProcessPoolExecutor, tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    with interpreted_by(pool, tmp_path_factory.mktemp("kernels")):
         yield
 
 

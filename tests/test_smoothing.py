@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import re
-from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from functools import partial
 from pathlib import Path
@@ -16,7 +15,6 @@ import torch
 from quantized_models import restored, rounded, rounded_rows, wide
 from test_dynamic_quantization import PROJECTION, tilings
 from test_quantization import BODY, HEAD
-from triton_interpreter import interpreter
 
 import fuseline
 from fuseline.codegen.kernels import emit_kernels
@@ -170,12 +168,6 @@ def test_every_pass_and_kernel_keeps_the_numbers(dtype: str, tmp_path: Path, mon
     # Without the calibration the vectors are 1.
     plain = fuseline.compile(model, **CHOICES, dtype=dtype)
     assert torch.equal(fuseline.compile(late, weights=model, **choices)(ids).logits, plain(ids).logits)
-
-
-@pytest.fixture(scope="module")
-def pool() -> Iterator[ProcessPoolExecutor]:
-    with interpreter() as made:
-        yield made
 
 
 @pytest.mark.parametrize("depth", [160, 72])

@@ -6,24 +6,16 @@ from dataclasses import replace
 
 import pytest
 import torch
-from random_builder import INFER
 from random_fragments import VOCABULARY
 from random_graphs import build, draw_weights, recipe
 from tensor_parallel import on_ranks
 
 from fuseline import ir, passes
 from fuseline.ir.graph import type_of
-from fuseline.ir.infer import Inference
 from fuseline.ir.interpret import interpret
 from fuseline.ir.ops import is_collective, op_name
 
 _BEFORE = passes.PASSES.pipeline[: passes.PASSES.pipeline.index("Shard")]
-
-
-@pytest.fixture(autouse=True)
-def types_are_inferred_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Types of equal calls in thousands of small graphs."""
-    monkeypatch.setattr(Inference, "__init__", lambda self: setattr(self, "_known", INFER._known))
 
 
 @pytest.mark.parametrize("ranks", [2, 3, 4])

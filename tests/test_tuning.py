@@ -14,13 +14,13 @@ from typing import Any
 import pytest
 import torch
 from families import make
+from traced import traced
 
 from fuseline import passes
 from fuseline.codegen.kernels import Kernel, emit_kernels
 from fuseline.codegen.launch import kernel_path
 from fuseline.codegen.offline import load_kernel_file
 from fuseline.codegen.tuning import Timing, candidates, choose
-from fuseline.ir.capture import capture
 from fuseline.ir.graph import Graph
 from fuseline.ir.loop import Loop
 from fuseline.ir.skeleton import skeleton
@@ -35,7 +35,7 @@ CPU = torch.device("cpu")
 
 @cache
 def lowered() -> Graph:
-    return passes.run(capture(skeleton(make("llama"), torch.bfloat16)))
+    return passes.run(traced(skeleton(make("llama"), torch.bfloat16)))
 
 
 def emitted() -> list[Kernel]:
@@ -55,7 +55,7 @@ def block_of(module: ModuleType, index: int) -> int | None:
 def test_what_may_be_measured_depends_on_the_rows() -> None:
     module = module_of("down_proj")
     assert {block_of(module, index) for index in candidates(module, 1)} == {1}
-    assert {block_of(module, index) for index in candidates(module, 4)} == {1, 16}
+    assert {block_of(module, index) for index in candidates(module, 4)} == {1, 8, 16}
     assert {block_of(module, index) for index in candidates(module, 16)} == {16}
     assert {block_of(module, index) for index in candidates(module, 64)} == {64, 128, None}
     assert {block_of(module, index) for index in candidates(module, 256)} == {64, 128, None}

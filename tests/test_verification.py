@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from functools import cache
 from pathlib import Path
 
@@ -12,13 +13,13 @@ import torch
 from families import make
 from mutation_switches import Mutation
 from mutations import MUTATIONS
-from triton_interpreter import shared_interpreter
+from traced import traced
+from triton_interpreter import interpreted_by
 
 import fuseline
 from fuseline import ir, passes
 from fuseline.codegen.kernels import emit_kernels
 from fuseline.codegen.verification import verify_kernels
-from fuseline.ir.capture import capture
 from fuseline.ir.skeleton import skeleton
 
 CPU = torch.device("cpu")
@@ -27,14 +28,14 @@ UNCAUGHT = {"constant of gelu mistyped": "0.0447 for 0.044715 moves the result b
 
 
 @pytest.fixture(scope="module", autouse=True)
-def interpreted_once(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    with shared_interpreter(tmp_path_factory.mktemp("kernels")):
+def interpreted_once(pool: ProcessPoolExecutor, tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    with interpreted_by(pool, tmp_path_factory.mktemp("kernels")):
         yield
 
 
 @cache
 def captured(family: str, block: int = 16, dtype: torch.dtype = torch.float32) -> ir.Graph:
-    return capture(skeleton(make(family, dtype), dtype), {"kv_block": block})
+    return traced(skeleton(make(family, dtype), dtype), {"kv_block": block})
 
 
 @cache

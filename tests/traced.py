@@ -25,7 +25,7 @@ _KNOWN: dict[tuple[Any, ...], Graph] = {}
 def traced_once() -> Iterator[None]:
     """Inside, of all compiles of models that are alike the first one traces."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(lower, "capture", _remembered)
+        patch.setattr(lower, "capture", traced)
         yield
 
 
@@ -37,9 +37,10 @@ def traced_anew() -> Iterator[None]:
         yield
 
 
-def _remembered(
+def traced(
     source: Skeleton, options: dict[str, Any] | None = None, max_seq_len: int | None = None, fold: bool = False
 ) -> Graph:
+    """What ``capture`` gives."""
     if source.schemes:
         return capture(source, options, max_seq_len, fold)
     model = source.model

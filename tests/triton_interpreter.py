@@ -26,23 +26,21 @@ def interpreter() -> Iterator[ProcessPoolExecutor]:
 
 
 @contextmanager
-def shared_interpreter(folder: Path) -> Iterator[None]:
-    """Within, ``verify=True`` has kernels interpreted in one process, and those of equal text once."""
+def interpreted_by(pool: ProcessPoolExecutor, folder: Path) -> Iterator[None]:
+    """Within, ``verify=True`` has kernels interpreted in the process of that pool, and those of equal text once."""
     known: dict[tuple[str, str], interpreted.Outcome] = {}
 
-    with interpreter() as pool:
+    def interpret_kernels(
+        sources: Mapping[str, str], graphs: Mapping[str, str], _: float
+    ) -> dict[str, interpreted.Outcome]:
+        jobs = {}
+        for name, source in sources.items():
+            if (source, graphs[name]) not in known:
+                path = folder / f"{name}_{hashlib.sha256(source.encode()).hexdigest()[:16]}.py"
+                path.write_text(source)
+                jobs[name] = pool.submit(interpreted.interpret_one, str(path), graphs[name])
+        known.update({(sources[name], graphs[name]): job.result() for name, job in jobs.items()})
+        return {name: known[source, graphs[name]] for name, source in sources.items()}
 
-        def interpret_kernels(
-            sources: Mapping[str, str], graphs: Mapping[str, str], _: float
-        ) -> dict[str, interpreted.Outcome]:
-            jobs = {}
-            for name, source in sources.items():
-                if (source, graphs[name]) not in known:
-                    path = folder / f"{name}_{hashlib.sha256(source.encode()).hexdigest()[:16]}.py"
-                    path.write_text(source)
-                    jobs[name] = pool.submit(interpreted.interpret_one, str(path), graphs[name])
-            known.update({(sources[name], graphs[name]): job.result() for name, job in jobs.items()})
-            return {name: known[source, graphs[name]] for name, source in sources.items()}
-
-        with mock.patch.object(interpreted, "interpret_kernels", interpret_kernels):
-            yield
+    with mock.patch.object(interpreted, "interpret_kernels", interpret_kernels):
+        yield
