@@ -12,7 +12,7 @@ from .weights import in_codes, is_rounded, rows_type, scheme
 
 Tiling = tuple[int, ...]
 
-# What was fastest on an H100 for one kernel or another of models of 1 and 7 billion parameters, in bf16.
+# What was fastest on an H100 or an H200 for one kernel or another of models of 1 and 7 billion parameters, in bf16.
 # Columns, depth and warps, for one row.
 _ROW = ((2, 2048, 8), (2, 4096, 4), (4, 1024, 2), (2, 1024, 4), (8, 512, 2), (2, 2048, 2))
 # The same where a row of the weight has half or a quarter of the bytes.

@@ -15,13 +15,13 @@ from .types import TensorType, Type, type_text
 _LEAVES = frozenset({"weight", "cache", "const"})
 
 
-def verify(graph: Graph, infer: Inference | None = None) -> None:
+def verify(graph: Graph) -> None:
     """Recompute every type and placement from the operators and compare; then check names, regions and the text round trip.
 
     Raises:
         VerificationError: says what is wrong and shows the line with its neighbours.
     """
-    infer = infer or Inference()
+    infer = Inference()
     nodes = list(graph.nodes)
     seen: set[Node] = set()
     names: set[str] = set(graph.dims)

@@ -14,7 +14,6 @@ from ..codegen.verification import verify_kernels
 from ..ir.capture import capture
 from ..ir.errors import VerificationError
 from ..ir.graph import Graph
-from ..ir.infer import Inference
 from ..ir.loop import Loop, loop_of
 from ..ir.period import NotPeriodic, fold_of
 from ..ir.skeleton import Skeleton
@@ -116,7 +115,7 @@ def lower(source: Skeleton | Graph, options: Options, wishes: Wishes, report: Re
                 report.model_plan = passes.compare(stated, graph, step.report)
             if wishes.dump:
                 wishes.dump.graph(step.name, graph)
-        verify_graph(graph, Inference())
+        verify_graph(graph)
         try:
             whole = unfold(graph)
             all_of_it = None if undivided is None else loop_of(unfold(_paged(undivided, names, skip)))

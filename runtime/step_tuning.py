@@ -59,7 +59,8 @@ def tune_steps(
     sources = {kernel.name: digest_of(kernel) for kernel in kernels}
     machine = next((item.machine for item in tunings.values()), {})
     context = min(_CONTEXT, max_seq_len)
-    known = [sources, machine, rows_of, sorted(first.items()), len(loop.stages), context]
+    search = [_RIVALS, _SLOWER, _MARGIN, _SEQUENCES]
+    known = [sources, machine, rows_of, sorted(first.items()), len(loop.stages), context, search]
     record = cache_directory("tuning") / f"step_{hashlib.sha256(json.dumps(known).encode()).hexdigest()[:16]}.json"
     try:
         found = json.loads(record.read_text())["choices"]

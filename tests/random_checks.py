@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import torch
-from random_builder import INFER
 from random_fragments import VOCABULARY
 from random_graphs import Recipe, build, draw_weights, shrink
 from torch import Tensor
@@ -59,7 +58,7 @@ class Trial:
         self.alone: dict[str, tuple[ir.Graph, str]] = {}  # by pass: what it makes of the graph as it is
         try:
             self.graph = ir.parse(self.text)
-            ir.verify(self.graph, INFER)
+            ir.verify(self.graph)
             self.expected = self.numbers(self.graph, self.text)
             assert all(bool(item.isfinite().all()) for item in self.expected), "the graph's numbers are not finite"
         except Exception as error:
@@ -90,7 +89,7 @@ class Trial:
             if after not in self.seen or self.thorough:
                 assert ir.dump(graph) == text, "the pass changed its input"
             if after not in self.seen:
-                ir.verify(made, INFER)
+                ir.verify(made)
                 self.compare(made, after)
                 self.seen.add(after)
         except Exception as error:

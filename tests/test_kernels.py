@@ -59,6 +59,7 @@ def tilings(path: str, text: str) -> dict[str, float]:
     kinds = {"row": 0, "library": len(module.CONFIGS) - 1}
     own = {
         "few": module.few(16, 16, 32, 4, 1, 1),
+        "fewest": module.few(8, 16, 32, 4, 1, 1),
         "parts": module.few(16, 32, 16, 4, 1, 2),
         "tile": module.tile(32, 32, 32, 4, 1),
     }

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import inspect
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -76,12 +77,7 @@ def _digest(buffer: torch.Tensor) -> str:
 
 def _fixed(value: Any) -> Any:
     """An attribute as a part of a key: a function as itself, so that one that was put in a method's place is another."""
-    if callable(value) and not isinstance(value, type):
-        return (
-            getattr(value, "__func__", value)
-            if hasattr(value, "__code__") or hasattr(value, "__func__")
-            else type(value)
-        )
-    return (
-        repr(value) if isinstance(value, (bool, int, float, str, tuple, list, torch.dtype, type(None))) else type(value)
-    )
+    if inspect.isroutine(value):
+        return getattr(value, "__func__", value)
+    plain = (bool, int, float, str, tuple, list, torch.dtype, type(None))
+    return repr(value) if isinstance(value, plain) else type(value)
