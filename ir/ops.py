@@ -72,10 +72,15 @@ def op_name(target: Any) -> str:
     if isinstance(target, str):  # inputs and the output
         return target
     if isinstance(target, torch._ops.OpOverload):
-        name = f"{target.namespace}.{target._schema.name.rpartition('::')[2]}"
-        overload = target._overloadname
-        return name if overload == "default" else f"{name}.{overload}"
+        return _overload_name(target)
     raise TypeError(f"{target!r} is no operator of the graph")
+
+
+@cache
+def _overload_name(target: torch._ops.OpOverload) -> str:
+    name = f"{target.namespace}.{target._schema.name.rpartition('::')[2]}"
+    overload = target._overloadname
+    return name if overload == "default" else f"{name}.{overload}"
 
 
 def resolve(name: str) -> Any:

@@ -6,6 +6,7 @@ import ast
 import math
 import operator
 import re
+from functools import lru_cache
 from typing import Any
 
 from torch.fx import Node
@@ -58,13 +59,19 @@ def _dotted(tree: ast.expr) -> str:
     return ast.unparse(tree)
 
 
+@lru_cache(maxsize=4)
+def _syntax(text: str) -> ast.Module:
+    """The syntax of a text; a graph that is checked and then read again is often the same."""
+    return ast.parse(text)
+
+
 class _Parser:
     def __init__(self, text: str) -> None:
         self.lines = text.splitlines()
         self.text = text
         self.values: dict[str, Node] = {}
         try:
-            tree = ast.parse(text)
+            tree = _syntax(text)
         except SyntaxError as error:
             raise ParseError(f"line {error.lineno or 1}: not Python syntax: {error}") from error
         self.comments = _comments(self.lines)

@@ -14,7 +14,7 @@ from ..ir.graph import Graph, type_of
 from ..ir.infer import Inference
 from ..ir.ops import op_name
 from ..ir.types import TensorType
-from .ledger import PassReport
+from .ledger import PassReport, asks_first
 
 OPTION = "kv_dtype"
 # Arguments of ``nn.paged_attention`` after the caches: so many that must be given, and those that need not.
@@ -22,6 +22,7 @@ _REQUIRED = 5
 _DEFAULTS = {"kind": "causal", "window": 0, "softcap": 0.0, "sinks": None}
 
 
+@asks_first
 def quantize_cache(graph: Graph, report: PassReport) -> Graph:
     """Round what is written to the caches as the graph's option says; attention takes the factors along."""
     dtype = graph.options.get(OPTION)

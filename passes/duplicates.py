@@ -8,9 +8,10 @@ from torch.fx import Node
 
 from ..ir.graph import Graph
 from ..ir.ops import is_pure
-from .ledger import PassReport
+from .ledger import PassReport, asks_first
 
 
+@asks_first
 def merge_duplicates(graph: Graph, report: PassReport) -> Graph:
     """Common subexpression elimination over values without effects."""
     seen: dict[Any, Node] = {}

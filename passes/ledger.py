@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
+from typing import TypeVar
 
 from torch.fx import Node
 
 from ..ir.fold import Fold
 from ..ir.period import spread
 from ..ir.verify import excerpt
+
+Item = TypeVar("Item")
 
 
 @dataclass(frozen=True)
@@ -82,6 +85,26 @@ class PassReport:
             "near_misses": [_refusal(item) for item in self.near],
             "milliseconds": round(self.milliseconds, 3),
         }
+
+
+class Applies(Exception):
+    """Raised instead of an answer by a report that only looks: the pass has something to do."""
+
+
+class Look(PassReport):
+    """The report of a pass that is to find out whether there is anything to do, and to change nothing yet."""
+
+    def allows(self, site: str) -> bool:
+        raise Applies(site)
+
+
+def asks_first(item: Item) -> Item:
+    """Mark a pass that leaves the graph as it is until ``PassReport.allows`` has answered for the first time.
+
+    Where such a pass has nothing to do it is given no graph of its own, and the graph after it is the one before.
+    """
+    item.asks_first = True  # type: ignore[attr-defined]
+    return item
 
 
 def _refusal(item: Refusal) -> dict[str, str]:

@@ -7,9 +7,10 @@ from torch.fx import Node
 from ..ir.graph import Graph, type_of
 from ..ir.ops import op_name
 from ..ir.placement import VOCABULARY
-from .ledger import PassReport
+from .ledger import PassReport, asks_first
 
 
+@asks_first
 def logits_in_parts(graph: Graph, report: PassReport) -> Graph:
     """Where a graph returns columns that are put together from the ranks' parts, it returns the parts.
 

@@ -10,7 +10,7 @@ from ..ir.build import insert_before
 from ..ir.graph import Graph, is_constant, type_of
 from ..ir.infer import Inference
 from ..ir.ops import POINTWISE, aten, op_name
-from .ledger import PassReport
+from .ledger import PassReport, asks_first
 from .quantize import same_scheme
 from .rule import hoist
 
@@ -18,6 +18,7 @@ _GATED = frozenset({"nn.silu_mul", "nn.gelu_mul", "aten.mul.Tensor"})
 _HEADWISE = POINTWISE | {"aten.reshape", "aten.slice.Tensor", "aten.cat", "nn.rms_norm", "nn.layer_norm", "nn.rope"}
 
 
+@asks_first
 def merge_qkv(graph: Graph, report: PassReport) -> Graph:
     """Merge the projections that make one attention's queries, keys and values."""
     infer = Inference()
@@ -35,6 +36,7 @@ def merge_qkv(graph: Graph, report: PassReport) -> Graph:
     return graph
 
 
+@asks_first
 def merge_gate_up(graph: Graph, report: PassReport) -> Graph:
     """Merge the two projections whose results are multiplied, one of them after an activation."""
     infer = Inference()

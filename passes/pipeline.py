@@ -17,7 +17,7 @@ from .cache_rounding import OPTION as KV_DTYPE
 from .cache_rounding import quantize_cache
 from .duplicates import merge_duplicates
 from .grouping import group_kernels
-from .ledger import PassReport
+from .ledger import Applies, Look, PassReport
 from .localize import localize
 from .logits_in_parts import logits_in_parts
 from .merge import merge_gate_up, merge_qkv
@@ -130,7 +130,7 @@ def steps(
     """Run passes one after another, by default the whole pipeline, and show each result.
 
     Args:
-        check: verify the graph after each pass.
+        check: verify the graph, and what each pass makes of it.
         skip: passes, and single applications of them, that are switched off.
 
     Raises:
@@ -139,6 +139,8 @@ def steps(
     names = PASSES.pipeline if names is None else names
     for name in names:
         PASSES[name]
+    if check:
+        verify(graph)
     for number, name in enumerate(names, start=1):
         report = PassReport(name)
         if skip is not None:
@@ -149,8 +151,9 @@ def steps(
 
 
 def apply(name: str, graph: Graph, report: PassReport, check: bool = False) -> Graph:
-    """The graph after one pass; the given one stays as it is. A pass that fails on a model it was not made for changes
-    nothing, and the report says why.
+    """The graph after one pass; the given one stays as it is, and may be what is returned where there is nothing to do.
+
+    A pass that fails on a model it was not made for changes nothing, and the report says why.
 
     Raises:
         UnsupportedModelError: the graph cannot be run without this pass. With ``check``, the pass's own error.
@@ -158,8 +161,11 @@ def apply(name: str, graph: Graph, report: PassReport, check: bool = False) -> G
     """
     begin = time.perf_counter()
     try:
-        after = PASSES[name](graph.copy(), report)
-        after.eliminate_dead()
+        if _is_idle(PASSES[name], graph, report):
+            after = graph
+        else:
+            after = PASSES[name](graph.copy(), report)
+            after.eliminate_dead()
     except FuselineError:
         raise
     except Exception as error:
@@ -171,9 +177,22 @@ def apply(name: str, graph: Graph, report: PassReport, check: bool = False) -> G
         report.refuse("graph", why)
         after = graph
     report.milliseconds = 1e3 * (time.perf_counter() - begin)
-    if check:
+    if check and after is not graph:
         verify(after)
     return after
+
+
+def _is_idle(item: GraphPass, graph: Graph, report: PassReport) -> bool:
+    """Whether a pass that asks before its first change finds nothing to do; the report then says what it refused."""
+    if not getattr(item, "asks_first", False):
+        return False
+    look = Look(report.name)
+    try:
+        item(graph, look)
+    except Applies:
+        return False
+    report.refused, report.near = look.refused, look.near
+    return True
 
 
 def run(graph: Graph, names: Sequence[str] | None = None) -> Graph:

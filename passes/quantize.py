@@ -15,7 +15,7 @@ from ..ir.ops import POINTWISE, PROJECTIONS, aten, op_name, resolve
 from ..ir.quantized import is_quantised
 from ..ir.schemes import scheme_of
 from ..ir.types import TensorType
-from .ledger import PassReport
+from .ledger import PassReport, asks_first
 
 OPTION = "quantization"
 SMOOTHING = "smoothing"
@@ -43,6 +43,7 @@ def pattern_of(weight: str, wanted: Wanted) -> str | None:
     return next((pattern for pattern in wanted if any(fnmatchcase(name, pattern) for name in names)), None)
 
 
+@asks_first
 def quantize(graph: Graph, report: PassReport) -> Graph:
     """Round the weights of projections and experts to nearest where a pattern asks for it, and rows of projections if the
     scheme is dynamic.

@@ -10,7 +10,9 @@ from ..ir.graph import Graph
 from .ledger import PassReport
 
 GraphPass = Callable[[Graph, PassReport], Graph]
-"""Rewrites a graph of its own (in place, if it likes), notes what it did in the report, and returns the result."""
+"""Rewrites a graph of its own (in place, if it likes), notes what it did in the report, and returns the result.
+
+One that is marked ``asks_first`` may be given another's graph first, under a report that stops it at its first change."""
 
 Item = TypeVar("Item", bound=GraphPass)
 

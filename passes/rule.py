@@ -11,7 +11,7 @@ import inspect
 import operator
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar
 
 from torch.fx import Node
 
@@ -43,6 +43,7 @@ class Rule:
     examples: tuple[Example, ...]
     exact: bool = True
     shared_inner: bool = field(default=False)
+    asks_first: ClassVar[bool] = True
 
     def __call__(self, graph: Graph, report: PassReport) -> Graph:
         """Apply the rule, in place, wherever it fits, and note all sites."""

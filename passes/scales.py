@@ -12,9 +12,10 @@ from ..ir.infer import Inference
 from ..ir.ops import aten, op_name
 from ..ir.quantized import is_quantised
 from ..ir.types import TensorType
-from .ledger import PassReport
+from .ledger import PassReport, asks_first
 
 
+@asks_first
 def fold_norm_scales(graph: Graph, report: PassReport) -> Graph:
     """``linear(rms_norm(x, scale), w)`` is ``linear(rms_norm(x), w * scale)``, whose weight is computed once.
 

@@ -10,12 +10,13 @@ from ..ir.build import insert_before
 from ..ir.graph import Graph, node_inputs, type_of
 from ..ir.infer import Inference, TypeInferenceError
 from ..ir.ops import POINTWISE, aten, op_name
-from .ledger import PassReport
+from .ledger import PassReport, asks_first
 
 _LAST_DIM_ONLY = frozenset({"aten.slice.Tensor", "aten.cat", "aten.mean.dim", "aten.softmax.int", "aten.stack"})
 _NORMS = frozenset({"aten.layer_norm", "aten.rms_norm", "nn.rms_norm", "nn.layer_norm"})
 
 
+@asks_first
 def sink_transposes(graph: Graph, report: PassReport) -> Graph:
     """Rewrite ``op(transpose(x))`` as ``transpose(op(x))`` where ``op`` works on the last dim, and cancel pairs."""
     infer = Inference()

@@ -84,10 +84,12 @@ class Trial:
     def after(self, name: str, graph: ir.Graph, text: str, site: str) -> tuple[ir.Graph, str]:
         """The graph and its text after a pass, compared with the input of the trial."""
         try:
+            before = _content(graph)
             made = self.apply(name, graph)
+            assert _content(graph) == before, "the pass changed its input"
+            if made is graph and not self.thorough:
+                return graph, text
             after = ir.dump(made)
-            if after not in self.seen or self.thorough:
-                assert ir.dump(graph) == text, "the pass changed its input"
             if after not in self.seen:
                 ir.verify(made)
                 self.compare(made, after)
@@ -123,6 +125,15 @@ class Trial:
             size = max(float(expected.double().norm()), 0.1 * expected.numel() ** 0.5)
             error = float((right.double() - expected.double()).norm()) / size
             assert error <= TOLERANCE, f"relative RMSE {error:.1e}\n{text}"
+
+
+def _content(graph: ir.Graph) -> tuple[object, ...]:
+    """All that the text of a graph is made of; quicker to compare than texts."""
+    nodes = [
+        (node, node.name, node.target, node.args, node.kwargs, *map(node.meta.get, ("type", "source", "region")))
+        for node in graph.nodes
+    ]
+    return nodes, dict(graph.dims), dict(graph.options), graph.name
 
 
 def _why(error: Exception) -> str:
