@@ -201,6 +201,8 @@ def compile(
     if len(groups) == 1:
         check_alike(groups[0], loop.graph)
     exchange = exchange_of(groups, loop)
+    if exchange is not None:
+        report.meetings = exchange.summary()
     with report.timed("load weights"), show.line("load weights"):
         # One rank shares what the model holds that it is compared with.
         values = (bones.lazy() if tensor_parallel > 1 else None) or bones.load()

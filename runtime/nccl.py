@@ -14,6 +14,7 @@ from torch import Tensor
 from ..codegen.exchange import Exchange, Places
 from .exchange_limit import faster_up_to
 from .mpi import RankError, watchdog
+from .symmetric import mapped
 
 # So often the host looks whether a step is done before it sleeps in between.
 _EAGER = 100_000
@@ -99,7 +100,7 @@ class SymmetricExchange(Exchange):
         self.limit, self.why = 1 << 62, ""
         mine, addresses = torch.zeros(1, dtype=torch.int64, device=group.device), [0] * group.size
         try:
-            mine, addresses, self._handle = _mapped(places.words, group.device, process_group)
+            mine, addresses, self._handle = mapped(places.words, group.device, group, process_group)
         except (RuntimeError, ImportError) as error:
             self.why = str(error).strip().partition("\n")[0]
         torch.cuda.synchronize(group.device)
@@ -108,6 +109,12 @@ class SymmetricExchange(Exchange):
             self.limit = -1
             self.why = self.why or "another rank cannot map the memory of this one"
         super().__init__(places, mine, addresses, group.rank)
+
+    def summary(self) -> str:
+        """How ranks meet, for the report."""
+        if self.why:
+            return f"through NCCL ({self.why})"
+        return f"up to {self.limit / 1024:.0f} KiB in memory that all GPUs map, more through NCCL"
 
     def takes(self, rows: int, width: int, nbytes: int) -> bool:
         return nbytes <= self.limit and super().takes(rows, width, nbytes)
@@ -118,13 +125,3 @@ class SymmetricExchange(Exchange):
     def all_reduce(self, x: Tensor) -> Tensor:
         distributed.all_reduce(x, group=self._process_group)
         return x
-
-
-def _mapped(words: int, device: torch.device, process_group: Any) -> tuple[Tensor, list[int], Any]:
-    """Zeros that all ranks can write to, the addresses of all ranks' ones, and what keeps them mapped."""
-    import torch.distributed._symmetric_memory as symmetric
-
-    mine = symmetric.empty(words, dtype=torch.int64, device=device)
-    handle = symmetric.rendezvous(mine, process_group)
-    mine.zero_()
-    return mine, [int(address) for address in handle.buffer_ptrs], handle

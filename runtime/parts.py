@@ -24,7 +24,7 @@ from .executor import Executor, Launch
 from .groups import SimulatedGroup, simulated
 from .join import torch_group
 from .mpi import RankError, world
-from .nccl import NCCLGroup
+from .nccl import NCCLGroup, SymmetricExchange
 from .options import OptionError, positive
 from .packed import Linear, pack_linears
 from .ranks import size_of, started_by_mpi
@@ -66,7 +66,7 @@ def said_by_first(groups: Sequence[Group], text: str) -> str:
     return bytes(groups[0].all_gather(room)[0].tolist()).rstrip(b"\0").decode()
 
 
-def exchange_of(groups: Sequence[Group], loop: Loop) -> Exchange | None:
+def exchange_of(groups: Sequence[Group], loop: Loop) -> SymmetricExchange | None:
     """How the kernels of a model meet those of the other ranks, if they do. All ranks call this together."""
     first = groups[0]
     return first.connect(places_of(loop)) if isinstance(first, NCCLGroup) else None

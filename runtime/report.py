@@ -81,6 +81,7 @@ class Report:
     calibration: str = ""
     checkpoint: str = ""
     model_plan: str = ""
+    meetings: str = ""
     graphs: str = "off"
     tilings: dict[str, dict[str, object]] = field(default_factory=dict)
 
@@ -162,6 +163,7 @@ class Report:
             "calibration": self.calibration,
             "checkpoint": self.checkpoint,
             "model_plan": self.model_plan,
+            "meetings": self.meetings,
             "graphs": self.graphs,
             "tilings": self.tilings,
             "seconds": {name: round(value, 3) for name, value in self.seconds.items()},
@@ -180,6 +182,7 @@ class Report:
             ("captured", f"{self.nodes} nodes, {self.layers} attention layers ({kinds})"),
             ("fused", ", ".join(fused) or "nothing"),
             *([("ranks", self.model_plan)] if self.model_plan else []),
+            *([("meetings", self.meetings)] if self.meetings else []),
             ("kernels", f"{self.distinct_kernels} distinct, {self.kernel_calls} in a step"),
             ("other operators", other),
             ("weights", self._weights_text()),
