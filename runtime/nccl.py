@@ -101,6 +101,8 @@ class SymmetricExchange(Exchange):
         mine, addresses = torch.zeros(1, dtype=torch.int64, device=group.device), [0] * group.size
         try:
             mine, addresses, self._handle = mapped(places.words, group.device, group, process_group)
+        except RankError:  # nobody is there to go through NCCL with
+            raise
         except (RuntimeError, ImportError) as error:
             self.why = str(error).strip().partition("\n")[0]
         torch.cuda.synchronize(group.device)

@@ -54,6 +54,23 @@ def test_merge_gate_up_leaves_projections_of_other_rows() -> None:
     assert (str(after), report.found) == (text, 0)
 
 
+@pytest.mark.parametrize("name", ["MergeGateUp", "FuseRMSNorm", "MergeDuplicates"])
+def test_a_pass_with_nothing_to_do_gives_back_the_graph(name: str) -> None:
+    """Nothing is copied for it, and there is nothing new to check or to dump."""
+    graph = ir.parse(GATE_UP.format(up="y", bias=""))
+    (step,) = passes.steps(graph, [name])
+    assert step.graph is graph
+
+
+def test_a_switched_off_application_leaves_the_graph_as_it_was() -> None:
+    text = GATE_UP.format(up="x", bias="")
+    graph = ir.parse(text)
+    skip = passes.Switches(sites={"MergeGateUp": frozenset({0})})
+    (step,) = passes.steps(graph, ["MergeGateUp"], skip=skip)
+    assert (str(graph), str(step.graph)) == (text, text)
+    assert [item.why for item in step.report.refused] == ["switched off (application 0 of MergeGateUp)"]
+
+
 def test_merge_gate_up_refuses_half_a_bias() -> None:
     text = GATE_UP.format(up="x", bias=", b").replace("    wu:", '    b: f32[6] = weight("bias")\n    wu:')
     after, report = run("MergeGateUp", text)
