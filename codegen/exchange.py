@@ -161,6 +161,16 @@ class Exchange(ABC):
             self.begin()
         self._number += 1
 
+    def answer(self) -> None:
+        """Write what kernels of the step under way wait for, in place of ranks that are gone; the numbers mean nothing.
+
+        For a stream of its own: those kernels keep theirs waiting.
+        """
+        meetings, words = self.places.meetings, self._mine["mine_ptr"]
+        first = int(self._steps.item()) * meetings
+        for tag in range(first, first + meetings + 1):
+            words.fill_(((tag + 2**31) % 2**32 - 2**31) << 32)
+
     @property
     def sending(self) -> dict[str, Any]:
         """The arguments for the parameters ``SENDING``."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import weakref
 from collections.abc import Callable
 from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass
@@ -21,6 +22,7 @@ from .decode import DecodeSteps
 from .dumps import Dump
 from .engine import Engine
 from .events import Stats, TokenEvent
+from .nccl import settle
 from .options import Options
 from .report import Report
 from .sequence import SamplingParams
@@ -56,7 +58,7 @@ class CompiledModel:
         self.report = report
         self.engine = engine
         self._decode = decode
-        self.on_close: Callable[[], object] | None = None
+        self._on_close: Callable[[], object] | None = None
         self.options = options
         self.config = config
         self.eos_token_ids = _token_ids(
@@ -166,7 +168,9 @@ class CompiledModel:
                 f"max_batch_size is {self.options.max_batch_size}, max_seq_len {self.options.max_seq_len}"
             )
         self.engine.tell("decode_step_ms", batch, context, repeats)
-        return self._decode.milliseconds(batch, context, repeats)
+        found = self._decode.milliseconds(batch, context, repeats)
+        settle(self.engine.group)
+        return found
 
     def dump(self, directory: str | Path) -> None:
         """Write the graph, the kernels and the report. (``compile(dump=...)`` also writes the text after each pass.)"""
@@ -179,8 +183,12 @@ class CompiledModel:
 
         It happens by itself when the model is forgotten, or Python ends.
         """
-        if self.on_close is not None:
-            self.on_close()
+        if self._on_close is not None:
+            self._on_close()
+
+    def end_with(self, end: Callable[[], object]) -> None:
+        """Have ``end`` called once, when the model is closed or forgotten, or Python ends."""
+        self._on_close = weakref.finalize(self.engine, _close, self._decode, end)
 
     def save(self, directory: str | Path) -> None:
         """Not available yet."""
@@ -190,6 +198,11 @@ class CompiledModel:
 
     def __repr__(self) -> str:
         return f"<CompiledModel {self.report.model}, {self.report.dtype} on {self.report.device}>"
+
+
+def _close(decode: DecodeSteps, end: Callable[[], object]) -> None:
+    decode.close()  # NCCL waits, before it ends, for the CUDA graphs that its kernels are in
+    end()
 
 
 def _token_ids(*candidates: Any) -> list[int]:

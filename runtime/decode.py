@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from .buckets import bucket_for, decode_buckets
-from .replay import Replay
+from .replay import GraphReplay, Replay
 from .sequence import Sequence
 from .static_step import Longs, Staged, StaticStep
 from .step import StepInput
@@ -74,6 +74,12 @@ class DecodeSteps:
         static.send(size, tables=True)
         self._last = None
         return median_milliseconds(lambda: self.replay(size), repeats, static.device)
+
+    def close(self) -> None:
+        """Let go of what was recorded; steps are plain calls again."""
+        if isinstance(self.replay, GraphReplay):
+            self.replay.close()
+        self.replay = self.compute
 
     def _fill(self, staged: Staged, sequences: SequenceOf[Sequence], tables: BlockTables) -> Longs:
         """Write the rows of the sequences, all but their block tables; returns where those stand."""

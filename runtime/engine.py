@@ -14,6 +14,7 @@ from ..ir.errors import InvalidRequestError
 from .decode import DecodeSteps
 from .events import Stats, TokenEvent
 from .mpi import RankError
+from .nccl import settle
 from .pool import BlockPool, PoolError
 from .runner import Flight, Runner
 from .sampler import not_finite
@@ -159,8 +160,8 @@ class Engine:
         """Logits [len(prompt), V] of every token of each prompt, through the same paged cache.
 
         Requests in flight lose their blocks meanwhile and are computed again later; their tokens stay the same.
-        Raises InvalidRequestError, naming the prompt, before anything is computed. If the model raises, the blocks of
-        the prompts are given back and requests in flight go on.
+        Raises InvalidRequestError, naming the prompt, before anything is computed, and RankError if a rank is gone. If
+        the model raises, the blocks of the prompts are given back and requests in flight go on.
         """
         for index, prompt in enumerate(prompts):
             validate_prompt(prompt, self.vocabulary.size, f"prompts[{index}]")
@@ -172,7 +173,9 @@ class Engine:
         self.tell("score", prompts)
         self.scheduler.preempt_all()
         scheduler = Scheduler(self.pool, self.scheduler.max_batch_size, self.scheduler.max_step_tokens)
-        return score_all(prompts, scheduler, self._all_logits)
+        scores = score_all(prompts, scheduler, self._all_logits)
+        settle(self.group)
+        return scores
 
     def check_integrity(self) -> None:
         """Raise PoolError unless every block is free or owned by one running sequence that has room for its tokens."""

@@ -17,6 +17,15 @@ from .nccl import NCCLGroup
 from .options import OptionError
 from .ranks import local_rank_of, rank_of, size_of
 
+# Seconds that the end of a group may take.
+_PATIENCE = 10.0
+
+
+class _Joined:
+    """What ``join`` has made of this process, until it leaves: torch, too, keeps one group of all processes."""
+
+    group: NCCLGroup | GlooGroup | None = None
+
 
 class GlooGroup:
     """Ranks on the CPU that torchrun started, each a process."""
@@ -85,7 +94,12 @@ def torch_group(size: int, device: torch.device) -> NCCLGroup | GlooGroup:
         distributed.init_process_group("nccl" if gpu else "gloo", **options)
     if distributed.get_world_size() != size:
         raise OptionError(f"tensor_parallel={size}, but {distributed.get_world_size()} processes are in torch's group")
-    return NCCLGroup(distributed.group.WORLD, device) if gpu else GlooGroup(distributed.group.WORLD)
+    return _Joined.group or _everyone(device)
+
+
+def _everyone(device: torch.device) -> NCCLGroup | GlooGroup:
+    group = distributed.group.WORLD
+    return NCCLGroup(group, device) if device.type == "cuda" else GlooGroup(group)
 
 
 def store_of_first(size: int) -> Any:
@@ -105,7 +119,24 @@ def join(store: Any, rank: int, size: int, kind: str) -> torch.device:
         torch.cuda.set_device(device)
     backend = "nccl" if kind == "cuda" else "gloo"
     distributed.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=timeout, **options)
+    _Joined.group = _everyone(device)
     return device
+
+
+def let_go() -> None:
+    """Have this process wait no longer for other ranks, of which one is gone."""
+    if isinstance(_Joined.group, NCCLGroup):
+        _Joined.group.let_go()
+
+
+def leave() -> None:
+    """End what ``join`` began; the other ranks have ended."""
+    group, _Joined.group = _Joined.group, None
+    if isinstance(group, NCCLGroup):
+        group.let_go()
+        group.end(_PATIENCE)
+    elif distributed.is_initialized():
+        distributed.destroy_process_group()
 
 
 def _store(everyone: MPIGroup) -> Any:

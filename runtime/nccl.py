@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from datetime import timedelta
+from threading import Thread
 from typing import Any
 
 import torch
@@ -12,12 +14,15 @@ import torch.distributed as distributed
 from torch import Tensor
 
 from ..codegen.exchange import Exchange, Places
+from ..ir.dist import Group
 from .exchange_limit import faster_up_to
 from .mpi import RankError, watchdog
 from .symmetric import mapped
 
 # So often the host looks whether a step is done before it sleeps in between.
 _EAGER = 100_000
+# Seconds after which a GPU that still waits for ranks that are gone is given up.
+_PATIENCE = 10.0
 
 
 class NCCLGroup:
@@ -30,6 +35,8 @@ class NCCLGroup:
         self.size: int = distributed.get_world_size(group)
         self.gone: Callable[[], str] = str
         """Says which rank has ended, if that is known; else nothing."""
+        self._exchange: SymmetricExchange | None = None
+        self._ending: Thread | None = None
 
     def all_reduce(self, x: Tensor) -> Tensor:
         total = x.to(self.device, copy=True)
@@ -43,30 +50,33 @@ class NCCLGroup:
         return list(found.to(x.device).unbind())
 
     def wait(self, event: Any) -> None:
-        """Wait until the device has come to an event.
+        """Wait until the device has come to an event. Once a rank is gone, nothing on the device waits for it.
 
         Raises:
             RankError: another rank, which it names, keeps it waiting for longer than ``FUSELINE_WATCHDOG`` says.
         """
         seconds = watchdog()
-        until, looks = time.monotonic() + seconds, 0
+        patience = min(5.0, seconds / 2)  # is left for finding out which rank it is
+        until, looks = time.monotonic() + seconds - patience, 0
         while not event.query():
             looks += 1
             if looks > _EAGER:
                 time.sleep(2e-5)
                 if looks % 1000 == 0 and (said := self.gone()):
+                    self.let_go()
                     raise RankError(said)
             if time.monotonic() > until:
-                late = ", ".join(map(str, self._silent())) or "another one"
+                late = ", ".join(map(str, self._silent(patience))) or "another one"
+                self.let_go()
                 raise RankError(
                     f"rank {self.rank} of {self.size} has waited {seconds:g} s for a step that needs all ranks: rank {late} "
                     "has stopped, or is much slower than the others"
                 )
 
-    def _silent(self) -> list[int]:
-        """The ranks that do not say, as this one does now, that they wait for the others."""
+    def _silent(self, seconds: float) -> list[int]:
+        """The ranks that do not say within so many seconds, as this one does now, that they wait for the others."""
         store = distributed.distributed_c10d._get_default_store()
-        said, patience = f"fuseline/{self.rank}", timedelta(seconds=5)
+        said, patience = f"fuseline/{self.rank}", timedelta(seconds=seconds)
         try:
             store.set(said, "waits")
         except RuntimeError:
@@ -80,9 +90,31 @@ class NCCLGroup:
                 patience = timedelta(seconds=0.1)
         return silent
 
+    def let_go(self) -> None:
+        """Have nothing on the device wait for ranks that are gone: it goes on with numbers that mean nothing."""
+        self.end()
+        idle = Thread(target=_synchronize, args=(self.device,), daemon=True)
+        idle.start()
+        until = time.monotonic() + _PATIENCE
+        with torch.cuda.stream(torch.cuda.Stream(self.device)):  # type: ignore[no-untyped-call]
+            while idle.is_alive() and time.monotonic() < until:
+                if self._exchange is not None and not self._exchange.why:
+                    self._exchange.answer()
+                idle.join(0.001)
+
+    def end(self, seconds: float = 0.0) -> None:
+        """End the group without the other ranks, which may be gone; wait so many seconds for that at most.
+
+        NCCL's kernels stop at once. The rest waits for the CUDA graphs that hold some of them.
+        """
+        if self._ending is None:
+            self._ending = Thread(target=_abort, daemon=True)
+            self._ending.start()
+        self._ending.join(seconds)
+
     def connect(self, places: Places) -> SymmetricExchange:
         """Memory that the kernels of all ranks write to. All ranks call this together."""
-        exchange = SymmetricExchange(self, self._group, places)
+        self._exchange = exchange = SymmetricExchange(self, self._group, places)
         if not exchange.why:
             found = faster_up_to(exchange, exchange.all_reduce, self.device)
             exchange.limit = int(self.all_gather(torch.tensor([found]))[0].item())
@@ -100,7 +132,7 @@ class SymmetricExchange(Exchange):
         self.limit, self.why = 1 << 62, ""
         mine, addresses = torch.zeros(1, dtype=torch.int64, device=group.device), [0] * group.size
         try:
-            mine, addresses, self._handle = mapped(places.words, group.device, group, process_group)
+            mine, addresses = mapped(places.words, group.device, group)
         except RankError:  # nobody is there to go through NCCL with
             raise
         except (RuntimeError, ImportError) as error:
@@ -127,3 +159,28 @@ class SymmetricExchange(Exchange):
     def all_reduce(self, x: Tensor) -> Tensor:
         distributed.all_reduce(x, group=self._process_group)
         return x
+
+
+def settle(group: Group) -> None:
+    """Wait until the device of a rank has done what it was asked for, if ranks are on GPUs.
+
+    Raises:
+        RankError: another rank is gone, or as ``NCCLGroup.wait``.
+    """
+    if not isinstance(group, NCCLGroup):
+        return
+    event = torch.cuda.Event()  # type: ignore[no-untyped-call]
+    event.record(torch.cuda.current_stream(group.device))
+    group.wait(event)
+    if said := group.gone():
+        raise RankError(said)
+
+
+def _abort() -> None:
+    with suppress(RuntimeError, ValueError):  # the group had an end already
+        distributed.distributed_c10d._abort_process_group()
+
+
+def _synchronize(device: torch.device) -> None:
+    with suppress(RuntimeError):
+        torch.cuda.synchronize(device)

@@ -44,13 +44,17 @@ class GraphReplay:
             for size in order:
                 self._graphs[size] = _record(compute, size, stream, self._pool)
         except BaseException:
-            for graph in self._graphs.values():
-                graph.reset()
-            self._graphs.clear()
+            self.close()
             raise
 
     def __call__(self, size: int) -> None:
         self._graphs[size].replay()
+
+    def close(self) -> None:
+        """Let go of the graphs: none can be replayed any more, and what they hold on to ends."""
+        for graph in self._graphs.values():
+            graph.reset()
+        self._graphs.clear()
 
     def memory(self) -> int:
         """Bytes of the pool: no other use can be made of them."""

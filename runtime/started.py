@@ -6,8 +6,8 @@ import os
 import subprocess
 import sys
 import tempfile
+import threading
 import time
-import weakref
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack, suppress
 from pathlib import Path
@@ -21,7 +21,7 @@ from ..ir.errors import FuselineError
 from ..ir.graph import Graph
 from ..ir.skeleton import skeleton
 from .compiled import CompiledModel
-from .join import join, store_of_first
+from .join import join, leave, let_go, store_of_first
 from .mpi import RankError
 from .nccl import NCCLGroup
 from .options import OptionError, positive, resolve_device
@@ -31,6 +31,8 @@ from .worker import END
 
 # Seconds in which the end of a process is known to the one that started it.
 _MOMENT = 0.2
+# And after which what waits for it is let go.
+_GRACE = 2.0
 
 
 def starts_ranks(tensor_parallel: int, simulate: bool) -> bool:
@@ -70,16 +72,16 @@ def compiled_on_ranks(compile: Callable[..., CompiledModel], arguments: Mapping[
             compiled = compile(**{**arguments, "device": join(team.store, 0, size, place.type)})
         except BaseException as error:
             gone = team.gone()
-            team.close(kill=True)
             # What is wrong with the model or the options is wrong on all ranks, and this one can say it best.
-            own = isinstance(error, FuselineError) and not isinstance(error, RankError)
+            own = isinstance(error, FuselineError) and not isinstance(error, RankError) and not team.let_go
+            team.close(kill=True)
             if gone and not own and not isinstance(error, (KeyboardInterrupt, SystemExit)):
                 raise RankError(gone) from error
             raise
     compiled.engine.tell = team.tell
     if isinstance(compiled.engine.group, NCCLGroup):
         compiled.engine.group.gone = team.gone
-    compiled.on_close = weakref.finalize(compiled.engine, team.close)
+    compiled.end_with(team.close)
     return compiled
 
 
@@ -120,6 +122,11 @@ class Team:
             process = subprocess.Popen(command, env=environment, stdin=subprocess.PIPE, stdout=said, stderr=said)
             self._processes.append((rank, process, said))
         self._size = size
+        self.let_go = False
+        """Whether a rank is gone, and what this process computes means nothing since."""
+        self._over = threading.Event()
+        self._watch = threading.Thread(target=self._watch_ranks, daemon=True)
+        self._watch.start()
         self._say(first)
 
     def tell(self, name: str, *values: Any) -> None:
@@ -141,14 +148,27 @@ class Team:
         """Which rank has ended, with the last that it said; empty if none has."""
         for rank, process, said in self._processes:
             if process.poll() is not None:
-                said.seek(0)
-                lines = said.read().decode(errors="replace").strip().splitlines()
+                text = os.pread(said.fileno(), os.fstat(said.fileno()).st_size, 0)
+                lines = text.decode(errors="replace").strip().splitlines()
                 last = next((line for line in reversed(lines) if line.startswith("fuseline:")), "".join(lines[-1:]))
                 return f"rank {rank} of {self._size} has ended ({process.returncode}): {last or 'it said nothing'}"
         return ""
 
+    def _watch_ranks(self) -> None:
+        """Once a rank is gone, have this process wait for it no longer, wherever it does."""
+        while not self._over.wait(_MOMENT):
+            if self.gone():
+                # What has ended that one may end this one as well, and can then be said better.
+                if not self._over.wait(_GRACE):
+                    self.let_go = True
+                    let_go()
+                return
+
     def close(self, kill: bool = False) -> None:
         """End the other ranks."""
+        self._over.set()
+        if threading.current_thread() is not self._watch:
+            self._watch.join()
         with suppress(RankError):
             self._say(line_of(END))
         for _, process, _ in self._processes:
@@ -162,8 +182,7 @@ class Team:
                 process.wait()
         self._processes.clear()
         self._files.close()
-        if distributed.is_initialized():
-            distributed.destroy_process_group()
+        leave()
 
     def _say(self, text: bytes) -> None:
         for rank, process, _ in self._processes:

@@ -7,6 +7,7 @@ import os
 import shutil
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -17,7 +18,7 @@ import pytest
 import torch
 from families import make
 
-from fuseline.codegen.exchange import Exchange, MirrorExchange
+from fuseline.codegen.exchange import Exchange, MirrorExchange, Places
 from fuseline.codegen.launch import load_launches
 from fuseline.ir.dist import ALONE
 from fuseline.ir.skeleton import skeleton
@@ -29,7 +30,7 @@ from fuseline.runtime.options import KVCacheConfig, resolve
 from fuseline.runtime.parts import place_parts, places_of
 from fuseline.runtime.report import Report
 from fuseline.runtime.selfcheck import step_of
-from fuseline.runtime.vocabulary import Vocabulary, vocabulary_of
+from fuseline.runtime.vocabulary import DividedVocabulary, Vocabulary, vocabulary_of
 
 two_gpus = pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
 _HERE = Path(__file__).parent
@@ -55,11 +56,11 @@ for family in sys.argv[2].split(","):
         answers = compiled.generate(prompts, max_new_tokens=12, stop_token_ids=[])
         drawn = compiled.generate(prompts, max_new_tokens=12, temperature=0.7, seed=5, stop_token_ids=[])
         compiled.close()
-        return answers, drawn, compiled.report.graphs
+        return answers, drawn, compiled.report.graphs, compiled.report.meetings
     alone = tokens()
     plain = tokens(tensor_parallel=2, graphs=False)
     recorded = tokens(tensor_parallel=2)
-    found[family] = [alone[:2] == plain[:2], alone[:2] == recorded[:2], recorded[2]]
+    found[family] = [alone[:2] == plain[:2], alone[:2] == recorded[:2], *recorded[2:]]
 if not rank_of():
     print(json.dumps(found), flush=True)
 """
@@ -79,7 +80,7 @@ def _started(command: list[str], tmp_path: Path, families: str) -> dict[str, lis
 @two_gpus
 def test_torchrun_starts_ranks_that_give_the_tokens_of_one_gpu(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"]
-    for family, (plain, recorded, graphs) in _started(command, tmp_path, "llama,qwen3,gpt2,mixtral").items():
+    for family, (plain, recorded, graphs, _) in _started(command, tmp_path, "llama,qwen3,gpt2,mixtral").items():
         assert plain, family
         assert recorded, family
         assert str(graphs).startswith("decode in"), f"{family}: {graphs}"
@@ -101,6 +102,75 @@ def _version() -> str:
 def test_ranks_that_compile_starts_give_the_tokens_of_one_gpu(tmp_path: Path) -> None:
     found = _started([sys.executable], tmp_path, "llama")
     assert found["llama"][:2] == [True, True]
+    assert str(found["llama"][3]).startswith("up to"), "the ranks of a second model map memory as those of the first"
+
+
+_GONE = """
+import os, signal, sys, threading, time
+sys.path.insert(0, sys.argv[1])
+import torch
+import torch.distributed as distributed
+from families import make
+import fuseline
+from fuseline.runtime import started
+
+teams = []
+start = started.Team.__init__
+def keep(self, *arguments):
+    start(self, *arguments)
+    teams.append(self)
+started.Team.__init__ = keep
+
+model = make("llama")
+prompts = [[1, 2, 3], [4, 5]]
+options = dict(device="cuda", dtype=torch.float32, max_batch_size=8, max_seq_len=128, tuning=False)
+alone = fuseline.compile(model, **options).generate(prompts, max_new_tokens=20, stop_token_ids=[])
+calls = {
+    "generate": lambda ours: ours.generate(prompts, max_new_tokens=100, stop_token_ids=[]),
+    "score": lambda ours: ours(prompts).logits.sum().item(),
+    "time": lambda ours: ours.decode_step_ms(2, 20, 50),
+}
+ends = [("generate", signal.SIGKILL), ("score", signal.SIGKILL), ("time", signal.SIGKILL), ("generate", signal.SIGSTOP)]
+for name, end in ends:
+    os.environ.pop("FUSELINE_WATCHDOG", None)
+    ours = fuseline.compile(model, tensor_parallel=2, **options)
+    assert ours.report.meetings.startswith(sys.argv[2]), ours.report.meetings
+    assert ours.generate(prompts, max_new_tokens=20, stop_token_ids=[]) == alone, name
+    ((_, process, _),) = teams[-1]._processes
+    os.environ["FUSELINE_WATCHDOG"] = "5"
+    at = []
+    def strike():
+        at.append(time.monotonic())
+        os.kill(process.pid, end)
+    threading.Timer(0.5, strike).start()
+    try:
+        while not at or time.monotonic() < at[0] + 30:
+            calls[name](ours)
+        raise AssertionError(f"{name}: nobody has missed rank 1")
+    except fuseline.RankError as error:
+        assert "rank 1" in str(error), error
+        assert time.monotonic() - at[0] < 10, (name, end, time.monotonic() - at[0])
+    ours.close()
+    assert not distributed.is_initialized(), name
+    torch.cuda.synchronize()
+    print(name, end.name, round(time.monotonic() - at[0], 1), flush=True)
+assert fuseline.compile(model, **options).generate(prompts, max_new_tokens=20, stop_token_ids=[]) == alone
+"""
+
+
+@two_gpus
+@pytest.mark.parametrize("meets", ["up to", "through NCCL"])
+def test_a_rank_that_is_gone_leaves_a_process_that_can_begin_anew(meets: str, tmp_path: Path) -> None:
+    """Killed in the middle of each call, or stopped: the call ends with an error and nothing on the GPU waits any longer."""
+    script = tmp_path / "gone.py"
+    script.write_text(_GONE)
+    if meets != "up to":
+        (tmp_path / "sitecustomize.py").write_text("import sys\nsys.modules['cuda.bindings'] = None\n")
+    path = os.pathsep.join([str(_HERE.parent / ".src"), str(tmp_path), os.environ.get("PYTHONPATH", "")])
+    environment = {**os.environ, "PYTHONPATH": path, "NVIDIA_TF32_OVERRIDE": "0"}
+    command = [sys.executable, str(script), str(_HERE), meets]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=280)
+    assert done.returncode == 0, done.stdout + done.stderr[-4000:]
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
@@ -139,6 +209,36 @@ class Side(Exchange):
 
     def all_reduce(self, x: torch.Tensor) -> torch.Tensor:
         raise AssertionError("all meets in kernels here")
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_kernels_that_wait_for_ranks_that_are_gone_are_let_go() -> None:
+    device = torch.device("cuda", 0)
+    places = Places(2, 1024)
+    stores = [torch.zeros(places.words, dtype=torch.int64, device=device) for _ in range(2)]
+    exchange = Side(places, stores[0], [store.data_ptr() for store in stores], 0)
+    first = simulated(2)[0]
+    logits = torch.randn(4, 50, device=device)
+    tokens, finite = torch.zeros(4, dtype=torch.int64, device=device), torch.zeros(4, dtype=torch.bool, device=device)
+    DividedVocabulary(100, 50, [first], MirrorExchange(places, device)).greedy(logits, tokens, finite)  # compiles
+    waits = DividedVocabulary(100, 50, [first], exchange)
+    stream, other = torch.cuda.Stream(device), torch.cuda.Stream(device)
+    with torch.cuda.stream(other):
+        exchange.answer()  # what allocates does so now
+    torch.cuda.synchronize()
+    with torch.cuda.stream(stream):
+        exchange.begin()
+        waits.greedy(logits, tokens, finite)
+        exchange.begin()
+        waits.greedy(logits, tokens, finite)
+    time.sleep(0.2)
+    assert not stream.query(), "rank 1 has not come"
+    until = time.monotonic() + 10
+    with torch.cuda.stream(other):
+        while not stream.query() and time.monotonic() < until:
+            exchange.answer()
+            other.synchronize()
+    assert stream.query()
 
 
 def logits_of_ranks(
