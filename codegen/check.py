@@ -104,6 +104,8 @@ def _bound(node: Node, dims: Mapping[str, int]) -> int:
         name = op_name(user.target)
         if name == "aten.embedding" and isinstance(user.args[0], Node):
             return type_of(user.args[0]).concrete(dims)[0]
+        if name == "nn.lookup" and isinstance(user.args[0], Node):
+            return 2 * type_of(user.args[0]).concrete(dims)[0]  # some that it has no row for
         if name == "aten.index_select" and isinstance(user.args[0], Node):
             return type_of(user.args[0]).concrete(dims)[0]
         if name == "nn.grouped_linear" and isinstance(user.args[2], Node):

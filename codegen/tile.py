@@ -134,10 +134,13 @@ class Tile:
         moved = through_view(node, at.coords)
         if moved is not None:
             return self.value(source, at.at(moved))
-        if name == "aten.embedding":
+        if name in ("aten.embedding", "nn.lookup"):
             ids = node.args[1]
             assert isinstance(ids, Node)
             row = self.looked_up(ids, at.coords[:-1], at)
+            if name == "nn.lookup":
+                there = f"({row} >= 0) & ({row} < {type_of(source).shape[0]})"
+                at = Position(at.coords, " & ".join(filter(None, (at.rows, there))), at.cols)
             return self._load(source, at.at((row, at.coords[-1])))
         if name == "aten.index_select":
             rows = node.args[2]

@@ -146,7 +146,9 @@ def _type_of_routed(ids: Node, experts: int, ranks: int = 1) -> TensorType:
 @register("dist.route", infer_type=_type_of_routed)
 def route(ids: Tensor, experts: int, ranks: int = 1, *, group: Group = ALONE) -> Tensor:
     """The experts that each token goes to, counted among those that this rank has: of ``experts``, padded so that the ranks
-    can divide them, an equal share in the order of the ranks. One that another rank has is below 0 or past them."""
+    can divide them, an equal share in the order of the ranks. One that another rank has is below 0 or past them.
+
+    In the same way tokens go to the rows of a table of which each rank has some."""
     _check(group, ranks)
     return ids - group.rank * (padded(experts, ranks) // ranks) if ranks > 1 else ids
 

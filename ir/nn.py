@@ -33,6 +33,13 @@ def cache(role: str, layer: int) -> Tensor:
     raise LookupError(f"the {role} cache of layer {layer} has no value until the graph is loaded")
 
 
+@register("nn.lookup")
+def lookup(table: Tensor, ids: Tensor) -> Tensor:
+    """The row of ``table [V, H]`` for each of ``ids``, and zeros for one that it has no row for."""
+    there = (ids >= 0) & (ids < table.shape[0])
+    return F.embedding(ids.where(there, 0), table).masked_fill(~there.unsqueeze(-1), 0)
+
+
 @register("nn.rms_norm")
 def rms_norm(x: Tensor, scale: Tensor | None, eps: float) -> Tensor:
     """``x / sqrt(mean(x²) + eps) * scale`` over the last dim (Zhang & Sennrich 2019)."""

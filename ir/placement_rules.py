@@ -75,6 +75,21 @@ def _grouped_linear(node: Node, known: Known, ranks: int) -> Placement:
     return _product(node, x, weight, bias, *((2, 1) if turned else (1, 2)), known, ranks)
 
 
+@rule("nn.lookup", routed=True)
+def _lookup(node: Node, known: Known, ranks: int) -> Placement:
+    """A rank has some rows of the table, and gives zeros for the others."""
+    table, ids = node.args
+    assert isinstance(table, Node) and isinstance(ids, Node)
+    count = shape_of(table)[0]
+    share = Shard(0, (padded(count, ranks),))
+    if known(table) != share:
+        raise Needs(table, share, f"{node.name} has some of the rows")
+    routed = known(ids)
+    if not isinstance(routed, Routed) or padded(routed.experts, ranks) != padded(count, ranks):
+        raise Needs(ids, Routed(ids, count), f"{node.name} has some of the rows")
+    return PARTIAL
+
+
 def _by_expert(node: Node, x: Node, ids: Node, weight: Node, bias: Any, known: Known, ranks: int) -> Placement:
     """A rank has some of the experts, and computes the rows that go to these; the others are zeros.
 

@@ -33,7 +33,7 @@ TILE_VIEWS = frozenset(
         "aten.cat",
     ]
 )
-TILE_LOOKUPS = frozenset({"aten.embedding", "aten.index_select"})
+TILE_LOOKUPS = frozenset({"aten.embedding", "nn.lookup", "aten.index_select"})
 TILE_REDUCTIONS = frozenset(
     [
         "nn.rms_norm",
@@ -86,7 +86,7 @@ def is_row_op(node: Node) -> bool:
     if name in TILE_VIEWS:
         return _is_view(node, name)
     if name in TILE_LOOKUPS:
-        return bool(name == "aten.embedding" or node.args[1] == 0)
+        return bool(name != "aten.index_select" or node.args[1] == 0)
     if name in TILE_REDUCTIONS:
         return _reduces_rows(node, name)
     if name in ("nn.rope", "nn.head_codes", "nn.cache_write"):

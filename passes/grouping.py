@@ -74,6 +74,7 @@ _TITLES = {
     "nn.rms_norm": "norm",
     "nn.layer_norm": "norm",
     "aten.embedding": "embed",
+    "nn.lookup": "embed",
     "aten.cos": "rotary_tables",
     "nn.cache_write": "cache_write",
     "nn.rope": "rope",

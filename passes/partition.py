@@ -21,6 +21,7 @@ from ..ir.graph import Graph, is_constant
 from ..ir.ops import op_name
 from ..ir.placement import PARTIAL, Known, Needs, Placement, Routed, Shard, check_result, placement_of
 from .ledger import PassReport
+from .lookups import is_lookup, table_and_cut
 from .projections import fits, is_by_expert, is_grouped, is_projection, is_returned, rows_and_weight, ways_to_cut
 from .quantize import matrices_of
 
@@ -212,7 +213,9 @@ class _Planner:
         return True
 
     def candidate(self, node: Node, known: Known) -> tuple[Node, Shard] | None:
-        """The weight of a projection of whole rows, and how it is cut."""
+        """The weight of a projection of whole rows, or the table of a lookup, and how it is cut."""
+        if is_lookup(node):
+            return table_and_cut(node, self.ranks)
         if not is_projection(node):
             return None
         x, weight = rows_and_weight(node)

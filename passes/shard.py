@@ -17,6 +17,7 @@ from ..ir.quantized import is_quantised
 from .absmax import drop_absmax, give_absmax
 from .heads import repeat_heads
 from .ledger import PassReport, Refusal
+from .lookups import divide_lookups, is_lookup
 from .model_plan import GATHERED, WHOLE, chosen
 from .padding import pad_vocabulary
 from .partition import Plan, Site, plan_for
@@ -50,15 +51,22 @@ def shard(graph: Graph, report: PassReport) -> Graph:
     whole = dict.fromkeys(chosen(graph, WHOLE), "the model's own plan keeps it whole")
     whole |= {item: f"{item!r} is not to be cut" for item in patterns}
 
-    def may_be_cut(weight: Node) -> bool:
-        return not any(fits(item, matrices_of(weight)) for item in whole)
+    def why_whole(weight: Node) -> str:
+        return next((why for item, why in whole.items() if fits(item, matrices_of(weight))), "")
 
+    def may_be_cut(weight: Node) -> bool:
+        return not why_whole(weight)
+
+    kept = divide_lookups(graph, why_whole, report)
     pad_vocabulary(graph, ranks, may_be_cut, report)
     give_absmax(graph, ranks, may_be_cut)
     plan = plan_for(graph, ranks, whole, report, chosen(graph, GATHERED), by_expert)
+    plan.kept.update(kept)
     unused = [item for item in patterns if whole[item] not in plan.kept.values()]
     if unused:
-        raise UnsupportedModelError(f"tensor_parallel: {unused[0]!r} fits the name of no projection's weight")
+        raise UnsupportedModelError(
+            f"tensor_parallel: {unused[0]!r} fits the name of no projection's weight, nor of a table"
+        )
     experts = [matrices_of(rows_and_weight(node)[1]) for node in graph.calls() if is_grouped(node)]
     unused = [item for item in by_expert if not any(fits(item, names) for names in experts)]
     if unused:
@@ -90,7 +98,8 @@ def _tell(graph: Graph, plan: Plan, ranks: int, report: PassReport) -> None:
         if count % ranks:
             why = f"{count} cannot be divided among {ranks} ranks"
             report.near.append(Refusal(node.name, f"padded to {padded(count, ranks)} experts, since {why}"))
-    report.fused += [node.name for node in graph.calls() if node in {*plan.column, *plan.row, *plan.experts}]
+    cut = {*plan.column, *plan.row, *plan.experts}
+    report.fused += [node.name for node in graph.calls() if node in cut or is_lookup(node)]
 
 
 def _write(graph: Graph, plan: Plan) -> None:

@@ -58,7 +58,7 @@ def test_ranks_with_experts_of_their_own_generate_the_tokens_of_the_whole_model(
         assert {"l1_experts", "l1_experts_1", "lm_head"} <= set(cut)
         assert all("router" in site or "gate" in site or "_a_" in site for site in kept), kept
     meetings = sum(op_name(node.target) in MEETINGS for node in compiled.graph.calls())
-    assert meetings == 2 * compiled.report.layers, "ranks meet as often as where each expert is cut"
+    assert meetings == 2 * compiled.report.layers + 1, "ranks meet as often as where each expert is cut"
     if "ranks" in dict(compiled.report.rows()) and model.ep_plan:  # transformers 5.17 states it for no model
         assert plan_line(compiled).endswith("with base_model_ep_plan in 2 of 2 kinds of projections")
 

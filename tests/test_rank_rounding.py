@@ -33,7 +33,7 @@ def test_row_parallel_projections_are_divided(name: str, scheme: str) -> None:
     assert len(gathered) == 2 * compiled.report.layers
     assert all("_absmax_gathered: f32[T, 2]" in line for line in gathered)
     cut, kept = cut_and_kept(compiled)
-    assert len(cut) == 4 * compiled.report.layers + 1 and not kept
+    assert len(cut) == 4 * compiled.report.layers + 2 and not kept
     report = next(item for item in compiled.report.passes if item.name == "Shard")
     assert not any("inputs gathered" in str(item) for item in report.near)
     if name == "llama":

@@ -60,7 +60,7 @@ def tokens(model: Any, **options: Any) -> tuple[fuseline.CompiledModel, list[lis
 
 
 def cut_and_kept(compiled: fuseline.CompiledModel) -> tuple[list[str], dict[str, str]]:
-    """The projections that are cut, and those that are not with the reason."""
+    """The projections and the table that are cut, and what is not with the reason."""
     report = next(item for item in compiled.report.passes if item.name == "Shard")
     return report.fused, {item.site: item.why for item in report.refused}
 
@@ -76,7 +76,7 @@ def test_ranks_generate_the_tokens_of_the_whole_model(name: str) -> None:
         cut, kept = cut_and_kept(compiled)
         assert "lm_head" in cut
         layers = compiled.report.layers
-        assert len(cut) == 4 * layers + 1, "attention and MLP of every layer are divided"
+        assert len(cut) == 4 * layers + 2, "attention and MLP of every layer are divided, and both ends"
         assert all("router" in site or "gate" in site for site in kept), kept
 
 
@@ -104,7 +104,7 @@ def test_what_cannot_be_divided_is_whole_for_a_reason() -> None:
     compiled, found = tokens(model, tensor_parallel=4, simulate=True)
     assert found == expected
     cut, kept = cut_and_kept(compiled)
-    assert cut == ["l0_gate_up", "l0_down_proj", "l1_gate_up", "l1_down_proj", "lm_head"]
+    assert cut == ["embed_tokens", "l0_gate_up", "l0_down_proj", "l1_gate_up", "l1_down_proj", "lm_head"]
     assert kept["l0_qkv"] == "every rank computes it whole: 6 cannot be divided among 4 ranks"
 
 
@@ -195,7 +195,7 @@ def test_groups_of_128_are_divided() -> None:
     model = LlamaForCausalLM(LlamaConfig(vocab_size=96, num_hidden_layers=2, **sizes)).eval()
     _, expected = tokens(model, quantization="int4g128")
     compiled, found = tokens(model, quantization="int4g128", tensor_parallel=4, simulate=True)
-    assert found == expected and len(cut_and_kept(compiled)[0]) == 9
+    assert found == expected and len(cut_and_kept(compiled)[0]) == 10
 
 
 def test_groups_that_would_be_torn_are_put_together_first() -> None:
@@ -307,7 +307,7 @@ def test_dumps_replay_and_verify_finds_wrong_placements(tmp_path: Path) -> None:
         fuseline.VerificationError, match=r"stated placement .*shard\(2\).*computed placement shard\(1\)"
     ):
         ir.verify(ir.parse(wrong))
-    wrong = text.replace("aten.add.Tensor(embed_tokens, l0_o_proj_reduced)", "aten.add.Tensor(embed_tokens, l0_o_proj)")
+    wrong = text.replace("(embed_tokens_reduced, l0_o_proj_reduced)", "(embed_tokens_reduced, l0_o_proj)")
     with pytest.raises(fuseline.VerificationError, match="l0_o_proj must be whole there: .* parts of a sum"):
         ir.verify(ir.parse(wrong))
     local = ir.parse(next(tmp_path.glob("*_Localize.txt")).read_text())

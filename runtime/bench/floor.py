@@ -122,7 +122,7 @@ def _share(node: Node, user: Node, rows: int) -> float:
     name = op_name(user.target)
     if not isinstance(first, int):
         return 1.0
-    if name == "aten.embedding" and user.args[0] is node:
+    if name in ("aten.embedding", "nn.lookup") and user.args[0] is node:
         return min(1.0, rows / first)
     if name == "nn.grouped_linear" and node in user.args[2:]:
         chosen = type_of(user.args[1]).shape[1]  # type: ignore[arg-type]
