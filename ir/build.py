@@ -8,14 +8,13 @@ from typing import Any
 from torch.fx import Node
 
 from .graph import Graph
-from .infer import Inference
+from .infer import infer
 from .ops import op_name
 
 
 def insert_before(
     graph: Graph,
     place: Node,
-    infer: Inference,
     target: Any,
     args: Any,
     kwargs: Any = None,

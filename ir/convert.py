@@ -16,7 +16,7 @@ from .attention import attention
 from .errors import UnsupportedModelError
 from .graph import Graph
 from .hooks import KNOWN_MASKS
-from .infer import Inference, TypeInferenceError
+from .infer import TypeInferenceError, infer
 from .names import short_name, source_line, value_name
 from .ops import aten
 from .sizes import Unstatable, size_from, type_from
@@ -50,7 +50,6 @@ class _Conversion:
         self.leaves: dict[Node, Any] = {}
         self.masks: dict[int, tuple[str, int]] = {}
         self.symbol = ""
-        self.infer = Inference()
         for name in _LATER_INPUTS:  # a weight or layer of the model may be called the same
             self.graph._graph_namespace.create_name(name, None)
 
@@ -269,7 +268,7 @@ class _Conversion:
         """A call that stands for a part of ``node``; its type is inferred."""
         made = self.graph.call_function(target, args)
         made.name = self.graph._graph_namespace.create_name(value_name(node), None)
-        made.meta["type"] = self.infer(target, args, {})
+        made.meta["type"] = infer(target, args, {})
         made.meta["source"] = source_line(node)
         return made
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch.fx import Node
@@ -16,31 +16,29 @@ from .types import DTYPE_NAMES, Dim, TensorType, Type, concrete_args
 _PROBE = 97
 # Calls that are remembered: many times those of one model and its passes.
 _MOST_KNOWN = 20_000
+_known: dict[Any, Type] = {}
 
 
 class TypeInferenceError(ValueError):
     """The operator does not accept arguments of these types."""
 
 
-class Inference:
-    """Infers types of calls. Equal calls, as in equal layers and in a graph after each pass, are inferred once: the type
-    follows from the operator and the types of its arguments alone."""
+def infer(target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Type:
+    """The type of ``target(*args, **kwargs)``, where nodes among the arguments stand for values of their type.
 
-    _known: ClassVar[dict[Any, Type]] = {}
+    Equal calls, as in equal layers and in a graph after each pass, are inferred once: the type follows from the operator and
+    the types of its arguments alone.
 
-    def __call__(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Type:
-        """The type of ``target(*args, **kwargs)``, where nodes among the arguments stand for values of their type.
-
-        Raises:
-            TypeInferenceError: the call fails, or its shape is not affine in the dims.
-        """
-        key = (target, _key(args), _key(kwargs))
-        found = self._known.get(key)
-        if found is None:
-            if len(self._known) >= _MOST_KNOWN:
-                self._known.clear()
-            found = self._known[key] = _infer(target, args, kwargs)
-        return found
+    Raises:
+        TypeInferenceError: the call fails, or its shape is not affine in the dims.
+    """
+    key = (target, _key(args), _key(kwargs))
+    found = _known.get(key)
+    if found is None:
+        if len(_known) >= _MOST_KNOWN:
+            _known.clear()
+        found = _known[key] = _infer(target, args, kwargs)
+    return found
 
 
 def _key(value: Any) -> Any:

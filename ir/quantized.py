@@ -12,7 +12,7 @@ from torch.fx import Node
 
 from .build import insert_before
 from .graph import Graph, is_constant, type_of
-from .infer import Inference, TypeInferenceError
+from .infer import TypeInferenceError
 from .ops import Op, aten, op_name, register
 from .schemes import Scheme, scheme_of
 from .types import TensorType
@@ -265,22 +265,22 @@ def without_rounding(graph: Graph, rows_only: bool = False) -> Graph:
 
     With ``rows_only`` the weights stay rounded, and only the activations are themselves.
     """
-    plain, infer = graph.copy(), Inference()
+    plain = graph.copy()
     for node in list(plain.calls()):
         if op_name(node.target) == "nn.quantize" and not (rows_only and is_constant(node)):
             source = node.args[0]
             assert isinstance(source, Node)
             if len(node.args) > 3 and node.args[3] is not None:
                 name = f"{node.name}_numbers"
-                source = insert_before(plain, node, infer, aten("div.Tensor"), (source, node.args[3]), name=name)
+                source = insert_before(plain, node, aten("div.Tensor"), (source, node.args[3]), name=name)
             node.replace_all_uses_with(source)
             plain.erase_node(node)
         elif op_name(node.target) == "nn.smoothing" and not rows_only:
             # Any numbers but 0 give the same product; ones would not tell whether rows or weights have them twice.
-            sizes = insert_before(plain, node, infer, aten("abs"), node.args)
-            made = insert_before(plain, node, infer, aten("amax"), (sizes, [0]))
-            wide = insert_before(plain, node, infer, aten("to.dtype"), (made, torch.float32))
-            node.replace_all_uses_with(insert_before(plain, node, infer, aten("add.Tensor"), (wide, 0.5)))
+            sizes = insert_before(plain, node, aten("abs"), node.args)
+            made = insert_before(plain, node, aten("amax"), (sizes, [0]))
+            wide = insert_before(plain, node, aten("to.dtype"), (made, torch.float32))
+            node.replace_all_uses_with(insert_before(plain, node, aten("add.Tensor"), (wide, 0.5)))
             plain.erase_node(node)
         elif op_name(node.target) == "nn.scaled_linear":
             node.target = aten("linear")

@@ -11,7 +11,6 @@ from torch.fx import Node
 from .build import insert_before
 from .checkpoints.held import order_name
 from .graph import Graph, type_of
-from .infer import Inference
 from .ops import aten, resolve
 from .types import TensorType
 
@@ -21,7 +20,6 @@ def state_rounded(graph: Graph, schemes: Mapping[str, str], ordered: Collection[
 
     The columns of ``ordered`` ones are first put where they belong: ``aten.index_add`` on zeros.
     """
-    infer = Inference()
     for node in list(graph.calls()):
         name = str(node.args[0]) if str(node.target) == "weight" else ""
         if name not in schemes:
@@ -31,7 +29,7 @@ def state_rounded(graph: Graph, schemes: Mapping[str, str], ordered: Collection[
         place = node.next
 
         def add(target: Any, args: tuple[Any, ...], end: str, place: Node = place, stem: str = node.name) -> Node:
-            return insert_before(graph, place, infer, target, args, name=f"{stem}_{end}")
+            return insert_before(graph, place, target, args, name=f"{stem}_{end}")
 
         numbers = add(aten("to.dtype"), (node, plain.torch_dtype), "numbers")
         if name in ordered:

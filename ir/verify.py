@@ -7,7 +7,7 @@ from torch.fx import Node
 from .dump import dump, line_of
 from .errors import VerificationError
 from .graph import Graph, Region, dims_of, flat_types, node_inputs
-from .infer import Inference, TypeInferenceError
+from .infer import TypeInferenceError, infer
 from .parse import parse
 from .placement import OPTION, VOCABULARY, Needs, Placement, check_result, placement_of
 from .types import TensorType, Type, type_text
@@ -21,7 +21,6 @@ def verify(graph: Graph) -> None:
     Raises:
         VerificationError: says what is wrong and shows the line with its neighbours.
     """
-    infer = Inference()
     nodes = list(graph.nodes)
     seen: set[Node] = set()
     names: set[str] = set(graph.dims)
@@ -53,14 +52,14 @@ def verify(graph: Graph) -> None:
                 finished.add(region)
             region = inside
         if node.op == "call_function" and str(node.target) not in _LEAVES:
-            _check_type(graph, node, stated, infer)
+            _check_type(graph, node, stated)
     _check_placements(graph)
     text = dump(graph)
     if dump(parse(text)) != text:
         raise VerificationError("the text of the graph does not survive a round trip through parse")
 
 
-def _check_type(graph: Graph, node: Node, stated: Type, infer: Inference) -> None:
+def _check_type(graph: Graph, node: Node, stated: Type) -> None:
     try:
         found = infer(node.target, node.args, dict(node.kwargs))
     except TypeInferenceError as error:

@@ -8,7 +8,6 @@ from torch.fx import Node
 
 from ..ir.build import insert_before
 from ..ir.graph import Graph, is_constant
-from ..ir.infer import Inference
 from ..ir.ops import op_name, resolve
 from ..ir.placement import shape_of
 from .projections import is_projection, rows_and_weight
@@ -20,7 +19,6 @@ def give_absmax(graph: Graph, ranks: int, may_be_cut: Callable[[Node], bool]) ->
     Then parts of rows become the same codes as whole rows. ``may_be_cut`` says of the weights that meet the codes whether
     they may be.
     """
-    infer = Inference()
     made: dict[tuple[object, ...], Node] = {}
     for node in list(graph.calls()):
         if op_name(node.target) != "nn.quantize" or is_constant(node):
@@ -34,7 +32,7 @@ def give_absmax(graph: Graph, ranks: int, may_be_cut: Callable[[Node], bool]) ->
         args = (rows, ranks) if divisors is None else (rows, ranks, divisors)
         if args not in made:
             name = f"{rows.name}_absmax"
-            made[args] = insert_before(graph, node, infer, resolve("nn.absmax"), args, name=name, source="Shard")
+            made[args] = insert_before(graph, node, resolve("nn.absmax"), args, name=name, source="Shard")
         node.args = (rows, scheme, 1, divisors, made[args])
 
 

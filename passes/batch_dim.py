@@ -7,7 +7,7 @@ from typing import Any
 from torch.fx import Node
 
 from ..ir.graph import Graph, flat_types, node_inputs, type_of
-from ..ir.infer import Inference
+from ..ir.infer import infer
 from ..ir.ops import POINTWISE, aten, op_name
 from ..ir.types import Dim
 from .ledger import PassReport
@@ -39,7 +39,6 @@ def drop_batch_dim(graph: Graph, report: PassReport) -> Graph:
         return graph
     old = graph
     new = Graph(old.name, old.dims, old.options)
-    infer = Inference()
     # For each old value: the new one, and whether it lacks the leading dim.
     known: dict[Node, tuple[Node, bool]] = {}
 

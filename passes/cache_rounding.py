@@ -11,7 +11,7 @@ from ..ir.attention import cache_write
 from ..ir.build import insert_before
 from ..ir.cache_rounding import head_codes, head_factors
 from ..ir.graph import Graph, type_of
-from ..ir.infer import Inference
+from ..ir.infer import infer
 from ..ir.ops import op_name
 from ..ir.types import TensorType
 from .ledger import PassReport, asks_first
@@ -28,13 +28,12 @@ def quantize_cache(graph: Graph, report: PassReport) -> Graph:
     dtype = graph.options.get(OPTION)
     if dtype is None:
         return graph
-    infer = Inference()
     for node in list(graph.calls()):
         if op_name(node.target) != "nn.paged_attention" or len(node.args) > 12 or not report.allows(node.name):
             continue
         q, k, v, *rest = node.args
         assert isinstance(k, Node) and isinstance(v, Node)
-        codes, factors = zip(*(_rounded(graph, written, str(dtype), infer) for written in (k, v)))
+        codes, factors = zip(*(_rounded(graph, written, str(dtype)) for written in (k, v)))
         # What is left out has its default; the factors stand behind all of it.
         left_out: list[Any] = [
             node.kwargs.get(name, value) for name, value in list(_DEFAULTS.items())[len(rest) - _REQUIRED :]
@@ -45,7 +44,7 @@ def quantize_cache(graph: Graph, report: PassReport) -> Graph:
     return graph
 
 
-def _rounded(graph: Graph, written: Node, dtype: str, infer: Inference) -> tuple[Node, Node]:
+def _rounded(graph: Graph, written: Node, dtype: str) -> tuple[Node, Node]:
     """The codes and the factors written instead of numbers, as values of caches."""
     cache, rows, slots = written.args
     assert isinstance(cache, Node) and isinstance(rows, Node)
@@ -57,9 +56,7 @@ def _rounded(graph: Graph, written: Node, dtype: str, infer: Inference) -> tuple
     store.meta["type"] = TensorType("bf16", (*kind.shape[:-1], 1))
 
     def before(target: object, args: tuple[object, ...], name: str) -> Node:
-        return insert_before(
-            graph, written, infer, target, args, name=f"l{layer}_{role}_{name}", source="QuantizeCache"
-        )
+        return insert_before(graph, written, target, args, name=f"l{layer}_{role}_{name}", source="QuantizeCache")
 
     found = before(head_factors, (rows, dtype), "factors")
     codes = before(head_codes, (rows, found, dtype), "codes")

@@ -9,7 +9,7 @@ from torch.fx import Node
 
 from ..ir.build import insert_before
 from ..ir.graph import Graph, is_constant, type_of
-from ..ir.infer import Inference
+from ..ir.infer import infer
 from ..ir.ops import POINTWISE, PROJECTIONS, op_name, resolve
 
 _NORMS = frozenset({"nn.rms_norm", "nn.layer_norm"})
@@ -21,7 +21,6 @@ def repeat_heads(graph: Graph, ranks: int) -> None:
 
     What is not made by one projection and work on single heads stays as it is.
     """
-    infer = Inference()
     for node in list(graph.calls()):
         if op_name(node.target) != "nn.attention":
             continue
@@ -39,7 +38,7 @@ def repeat_heads(graph: Graph, ranks: int) -> None:
         ways = [_way(item, node) for item in dict.fromkeys((k, v))]
         found = _ranges([way for way in ways if way]) if all(ways) else None
         if found:
-            _repeat(graph, [way for way in ways if way], found, times, infer)
+            _repeat(graph, [way for way in ways if way], found, times)
 
 
 def _way(value: Node, attention: Node) -> list[Node] | None:
@@ -98,9 +97,7 @@ def _bounds(node: Node) -> tuple[int, int]:
     return (start, min(stop, whole)) if not step and node.args[1] == -1 else (0, whole)
 
 
-def _repeat(
-    graph: Graph, ways: list[list[Node]], found: dict[Node, list[tuple[int, int]]], times: int, infer: Inference
-) -> None:
+def _repeat(graph: Graph, ways: list[list[Node]], found: dict[Node, list[tuple[int, int]]], times: int) -> None:
     width = type_of(ways[0][-1]).shape[-1]
     for linear, ranges in found.items():
         points = sorted({*_bounds(linear), *(point for bounds in ranges for point in bounds)})
@@ -111,7 +108,7 @@ def _repeat(
         for operand in linear.args[1:3]:
             if isinstance(operand, Node):
                 args, name = (operand, sizes, counts, width), f"{operand.name}_repeated"
-                made = insert_before(graph, linear, infer, resolve("nn.repeat_rows"), args, name=name, source="Shard")
+                made = insert_before(graph, linear, resolve("nn.repeat_rows"), args, name=name, source="Shard")
                 linear.replace_input_with(operand, made)
         linear.meta["type"] = infer(linear.target, linear.args, dict(linear.kwargs))
         for user in slices:

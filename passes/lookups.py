@@ -9,7 +9,6 @@ from torch.fx import Node
 from ..ir.build import insert_before
 from ..ir.dist import padded
 from ..ir.graph import Graph, is_constant
-from ..ir.infer import Inference
 from ..ir.ops import op_name, resolve
 from ..ir.placement import Shard, shape_of
 from .ledger import PassReport
@@ -55,7 +54,7 @@ def _sum_up(graph: Graph, node: Node) -> None:
     """Add the ranks' rows up at once: what layers add to them is then rounded as in one process, and all layers are alike."""
     users = list(node.users)
     args, name = (node,), f"{node.name}_reduced"
-    total = insert_before(graph, node.next, Inference(), resolve("dist.all_reduce"), args, name=name, source="Shard")
+    total = insert_before(graph, node.next, resolve("dist.all_reduce"), args, name=name, source="Shard")
     for user in users:
         user.replace_input_with(node, total)
 

@@ -8,7 +8,6 @@ from torch.fx import Node
 
 from ..ir.build import insert_before
 from ..ir.graph import Graph, is_constant, type_of
-from ..ir.infer import Inference
 from ..ir.ops import POINTWISE, aten, op_name
 from .ledger import PassReport, asks_first
 from .quantize import same_scheme
@@ -21,7 +20,6 @@ _HEADWISE = POINTWISE | {"aten.reshape", "aten.slice.Tensor", "aten.cat", "nn.rm
 @asks_first
 def merge_qkv(graph: Graph, report: PassReport) -> Graph:
     """Merge the projections that make one attention's queries, keys and values."""
-    infer = Inference()
     for node in list(graph.calls()):
         if op_name(node.target) != "nn.attention":
             continue
@@ -32,14 +30,13 @@ def merge_qkv(graph: Graph, report: PassReport) -> Graph:
         linears = list(dict.fromkeys(item for item in sources if item is not None))
         if len(linears) == 1:
             continue  # the model projects all three at once
-        _merge(graph, linears, "qkv", report, infer)
+        _merge(graph, linears, "qkv", report)
     return graph
 
 
 @asks_first
 def merge_gate_up(graph: Graph, report: PassReport) -> Graph:
     """Merge the two projections whose results are multiplied, one of them after an activation."""
-    infer = Inference()
     for node in list(graph.calls()):
         if op_name(node.target) not in _GATED or len(node.all_input_nodes) != 2:
             continue
@@ -49,7 +46,7 @@ def merge_gate_up(graph: Graph, report: PassReport) -> Graph:
             if type_of(linears[0]) != type_of(linears[1]):
                 report.refuse(node.name, "gate and up differ in width", node)
                 continue
-            _merge(graph, linears, "gate_up", report, infer)
+            _merge(graph, linears, "gate_up", report)
     return graph
 
 
@@ -88,7 +85,7 @@ def _through_pointwise(value: Node) -> Node | None:
     return None
 
 
-def _merge(graph: Graph, linears: Sequence[Node], what: str, report: PassReport, infer: Inference) -> None:
+def _merge(graph: Graph, linears: Sequence[Node], what: str, report: PassReport) -> None:
     """Replace the linears by one on the concatenated weights and a slice for each."""
     ordered = list(linears)
     site = "+".join(node.name for node in ordered)
@@ -108,7 +105,7 @@ def _merge(graph: Graph, linears: Sequence[Node], what: str, report: PassReport,
                 hoist(operand, first)
 
     def add(target: object, args: tuple[object, ...], name: str, source: str) -> Node:
-        return insert_before(graph, first, infer, target, args, name=name, source=source)
+        return insert_before(graph, first, target, args, name=name, source=source)
 
     layer = first.name.partition("_")[0] + "_" if first.name[0] == "l" and "_" in first.name else ""
     weight = add(aten("cat"), ([node.args[1] for node in ordered],), f"{layer}{what}_weight", "")

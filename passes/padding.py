@@ -9,7 +9,7 @@ from torch.fx import Node
 
 from ..ir.build import insert_before
 from ..ir.graph import Graph, is_constant, type_of
-from ..ir.infer import Inference
+from ..ir.infer import infer
 from ..ir.ops import POINTWISE, aten, op_name, resolve
 from .ledger import PassReport, Refusal
 
@@ -29,21 +29,19 @@ def pad_vocabulary(graph: Graph, ranks: int, may_be_cut: Callable[[Node], bool],
     if not way or width % ranks == 0 or not may_be_cut(way[0].args[1]):  # type: ignore[arg-type]
         return
     assert isinstance(result, Node)
-    linear, infer = way[0], Inference()
+    linear = way[0]
     padded = -(-width // (ranks * _UNIT)) * ranks * _UNIT
     times = [1, 1 + padded - width]
     for operand in linear.args[1:3]:
         if isinstance(operand, Node):
             args, name = (operand, [width - 1, 1], times, 1), f"{operand.name}_padded"
-            made = insert_before(graph, linear, infer, resolve("nn.repeat_rows"), args, name=name, source="Shard")
+            made = insert_before(graph, linear, resolve("nn.repeat_rows"), args, name=name, source="Shard")
             linear.replace_input_with(operand, made)
     for node in way:
         node.meta["type"] = infer(node.target, node.args, dict(node.kwargs))
     output = graph.output_node()
     taken = (result, -1, 0, width)
-    cut = insert_before(
-        graph, output, infer, aten("slice.Tensor"), taken, name=f"{result.name}_unpadded", source="Shard"
-    )
+    cut = insert_before(graph, output, aten("slice.Tensor"), taken, name=f"{result.name}_unpadded", source="Shard")
     output.replace_input_with(result, cut)
     report.near.append(
         Refusal(linear.name, f"padded to {padded} outputs, since {width} cannot be divided among {ranks} ranks")

@@ -8,7 +8,6 @@ from ..ir import nn
 from ..ir.attention import cache_write, paged_attention
 from ..ir.build import insert_before
 from ..ir.graph import Graph, type_of
-from ..ir.infer import Inference
 from ..ir.ops import aten, op_name
 from ..ir.types import Dim, Size, TensorType
 from .ledger import PassReport
@@ -22,7 +21,6 @@ def page_attention(graph: Graph, report: PassReport) -> Graph:
     layers = [node for node in graph.calls() if op_name(node.target) == "nn.attention"]
     if not layers:
         return graph
-    infer = Inference()
     block_size = graph.options.get("kv_block", 16)
     graph.dims.update(_DIMS)
     s, b, c, t = (Dim.named(name) for name in "SBCT")
@@ -33,7 +31,7 @@ def page_attention(graph: Graph, report: PassReport) -> Graph:
     for node in layers:
         q, k, v, layer, *rest = node.args
         assert isinstance(q, Node) and isinstance(k, Node) and isinstance(v, Node)
-        q, k, v = (_as_rows(graph, node, item, infer) for item in (q, k, v))
+        q, k, v = (_as_rows(graph, node, item) for item in (q, k, v))
         written = []
         for role, rows in (("k", k), ("v", v)):
             heads, width = type_of(rows).shape[-2:]
@@ -42,13 +40,13 @@ def page_attention(graph: Graph, report: PassReport) -> Graph:
             store.meta["type"] = TensorType(type_of(rows).dtype, (c, heads, width))
             name = f"l{layer}_{role}_written"
             written.append(
-                insert_before(graph, node, infer, cache_write, (store, rows, slots), name=name, source="PageAttention")
+                insert_before(graph, node, cache_write, (store, rows, slots), name=name, source="PageAttention")
             )
         args = (q, *written, tables, starts, lengths, block_size, *rest)
-        paged = insert_before(graph, node, infer, paged_attention, args, node.kwargs)
+        paged = insert_before(graph, node, paged_attention, args, node.kwargs)
         line = node.meta.get("source", "")
         paged.meta["source"] = f"PageAttention; {line}" if line else "PageAttention"
-        back = _reshaped(graph, node, paged, list(type_of(node).shape), infer)
+        back = _reshaped(graph, node, paged, list(type_of(node).shape))
         node.replace_all_uses_with(back)
         name = node.name
         graph.erase_node(node)
@@ -57,12 +55,12 @@ def page_attention(graph: Graph, report: PassReport) -> Graph:
     return graph
 
 
-def _as_rows(graph: Graph, node: Node, value: Node, infer: Inference) -> Node:
+def _as_rows(graph: Graph, node: Node, value: Node) -> Node:
     """The value as ``[T, heads, head_dim]``, without leading dims of 1."""
-    return _reshaped(graph, node, value, list(type_of(value).shape[-3:]), infer)
+    return _reshaped(graph, node, value, list(type_of(value).shape[-3:]))
 
 
-def _reshaped(graph: Graph, node: Node, value: Node, shape: list[Size], infer: Inference) -> Node:
+def _reshaped(graph: Graph, node: Node, value: Node, shape: list[Size]) -> Node:
     if list(type_of(value).shape) == shape:
         return value
-    return insert_before(graph, node, infer, aten("reshape"), (value, shape))
+    return insert_before(graph, node, aten("reshape"), (value, shape))

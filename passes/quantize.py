@@ -10,7 +10,6 @@ from torch.fx import Node
 from ..ir.build import insert_before
 from ..ir.errors import UnsupportedModelError
 from ..ir.graph import Graph, is_constant, type_of
-from ..ir.infer import Inference
 from ..ir.ops import POINTWISE, PROJECTIONS, aten, op_name, resolve
 from ..ir.quantized import is_quantised
 from ..ir.schemes import scheme_of
@@ -61,7 +60,6 @@ def quantize(graph: Graph, report: PassReport) -> Graph:
     kept = dict.fromkeys(_routers(graph), "a router") | dict.fromkeys(
         _output_projection(graph), "the output projection"
     )
-    infer = Inference()
     for node in list(graph.calls()):
         grouped = op_name(node.target) == "nn.grouped_linear"
         if not grouped and op_name(node.target) not in PROJECTIONS:
@@ -94,20 +92,20 @@ def quantize(graph: Graph, report: PassReport) -> Graph:
         dynamic, tries = (found.dynamic, _TRIES if found.floats else 1) if found else (False, 1)
         divisors: Node | None = None
         if graph.options.get(SMOOTHING) and dynamic and tries == 1:
-            weight, divisors = _smoothed(graph, node, weight, infer, report)
+            weight, divisors = _smoothed(graph, node, weight, report)
             known = [item for item in weight.users if op_name(item.target) == "nn.quantize"]
         made = known[0] if known and known[0] < node else None
         if turned:
             # Codes lie along the inputs, which a factor is for.
             name = f"{weight.name}_turned"
             turn = aten("transpose.int")
-            weight = insert_before(graph, node, infer, turn, (weight, 1, 2), name=name, source=report.name)
+            weight = insert_before(graph, node, turn, (weight, 1, 2), name=name, source=report.name)
             node.args = (*node.args[:4], False)
         if made is None:
-            made = _rounded(graph, node, weight, scheme, infer, report, tries)
+            made = _rounded(graph, node, weight, scheme, report, tries)
         node.args = (*node.args[:place], made, *node.args[place + 1 :])
         if dynamic:
-            round_rows(graph, node, scheme, infer, report, divisors)
+            round_rows(graph, node, scheme, report, divisors)
         report.fused.append(node.name)
     unused = [pattern for pattern in wanted if pattern not in used and pattern != "*"]
     if unused:
@@ -115,9 +113,7 @@ def quantize(graph: Graph, report: PassReport) -> Graph:
     return graph
 
 
-def round_rows(
-    graph: Graph, linear: Node, scheme: str, infer: Inference, report: PassReport, divisors: Node | None = None
-) -> None:
+def round_rows(graph: Graph, linear: Node, scheme: str, report: PassReport, divisors: Node | None = None) -> None:
     """Let a projection whose weight is in a dynamic scheme round its rows: a product of codes.
 
     Each projection rounds its rows itself: they are no value of their own, but the first part of its kernel.
@@ -125,7 +121,7 @@ def round_rows(
     rows, weight, bias = linear.args[0], linear.args[1], linear.args[2] if len(linear.args) > 2 else None
     assert isinstance(rows, Node)
     linear.target = resolve("nn.scaled_linear")
-    rounded = _rounded(graph, linear, rows, scheme, infer, report, divisors=divisors)
+    rounded = _rounded(graph, linear, rows, scheme, report, divisors=divisors)
     linear.args = (rounded, weight, bias, type_of(linear).torch_dtype)
 
 
@@ -134,7 +130,6 @@ def _rounded(
     user: Node,
     value: Node,
     scheme: str,
-    infer: Inference,
     report: PassReport,
     tries: int = 1,
     divisors: Node | None = None,
@@ -142,18 +137,18 @@ def _rounded(
     """A value in codes, in front of its user."""
     name, call = f"{value.name}_{scheme}", resolve("nn.quantize")
     more = (tries, divisors) if divisors is not None else (tries,) if tries > 1 else ()
-    return insert_before(graph, user, infer, call, (value, scheme, *more), name=name, source=report.name)
+    return insert_before(graph, user, call, (value, scheme, *more), name=name, source=report.name)
 
 
-def _smoothed(graph: Graph, user: Node, weight: Node, infer: Inference, report: PassReport) -> tuple[Node, Node]:
+def _smoothed(graph: Graph, user: Node, weight: Node, report: PassReport) -> tuple[Node, Node]:
     """A weight times its smoothing, and the smoothing, in front of a user; those of an earlier user if there are."""
     for vector in weight.users:
         if op_name(vector.target) == "nn.smoothing" and vector < user:
             return next(item for item in vector.users if op_name(item.target) == "aten.mul.Tensor"), vector
     name, call = f"{weight.name}_smoothing", resolve("nn.smoothing")
-    vector = insert_before(graph, user, infer, call, (weight,), name=name, source=report.name)
+    vector = insert_before(graph, user, call, (weight,), name=name, source=report.name)
     name, call = f"{weight.name}_smoothed", resolve("aten.mul.Tensor")
-    return insert_before(graph, user, infer, call, (weight, vector), name=name, source=report.name), vector
+    return insert_before(graph, user, call, (weight, vector), name=name, source=report.name), vector
 
 
 def same_scheme(linears: Sequence[Node], graph: Graph) -> bool:

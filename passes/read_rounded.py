@@ -7,7 +7,6 @@ from torch.fx import Node
 from ..ir.build import insert_before
 from ..ir.errors import UnsupportedModelError
 from ..ir.graph import Graph, is_constant, type_of
-from ..ir.infer import Inference
 from ..ir.ops import aten, op_name, resolve
 from ..ir.quantized import is_quantised
 from ..ir.schemes import scheme_of
@@ -22,13 +21,13 @@ def read_rounded(graph: Graph, report: PassReport) -> Graph:
     Raises:
         UnsupportedModelError: something else than a projection reads a rounded weight: it would be held in full.
     """
-    infer, off = Inference(), False
+    off = False
     for node in list(graph.calls()):
         weight = node.args[1] if op_name(node.target) == "aten.linear" else None
         order: Node | None = None
         if isinstance(weight, Node) and op_name(weight.target) == "aten.index_add":
             order, weight = weight.args[2:4]  # type: ignore[assignment]
-        codes = _codes(graph, weight, node, infer) if isinstance(weight, Node) and is_constant(weight) else None
+        codes = _codes(graph, weight, node) if isinstance(weight, Node) and is_constant(weight) else None
         if codes is None:
             continue
         if not report.allows(node.name):
@@ -36,11 +35,11 @@ def read_rounded(graph: Graph, report: PassReport) -> Graph:
             continue
         rows = node.args[0]
         if order is not None:
-            rows = insert_before(graph, node, infer, aten("index_select"), (rows, -1, order), source=report.name)
+            rows = insert_before(graph, node, aten("index_select"), (rows, -1, order), source=report.name)
         node.args = (rows, codes, *node.args[2:])
         scheme = scheme_of(type_of(codes).dtype)
         if scheme and scheme.dynamic:
-            round_rows(graph, node, scheme.name, infer, report)
+            round_rows(graph, node, scheme.name, report)
         report.fused.append(node.name)
     graph.eliminate_dead()
     for node in [] if off else graph.calls():
@@ -57,7 +56,7 @@ def read_rounded(graph: Graph, report: PassReport) -> Graph:
     return graph
 
 
-def _codes(graph: Graph, value: Node, place: Node, infer: Inference) -> Node | None:
+def _codes(graph: Graph, value: Node, place: Node) -> Node | None:
     """The rounded matrix whose numbers a value is; nothing if there is none."""
     name = op_name(value.target)
     if name == "aten.to.dtype" and isinstance(value.args[0], Node) and is_quantised(value.args[0]):
@@ -66,8 +65,8 @@ def _codes(graph: Graph, value: Node, place: Node, infer: Inference) -> Node | N
         return None
     parts = value.args[0]
     assert isinstance(parts, (list, tuple))
-    found = [_codes(graph, part, place, infer) for part in parts if isinstance(part, Node)]
+    found = [_codes(graph, part, place) for part in parts if isinstance(part, Node)]
     codes = [part for part in found if part is not None]
     if len(codes) != len(parts) or len({type_of(part).dtype for part in codes}) != 1:
         return None
-    return insert_before(graph, place, infer, resolve("nn.cat_rows"), (codes,), name=f"{value.name}_codes")
+    return insert_before(graph, place, resolve("nn.cat_rows"), (codes,), name=f"{value.name}_codes")

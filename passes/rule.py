@@ -17,7 +17,6 @@ from torch.fx import Node
 
 from ..ir.build import insert_before
 from ..ir.graph import Graph, is_constant, type_of
-from ..ir.infer import Inference
 from ..ir.ops import aten
 from ..ir.verify import excerpt
 from .ledger import PassReport, Refusal
@@ -47,13 +46,12 @@ class Rule:
 
     def __call__(self, graph: Graph, report: PassReport) -> Graph:
         """Apply the rule, in place, wherever it fits, and note all sites."""
-        infer = Inference()
         for root in list(graph.calls()):
             if not root._erased:
-                self._site(graph, root, report, infer)
+                self._site(graph, root, report)
         return graph
 
-    def _site(self, graph: Graph, root: Node, report: PassReport, infer: Inference) -> None:
+    def _site(self, graph: Graph, root: Node, report: PassReport) -> None:
         first = self.before.results[0]
         if isinstance(first, Call) and root.target != first.target:
             return
@@ -64,7 +62,7 @@ class Rule:
             if why is None:
                 if report.allows(root.name):
                     name = root.name
-                    _replace(graph, self, found, infer)
+                    _replace(graph, self, found)
                     report.fused.append(name)
                 return
             refusal = refusal or why
@@ -114,14 +112,14 @@ def rule(declaration: type | None = None, *, exact: bool = True, shared_inner: b
     return make if declaration is None else make(declaration)
 
 
-def _replace(graph: Graph, rule: Rule, found: Match, infer: Inference) -> None:
+def _replace(graph: Graph, rule: Rule, found: Match) -> None:
     # New values stand before the first of the replaced ones. Weights that are defined later move up: they read nothing.
     first = min(found.roots)
     operands = [item for item in found.bound.values() if isinstance(item, Node)]
     for operand in operands:
         hoist(operand, first)
     place = max([first.prev, *operands]).next
-    builder = _Builder(graph, found, infer, place)
+    builder = _Builder(graph, found, place)
     results = [builder.build(result) for result in rule.after.results]
     for root, result in zip(found.roots, results):
         stated = type_of(root)
@@ -149,16 +147,15 @@ def hoist(node: Node, before: Node) -> None:
 class _Builder:
     """Builds the right-hand side of a rule, one node after another."""
 
-    def __init__(self, graph: Graph, found: Match, infer: Inference, place: Node) -> None:
+    def __init__(self, graph: Graph, found: Match, place: Node) -> None:
         self.graph = graph
         self.found = found
-        self.infer = infer
         self.place = place
         self.made: list[Node] = []
         self.known: dict[Call, Node] = {}
 
     def add(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Node:
-        node = insert_before(self.graph, self.place, self.infer, target, args, kwargs)
+        node = insert_before(self.graph, self.place, target, args, kwargs)
         self.made.append(node)
         return node
 

@@ -8,7 +8,6 @@ from torch.fx import Node
 
 from ..ir.build import insert_before
 from ..ir.graph import Graph, is_constant, type_of
-from ..ir.infer import Inference
 from ..ir.ops import aten, op_name
 from ..ir.quantized import is_quantised
 from ..ir.types import TensorType
@@ -22,7 +21,6 @@ def fold_norm_scales(graph: Graph, report: PassReport) -> Graph:
     What is left of the norm is one factor for each row, which a kernel can apply to the rows of the product: it then
     reads ``x`` as it is.
     """
-    infer = Inference()
     lookups = [node for node in graph.calls() if op_name(node.target) == "aten.embedding"]
     tables = {type_of(node.args[0]) for node in lookups if isinstance(node.args[0], Node)}
     for norm in list(graph.calls()):
@@ -42,7 +40,7 @@ def fold_norm_scales(graph: Graph, report: PassReport) -> Graph:
             assert isinstance(weight, Node)
             name = f"{weight.name}_scaled"
             scaled = insert_before(
-                graph, linear, infer, aten("mul.Tensor"), (weight, norm.args[1]), name=name, source=report.name
+                graph, linear, aten("mul.Tensor"), (weight, norm.args[1]), name=name, source=report.name
             )
             linear.args = (norm, scaled, *bias)
         norm.args = (norm.args[0], None, *norm.args[2:])

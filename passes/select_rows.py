@@ -8,7 +8,7 @@ from torch.fx import Node
 
 from ..ir.build import insert_before
 from ..ir.graph import Graph, flat_types, type_of
-from ..ir.infer import Inference
+from ..ir.infer import infer
 from ..ir.ops import POINTWISE, PROJECTIONS, aten, op_name
 from ..ir.quantized import is_quantised
 from ..ir.types import Dim, TensorType
@@ -32,7 +32,6 @@ def select_rows(graph: Graph, report: PassReport) -> Graph:
         return graph
     graph.dims["R"] = (0, graph.dims["T"][1])
     rows = graph.add_input("rows", TensorType("i64", (Dim.named("R"),)))
-    infer = Inference()
     chain: list[Node] = []
     source = result
     while True:
@@ -42,9 +41,7 @@ def select_rows(graph: Graph, report: PassReport) -> Graph:
         chain.append(source)
         source = following
     user = chain[-1] if chain else graph.output_node()
-    made = insert_before(
-        graph, user, infer, aten("index_select"), (source, 0, rows), name="sampled", source="SelectRows"
-    )
+    made = insert_before(graph, user, aten("index_select"), (source, 0, rows), name="sampled", source="SelectRows")
     user.replace_input_with(source, made)
     for node in reversed(chain):
         node.meta["type"] = infer(node.target, node.args, dict(node.kwargs))

@@ -7,7 +7,6 @@ from torch.fx import Node
 from ..ir.build import insert_before
 from ..ir.dist import MEETINGS
 from ..ir.graph import Graph, type_of
-from ..ir.infer import Inference
 from ..ir.ops import op_name, resolve
 from ..ir.tiles import is_row_op
 
@@ -25,9 +24,7 @@ def sent_after(graph: Graph, members: list[Node]) -> list[Node]:
         return []
     made, total = results[0], users[0]
     args = (made, *total.args[1:])
-    sent = insert_before(
-        graph, made.next, Inference(), resolve("dist.send"), args, name=f"{made.name}_sent", source="GroupKernels"
-    )
+    sent = insert_before(graph, made.next, resolve("dist.send"), args, name=f"{made.name}_sent", source="GroupKernels")
     total.replace_input_with(made, sent)
     total.target = resolve("dist.receive")
     return [sent]

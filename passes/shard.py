@@ -10,7 +10,6 @@ from ..ir.build import insert_before
 from ..ir.dist import padded
 from ..ir.errors import UnsupportedModelError
 from ..ir.graph import Graph, type_of
-from ..ir.infer import Inference
 from ..ir.ops import is_collective, resolve
 from ..ir.placement import OPTION, PARTIAL, Placement, Routed, Shard, annotate, shape_of
 from ..ir.quantized import is_quantised
@@ -104,18 +103,17 @@ def _tell(graph: Graph, plan: Plan, ranks: int, report: PassReport) -> None:
 
 def _write(graph: Graph, plan: Plan) -> None:
     """State the placements, and put in the operators that change them."""
-    infer = Inference()
     made: dict[tuple[Node, Placement], Node] = {}
     for node, placement in plan.placed.items():
         for site in plan.moves.get(node, ()):
             if site not in made:
-                made[site] = _moved(graph, node, site, plan, infer)
+                made[site] = _moved(graph, node, site, plan)
             node.replace_input_with(site[0], made[site])
         if node.op == "call_function":
             annotate(node, placement)
 
 
-def _moved(graph: Graph, user: Node, site: Site, plan: Plan, infer: Inference) -> Node:
+def _moved(graph: Graph, user: Node, site: Site, plan: Plan) -> Node:
     """An operand, placed as a user needs it, in front of that user."""
     operand, wanted = site
     before = plan.placed[operand]
@@ -133,6 +131,6 @@ def _moved(graph: Graph, user: Node, site: Site, plan: Plan, infer: Inference) -
         name, suffix, args = "dist.all_gather", "gathered", (operand, before.dim)
     else:
         name, suffix = "dist.all_reduce", "reduced"
-    node = insert_before(graph, user, infer, resolve(name), args, name=f"{operand.name}_{suffix}", source="Shard")
+    node = insert_before(graph, user, resolve(name), args, name=f"{operand.name}_{suffix}", source="Shard")
     annotate(node, wanted)
     return node

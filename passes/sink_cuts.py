@@ -9,7 +9,6 @@ from torch.fx import Node
 
 from ..ir.build import insert_before
 from ..ir.graph import Graph, is_constant, type_of
-from ..ir.infer import Inference
 from ..ir.ops import POINTWISE, op_name, resolve
 from ..ir.placement import Shard, annotate, shape_of
 from ..ir.schemes import scheme_of
@@ -25,7 +24,7 @@ def sink_cuts(graph: Graph) -> None:
 
     A row that is rounded with one factor is rounded whole before it is cut, and so is what a calibration rounds.
     """
-    infer, rounds_whole = Inference(), bool(graph.options.get(CALIBRATION))
+    rounds_whole = bool(graph.options.get(CALIBRATION))
     cuts = [node for node in graph.calls() if op_name(node.target) in ("dist.shard", "dist.shard_columns")]
     while cuts:
         node = cuts.pop()
@@ -34,10 +33,10 @@ def sink_cuts(graph: Graph) -> None:
         operands = _operands(source, _cut(node)) if is_constant(source) and len(source.users) == 1 else None
         if operands is None or (rounds_whole and op_name(source.target) == "nn.quantize"):
             continue
-        made = list(_parts(graph, node, operands, infer))
+        made = list(_parts(graph, node, operands))
         args: Any = _replaced(source.args, dict(zip(operands, made)))
         name, note = node.name, source.meta.get("source", "")
-        part = insert_before(graph, node, infer, source.target, args, source.kwargs, name=f"{name}_", source=note)
+        part = insert_before(graph, node, source.target, args, source.kwargs, name=f"{name}_", source=note)
         annotate(part, _cut(node))
         node.replace_all_uses_with(part)
         graph.erase_node(node)
@@ -83,12 +82,12 @@ def _operands(source: Node, cut: Shard) -> Cuts | None:
     return None
 
 
-def _parts(graph: Graph, place: Node, operands: Cuts, infer: Inference) -> Iterator[Node]:
+def _parts(graph: Graph, place: Node, operands: Cuts) -> Iterator[Node]:
     for item, cut in operands.items():
         kind, name, args = type_of(item), "dist.shard", (item, cut.dim, list(cut.sections))
         if scheme_of(kind.dtype) and cut.dim == kind.rank - 1:
             name, args = "dist.shard_columns", (item, kind.dtype, list(cut.sections))  # type: ignore[assignment]
-        made = insert_before(graph, place, infer, resolve(name), args, name=f"{item.name}_part", source="Shard")
+        made = insert_before(graph, place, resolve(name), args, name=f"{item.name}_part", source="Shard")
         annotate(made, cut)
         yield made
 

@@ -8,7 +8,7 @@ from torch.fx import Node
 
 from ..ir.build import insert_before
 from ..ir.graph import Graph, node_inputs, type_of
-from ..ir.infer import Inference, TypeInferenceError
+from ..ir.infer import TypeInferenceError
 from ..ir.ops import POINTWISE, aten, op_name
 from .ledger import PassReport, asks_first
 
@@ -19,7 +19,6 @@ _NORMS = frozenset({"aten.layer_norm", "aten.rms_norm", "nn.rms_norm", "nn.layer
 @asks_first
 def sink_transposes(graph: Graph, report: PassReport) -> Graph:
     """Rewrite ``op(transpose(x))`` as ``transpose(op(x))`` where ``op`` works on the last dim, and cancel pairs."""
-    infer = Inference()
     for node in list(graph.calls()):
         if _is_swap(node) and isinstance(node.args[0], Node) and _is_swap(node.args[0]):
             base = node.args[0].args[0]
@@ -30,7 +29,7 @@ def sink_transposes(graph: Graph, report: PassReport) -> Graph:
             graph.erase_node(node)
             report.fused.append(base.name)
         elif _sinks(node) and report.allows(node.name):
-            made = _sink(graph, node, infer)
+            made = _sink(graph, node)
             if made is not None:
                 report.fused.append(made)
     return graph
@@ -61,7 +60,7 @@ def _keeps_rows(node: Node) -> bool:
     return isinstance(source, Node) and type_of(source).shape[:2] == type_of(node).shape[:2] and type_of(node).rank == 3
 
 
-def _sink(graph: Graph, node: Node, infer: Inference) -> str | None:
+def _sink(graph: Graph, node: Node) -> str | None:
     """Returns the name of the value that was moved, or nothing if an operand has no transposed form."""
     made: list[Node] = []
 
@@ -100,7 +99,7 @@ def _sink(graph: Graph, node: Node, infer: Inference) -> str | None:
         return None if table is None else add(value.target, (table, *value.args[1:]))
 
     def add(target: Any, args: Any) -> Node:
-        fresh = insert_before(graph, node, infer, target, args)
+        fresh = insert_before(graph, node, target, args)
         made.append(fresh)
         return fresh
 
@@ -109,7 +108,7 @@ def _sink(graph: Graph, node: Node, infer: Inference) -> str | None:
         if op_name(node.target) == "aten.reshape":
             shape = type_of(node).shape
             args[1] = [shape[1], shape[0], *shape[2:]]
-        moved = insert_before(graph, node, infer, node.target, args, node.kwargs, source=node.meta.get("source", ""))
+        moved = insert_before(graph, node, node.target, args, node.kwargs, source=node.meta.get("source", ""))
         made.append(moved)
         rank = type_of(node).rank
         back = add(aten("transpose.int"), (moved, -rank, 1 - rank))

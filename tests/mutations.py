@@ -167,8 +167,8 @@ _IN_PASSES = {
             "SelectRows",
             select_rows,
             "    user.replace_input_with(source, made)\n",
-            "    made = insert_before(graph, user, infer, aten('index_select'), (source, 0, "
-            "insert_before(graph, user, infer, aten('flip'), (rows, [0]))), name='sampled')\n"
+            "    made = insert_before(graph, user, aten('index_select'), (source, 0, "
+            "insert_before(graph, user, aten('flip'), (rows, [0]))), name='sampled')\n"
             "    user.replace_input_with(source, made)\n",
         ),
     ),

@@ -10,12 +10,11 @@ from torch.fx import Node
 
 from fuseline.ir import Dim, Graph, TensorType
 from fuseline.ir.graph import type_of
-from fuseline.ir.infer import Inference
+from fuseline.ir.infer import infer
 from fuseline.ir.ops import aten, resolve
 from fuseline.ir.types import DTYPES, Size
 
 T = Dim.named("T")
-INFER = Inference()
 Option = TypeVar("Option")
 
 
@@ -62,7 +61,7 @@ class Builder:
         target = resolve(op) if op.startswith("nn.") else aten(op)
         stem = op.removeprefix("nn.").partition(".")[0]
         node = self.graph.create_node("call_function", target, args, kwargs, name=stem)
-        node.meta["type"] = INFER(target, args, kwargs)
+        node.meta["type"] = infer(target, args, kwargs)
         return node
 
     def weight(self, c: Choices, *shape: int, dtype: str = "") -> Node:
