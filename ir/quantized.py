@@ -229,7 +229,11 @@ def cat_rows(parts: Sequence[Tensor]) -> Tensor:
 
 def _type_of_repeated(x: Node, sizes: Sequence[int], times: Sequence[int], width: int) -> TensorType:
     kind = type_of(x)
-    if kind.shape[:1] != (sum(sizes),) or len(sizes) != len(times) or any(size % width for size in sizes):
+    if (
+        kind.shape[:1] != (sum(sizes),)
+        or len(sizes) != len(times)
+        or any(count > 1 and size % width for size, count in zip(sizes, times))
+    ):
         raise TypeInferenceError(f"{kind} has no rows {list(sizes)} in units of {width}")
     return TensorType(kind.dtype, (sum(size * count for size, count in zip(sizes, times)), *kind.shape[1:]))
 
@@ -238,7 +242,7 @@ def _type_of_repeated(x: Node, sizes: Sequence[int], times: Sequence[int], width
 def repeat_rows(x: Tensor, sizes: Sequence[int], times: Sequence[int], width: int) -> Tensor:
     """Of the rows ``x [sum(sizes), ...]``, quantised ones too, each ``width`` of a section stated ``times`` in a row."""
     parts = [
-        part.reshape(-1, width, *x.shape[1:]).repeat_interleave(count, 0).flatten(0, 1)
+        part if count == 1 else part.reshape(-1, width, *x.shape[1:]).repeat_interleave(count, 0).flatten(0, 1)
         for part, count in zip(torch.split(x, list(sizes)), times)
     ]
     return torch.cat(parts)

@@ -72,9 +72,8 @@ def _way(value: Node, attention: Node) -> list[Node] | None:
 def _ranges(ways: list[list[Node]]) -> dict[Node, list[tuple[int, int]]] | None:
     """For each projection, the outputs that the ways begin with; nothing if others read some of them."""
     found: dict[Node, list[tuple[int, int]]] = {}
-    for linear, *rest in ways:
-        first = rest[0] if op_name(rest[0].target) == "aten.slice.Tensor" else None
-        found.setdefault(linear, []).append(_bounds(first or linear))
+    for linear, first, *_ in ways:
+        found.setdefault(linear, []).append(_taken(linear, first))
     inside = {node for way in ways for node in way}
     for linear, ranges in found.items():
         for user in linear.users:
@@ -84,6 +83,11 @@ def _ranges(ways: list[list[Node]]) -> dict[Node, list[tuple[int, int]]] | None:
         if len(ranges) > 1 and any(end > begin for (_, end), (begin, _) in pairwise(sorted(ranges))):
             return None
     return found
+
+
+def _taken(linear: Node, first: Node) -> tuple[int, int]:
+    """The outputs of a projection that what first reads it takes."""
+    return _bounds(first if op_name(first.target) == "aten.slice.Tensor" else linear)
 
 
 def _bounds(node: Node) -> tuple[int, int]:
@@ -98,18 +102,22 @@ def _bounds(node: Node) -> tuple[int, int]:
 
 
 def _repeat(graph: Graph, ways: list[list[Node]], found: dict[Node, list[tuple[int, int]]], times: int) -> None:
-    width = type_of(ways[0][-1]).shape[-1]
+    widths: dict[tuple[Node, tuple[int, int]], Any] = {}  # of a head: those of values may be others than those of keys
+    for linear, first, *rest in ways:
+        widths[linear, _taken(linear, first)] = type_of([first, *rest][-1]).shape[-1]
     for linear, ranges in found.items():
         points = sorted({*_bounds(linear), *(point for bounds in ranges for point in bounds)})
         parts = list(pairwise(points))
-        counts = [times if bounds in ranges else 1 for bounds in parts]
         sizes = [stop - start for start, stop in parts]
         slices = [user for user in linear.users if op_name(user.target) == "aten.slice.Tensor"]
-        for operand in linear.args[1:3]:
-            if isinstance(operand, Node):
-                args, name = (operand, sizes, counts, width), f"{operand.name}_repeated"
-                made = insert_before(graph, linear, resolve("nn.repeat_rows"), args, name=name, source="Shard")
-                linear.replace_input_with(operand, made)
+        for width in sorted({widths[linear, bounds] for bounds in ranges}):
+            counts = [times if widths.get((linear, bounds)) == width else 1 for bounds in parts]
+            for operand in linear.args[1:3]:
+                if isinstance(operand, Node):
+                    args, name = (operand, sizes, counts, width), f"{operand.name}_repeated"
+                    made = insert_before(graph, linear, resolve("nn.repeat_rows"), args, name=name, source="Shard")
+                    linear.replace_input_with(operand, made)
+            sizes = [size * count for size, count in zip(sizes, counts)]
         linear.meta["type"] = infer(linear.target, linear.args, dict(linear.kwargs))
         for user in slices:
             start, stop = _bounds(user)

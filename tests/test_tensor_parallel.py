@@ -157,6 +157,16 @@ def test_awkward_models_keep_their_tokens(name: str, ranks: int, more: dict[str,
     assert cut and kept[site] == f"every rank computes it whole: {why}"
 
 
+@pytest.mark.parametrize("quantization", [None, "int8"])
+def test_heads_of_values_that_are_narrower_than_those_of_keys_are_repeated(quantization: str | None) -> None:
+    model = make("mimo_v2_flash")
+    _, expected = tokens(model, quantization=quantization)
+    compiled, found = tokens(model, quantization=quantization, tensor_parallel=2, simulate=True)
+    assert found == expected
+    widths = {line.rpartition(", ")[2][:2] for line in str(compiled.graph).splitlines() if "nn.repeat_rows(" in line}
+    assert widths == {"12", "16"}
+
+
 @pytest.mark.parametrize(
     ("name", "scheme", "operator"),
     [
