@@ -163,7 +163,11 @@ def test_heads_of_values_that_are_narrower_than_those_of_keys_are_repeated(quant
     _, expected = tokens(model, quantization=quantization)
     compiled, found = tokens(model, quantization=quantization, tensor_parallel=2, simulate=True)
     assert found == expected
-    widths = {line.rpartition(", ")[2][:2] for line in str(compiled.graph).splitlines() if "nn.repeat_rows(" in line}
+    widths = {
+        line.rpartition(", ")[2][:2]
+        for line in str(compiled.graph).splitlines()
+        if "l1_qkv" in line and "nn.repeat_rows(" in line
+    }
     assert widths == {"12", "16"}
 
 
