@@ -27,7 +27,7 @@ def give_absmax(graph: Graph, ranks: int, may_be_cut: Callable[[Node], bool]) ->
         assert isinstance(rows, Node)
         if not all(is_projection(user) and may_be_cut(rows_and_weight(user)[1]) for user in node.users):
             continue
-        if shape_of(rows)[-1] % ranks:
+        if len(shape_of(rows)) != 2 or shape_of(rows)[-1] % ranks:
             continue
         args = (rows, ranks) if divisors is None else (rows, ranks, divisors)
         if args not in made:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from families import make
 from quantized_models import wide
 from tensor_parallel import on_ranks
 from test_rank_kernels import ROUNDED
@@ -38,6 +39,18 @@ def test_row_parallel_projections_are_divided(name: str, scheme: str) -> None:
     assert not any("inputs gathered" in str(item) for item in report.near)
     if name == "llama":
         assert plan_line(compiled).startswith("agrees with base_model_tp_plan in 8 of 8")
+
+
+def test_rows_with_a_dim_in_front_are_rounded_whole() -> None:
+    """The few coefficients by which gemma3n mixes its streams are rows ``[1, T, 2]``."""
+    model = make("gemma3n_text")
+    whole, _ = tokens(model, quantization="int8-dynamic")
+    compiled, _ = tokens(model, quantization="int8-dynamic", tensor_parallel=2, simulate=True)
+    assert "f32[1, T, 2]" in str(compiled.graph)
+    ids = [list(range(30))]
+    left, right = compiled(ids).logits, whole(ids).logits
+    errors = (left - right).norm(dim=-1) / right.norm(dim=-1)
+    assert errors.median() <= 1e-5 and errors.max() <= 0.05
 
 
 def test_a_projection_that_is_to_be_whole_reads_whole_rows() -> None:
