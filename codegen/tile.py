@@ -15,7 +15,7 @@ from typing import Any
 from torch.fx import Node
 
 from ..ir.graph import Graph, type_of
-from ..ir.ops import op_name
+from ..ir.ops import LOOKUPS, op_name
 from ..ir.tiles import TILE_POINTWISE
 from .coordinates import flat_index, through_view
 from .expressions import literal, print_pointwise
@@ -134,7 +134,7 @@ class Tile:
         moved = through_view(node, at.coords)
         if moved is not None:
             return self.value(source, at.at(moved))
-        if name in ("aten.embedding", "nn.lookup"):
+        if name in LOOKUPS:
             ids = node.args[1]
             assert isinstance(ids, Node)
             row = self.looked_up(ids, at.coords[:-1], at)

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.fx import Node
 
 from .graph import Graph, type_of
-from .ops import op_name
+from .ops import LOOKUPS, op_name
 from .quantized import quantize
 from .schemes import scheme_of
 from .types import TensorType
@@ -21,7 +21,6 @@ _MAGNITUDES = (1.0, 0.5, 1e-3, 4.0, 0.03)
 # Far from 0, yet such that fp32 keeps the angles of rotary embeddings to about 1e-5.
 _FAR = 300
 _UNBOUNDED = 1 << 30
-_LOOKUPS = ("aten.embedding", "nn.lookup")
 
 _VIEWS = frozenset(
     "aten.reshape aten.unsqueeze aten.expand aten.transpose.int aten.to.dtype aten.select.int aten.slice.Tensor "
@@ -68,7 +67,7 @@ def _drawn_weight(node: Node, generator: torch.Generator) -> Tensor:
         signs = torch.randint(0, 2, shape, generator=generator) * 2 - 1
         return ((0.4 + 0.5 * torch.rand(shape, generator=generator)) * signs).to(kind.torch_dtype)
     value = torch.randn(shape, generator=generator)
-    if any(op_name(user.target) in _LOOKUPS and user.args[0] is node for user in node.users):
+    if any(op_name(user.target) in LOOKUPS and user.args[0] is node for user in node.users):
         value *= _magnitudes(shape[0]).unsqueeze(-1)
     else:
         value /= math.sqrt(shape[-1])
@@ -121,7 +120,7 @@ def index_bound(node: Node) -> int:
     for user in node.users:
         name = op_name(user.target)
         table = user.args[0] if user.args else None
-        if name in (*_LOOKUPS, "aten.index_select") and isinstance(table, Node) and table is not node:
+        if name in (*LOOKUPS, "aten.index_select") and isinstance(table, Node) and table is not node:
             size = type_of(table).shape[0]
             bound = min(bound, size if isinstance(size, int) else _UNBOUNDED)
         elif name == "dist.route" and isinstance(user.args[1], int):

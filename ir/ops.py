@@ -119,6 +119,8 @@ def is_collective(target: Any) -> bool:
     return isinstance(target, Op) and target.name.startswith("dist.")
 
 
+LOOKUPS = frozenset({"aten.embedding", "nn.lookup"})
+"""Operators that read rows of a table, their first operand, by the ids that are their second."""
 PROJECTIONS = frozenset({"aten.linear", "nn.scaled_linear"})
 """Products of rows with a matrix ``[N, K]``, their first two operands; the third, if there is one, is a bias."""
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch.fx import Node
 
 from .graph import Graph, flat_types, is_constant, type_of
-from .ops import PROJECTIONS, op_name
+from .ops import LOOKUPS, PROJECTIONS, op_name
 from .schemes import scheme_of
 from .types import Dim
 
@@ -33,7 +33,7 @@ TILE_VIEWS = frozenset(
         "aten.cat",
     ]
 )
-TILE_LOOKUPS = frozenset({"aten.embedding", "nn.lookup", "aten.index_select"})
+TILE_LOOKUPS = LOOKUPS | {"aten.index_select"}
 TILE_REDUCTIONS = frozenset(
     [
         "nn.rms_norm",

@@ -11,7 +11,7 @@ from ..ir.dist import padded
 from ..ir.graph import Graph, is_constant
 from ..ir.ops import op_name, resolve
 from ..ir.placement import Shard, shape_of
-from .ledger import PassReport
+from .ledger import PassReport, Refusal
 
 _TOKENS = "tokens"
 _SAME = frozenset({"aten.reshape", "aten.unsqueeze", "aten.to.dtype", "aten.clamp"})
@@ -29,7 +29,7 @@ def table_and_cut(node: Node, ranks: int) -> tuple[Node, Shard]:
     return table, Shard(0, (padded(shape_of(table)[0], ranks),))
 
 
-def divide_lookups(graph: Graph, why_whole: Callable[[Node], str], report: PassReport) -> dict[Node, str]:
+def divide_lookups(graph: Graph, ranks: int, why_whole: Callable[[Node], str], report: PassReport) -> dict[Node, str]:
     """Where tokens are looked up in a weight, let a rank have some of its rows: ``nn.lookup`` gives zeros for the others.
 
     ``why_whole`` says of a weight why it is not to be cut, if so. Returns the lookups that stay as they are for it, with the
@@ -47,6 +47,10 @@ def divide_lookups(graph: Graph, why_whole: Callable[[Node], str], report: PassR
             node.target = resolve("nn.lookup")
             node.args, node.kwargs = node.args[:2], {}
             _sum_up(graph, node)
+            count, (rows,) = shape_of(table)[0], table_and_cut(node, ranks)[1].sections
+            if count != rows:
+                why = f"padded to {rows} rows, since {count} cannot be divided among {ranks} ranks"
+                report.near.append(Refusal(node.name, why))
     return kept
 
 

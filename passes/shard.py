@@ -56,7 +56,7 @@ def shard(graph: Graph, report: PassReport) -> Graph:
     def may_be_cut(weight: Node) -> bool:
         return not why_whole(weight)
 
-    kept = divide_lookups(graph, why_whole, report)
+    kept = divide_lookups(graph, ranks, why_whole, report)
     pad_vocabulary(graph, ranks, may_be_cut, report)
     give_absmax(graph, ranks, may_be_cut)
     plan = plan_for(graph, ranks, whole, report, chosen(graph, GATHERED), by_expert)

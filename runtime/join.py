@@ -13,12 +13,9 @@ from torch import Tensor
 
 from .groups import summed
 from .mpi import MPIGroup, RankError, watchdog, world
-from .nccl import NCCLGroup
+from .nccl import PATIENCE, NCCLGroup
 from .options import OptionError
 from .ranks import local_rank_of, rank_of, size_of
-
-# Seconds that the end of a group may take.
-_PATIENCE = 10.0
 
 
 class _Joined:
@@ -134,7 +131,7 @@ def leave() -> None:
     group, _Joined.group = _Joined.group, None
     if isinstance(group, NCCLGroup):
         group.let_go()
-        group.end(_PATIENCE)
+        group.end(PATIENCE)
     elif distributed.is_initialized():
         distributed.destroy_process_group()
 

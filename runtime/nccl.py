@@ -21,8 +21,8 @@ from .symmetric import mapped
 
 # So often the host looks whether a step is done before it sleeps in between.
 _EAGER = 100_000
-# Seconds after which a GPU that still waits for ranks that are gone is given up.
-_PATIENCE = 10.0
+PATIENCE = 10.0
+"""Seconds after which a GPU that still waits for ranks that are gone, or a group that does not end, is given up."""
 
 
 class NCCLGroup:
@@ -95,7 +95,7 @@ class NCCLGroup:
         self.end()
         idle = Thread(target=_synchronize, args=(self.device,), daemon=True)
         idle.start()
-        until = time.monotonic() + _PATIENCE
+        until = time.monotonic() + PATIENCE
         with torch.cuda.stream(torch.cuda.Stream(self.device)):  # type: ignore[no-untyped-call]
             while idle.is_alive() and time.monotonic() < until:
                 if self._exchange is not None and not self._exchange.why:

@@ -11,7 +11,7 @@ import torch
 from torch.fx import Node
 
 from ...ir.graph import Graph, is_constant, type_of
-from ...ir.ops import PROJECTIONS, op_name
+from ...ir.ops import LOOKUPS, PROJECTIONS, op_name
 from ...ir.types import Dim
 
 
@@ -122,7 +122,7 @@ def _share(node: Node, user: Node, rows: int) -> float:
     name = op_name(user.target)
     if not isinstance(first, int):
         return 1.0
-    if name in ("aten.embedding", "nn.lookup") and user.args[0] is node:
+    if name in LOOKUPS and user.args[0] is node:
         return min(1.0, rows / first)
     if name == "nn.grouped_linear" and node in user.args[2:]:
         chosen = type_of(user.args[1]).shape[1]  # type: ignore[arg-type]
