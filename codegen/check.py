@@ -17,7 +17,7 @@ from ..ir.graph import Graph, dims_of, type_of
 from ..ir.interpret import bind_dims, interpret
 from ..ir.ops import op_name, resolve
 from ..ir.parse import parse
-from ..ir.quantized import quantize
+from ..ir.quantized import dequantize, is_quantised, quantize
 from ..ir.schemes import scheme_of
 from ..ir.twin import widened, windows_of
 from .exchange import MirrorExchange, meeting_of, places_for
@@ -171,7 +171,7 @@ def _arguments(graph: Graph, case: Mapping[str, Tensor], order: tuple[int, ...])
     device = next(iter(case.values())).device
     values = [case[node.name].clone() for node in graph.inputs()]
     for node in fresh_outputs(graph):
-        kind = type_of(node)
+        kind = type_of(node).stored
         fill = float("nan") if kind.torch_dtype.is_floating_point else -1
         values.append(torch.full(kind.concrete(dims), fill, device=device).to(kind.torch_dtype))
     return [values[place] for place in order]
@@ -187,10 +187,13 @@ def reference(graph: Graph, case: Mapping[str, Tensor]) -> tuple[Tensor, ...]:
 def errors(
     graph: Graph, launch: Callable[..., None], order: tuple[int, ...], case: Mapping[str, Tensor]
 ) -> list[float]:
-    """Relative RMSE of every result; NaN where something was left unwritten."""
+    """Relative RMSE of every result, of codes that of the numbers they stand for; NaN where something was left unwritten."""
     found = []
-    for ours, theirs in zip(run_kernel(graph, launch, case, order), reference(graph, case)):
-        ours, theirs = ours.double().flatten(), theirs.double().flatten()
+    results: list[Node] = list(graph.output_node().args[0])  # type: ignore[arg-type]
+    for node, *pair in zip(results, run_kernel(graph, launch, case, order), reference(graph, case)):
+        kind = type_of(node)
+        numbers = [dequantize(value, kind, torch.float32) for value in pair] if is_quantised(node) else pair
+        ours, theirs = (value.double().flatten() for value in numbers)
         known = theirs.isfinite()
         same = torch.equal(ours[~known].nan_to_num(0.0), theirs[~known].nan_to_num(0.0))  # masked out with -inf, say
         ours, theirs = ours[known], theirs[known]

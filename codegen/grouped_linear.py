@@ -18,7 +18,8 @@ class GroupedLinearSpec:
 
     ``per_pair``: x is [T, top_k, in_features] and gives each pair its own row, not [T, in_features].
     ``transposed``: weights are [num_experts, in_features, out_features], not [num_experts, out_features, in_features].
-    ``scheme``: weights are rows of codes, u8 [num_experts, out_features, scheme.row_bytes(in_features)].
+    ``scheme``: weights are rows of codes, u8 [num_experts, out_features, scheme.row_bytes(in_features)], and if it is dynamic
+    so are the rows of x. ``dtype`` is that of out, and of what is not in codes.
     ``chosen_from``: how many experts tokens are sent to, if there are more than these.
     """
 
@@ -36,10 +37,13 @@ class GroupedLinearSpec:
     def __post_init__(self) -> None:
         if self.dtype not in _TYPES:
             raise ValueError(f"grouped linear kernels exist for {[str(dtype) for dtype in _TYPES]}, not {self.dtype}")
-        if self.scheme is not None and (self.scheme.dynamic or self.transposed):
-            raise ValueError(
-                "grouped linear kernels read weights in codes row by row, and rows of activations as they are"
-            )
+        if self.scheme is not None and self.transposed:
+            raise ValueError("grouped linear kernels read weights in codes row by row")
+
+    @property
+    def codes(self) -> Scheme | None:
+        """The scheme of rows and weights that are multiplied as codes."""
+        return self.scheme if self.scheme is not None and self.scheme.dynamic else None
 
 
 @dataclass(frozen=True)
@@ -64,6 +68,10 @@ _FP32_ROUGH_TILES = (_Tile(16, 32, 32, 4, 3), _Tile(64, 32, 16, 4, 2), _Tile(64,
 _HALF_PACKED_TILES = (_Tile(16, 64, 128, 4, 3), _Tile(64, 64, 128, 4, 3), _Tile(128, 64, 128, 8, 2))
 _HOPPER_PACKED_TILES = (_Tile(64, 128, 128, 8, 3), _Tile(128, 128, 128, 8, 2))
 _FP32_PACKED_TILES = (_Tile(16, 32, 128, 8, 2), _Tile(32, 32, 128, 8, 2), _Tile(64, 32, 128, 8, 2))
+# Sums of whole codes, which become numbers, take more registers. Small ones for those of all digits, and for rough rows.
+_CODES_TILES = (_Tile(16, 128, 128, 4, 4), _Tile(64, 128, 128, 8, 3), _Tile(128, 128, 64, 8, 4))
+_HOPPER_CODES_TILES = (_Tile(64, 256, 128, 8, 3), _Tile(128, 256, 128, 8, 3))
+_SMALL_CODES_TILES = (_Tile(16, 64, 64, 4, 3), _Tile(64, 64, 64, 8, 2), _Tile(128, 32, 64, 8, 2))
 
 
 def grouped_linear_source(spec: GroupedLinearSpec) -> str:
@@ -79,8 +87,11 @@ def grouped_linear_source(spec: GroupedLinearSpec) -> str:
         "SHAPE": repr(shape).replace("'", '"'),
         "CHOSEN_FROM": str(max(spec.chosen_from, spec.num_experts)),
         "X_ROW": "pair" if spec.per_pair else "pair // TOP_K",
-        "X_SHAPE": "[T, TOP_K, IN]" if spec.per_pair else "[T, IN]",
-        "LOOP": _packed_loop(spec, spec.scheme) if spec.scheme else _plain_loop(spec),
+        "X_SHAPE": _rows_shape(spec),
+        "X_STRIDE": str(spec.codes.row_bytes(spec.in_features)) if spec.codes else "IN",
+        "SUMS": "tl.int32" if spec.codes and not spec.codes.floats else "tl.float32",
+        "ACC": "sums" if spec.codes else "acc",
+        "LOOP": _loop(spec),
         "W_EXPERT": str(spec.scheme.row_bytes(spec.in_features) * spec.out_features) if spec.scheme else "IN * OUT",
         "W_SHAPE": _weight_shape(spec),
         "W_TYPE": "*u8" if spec.scheme else f"*{_TYPES[spec.dtype]}",
@@ -91,10 +102,16 @@ def grouped_linear_source(spec: GroupedLinearSpec) -> str:
         "BIAS_TYPE": f', "bias_ptr": "*{_TYPES[spec.dtype]}"' if spec.bias else "",
         "BIAS_DOC": ", bias [NUM_EXPERTS, OUT]" if spec.bias else "",
         "TYPE": f"*{_TYPES[spec.dtype]}",
+        "CAPABILITIES": "(90,)" if spec.codes and spec.codes.floats else "(80, 90)",
+        "X_TYPE": "*u8" if spec.codes else f"*{_TYPES[spec.dtype]}",
     }
     tiles = _tiles(spec)
     words |= {name: _tile_text(tile) for name, tile in zip(("FEW", "SOME", "MANY"), tiles)}
-    hopper = {_HALF_TILES: _HOPPER_TILES, _HALF_PACKED_TILES: _HOPPER_PACKED_TILES}.get(tiles)
+    hopper = {
+        _HALF_TILES: _HOPPER_TILES,
+        _HALF_PACKED_TILES: _HOPPER_PACKED_TILES,
+        _CODES_TILES: _HOPPER_CODES_TILES,
+    }.get(tiles)
     if hopper is not None:
         some, many = map(_tile_text, hopper)
         words |= {"CHOICE": HOPPER_CHOICE.replace("$SOME$", some).replace("$MANY$", many).rstrip()}
@@ -107,6 +124,8 @@ def grouped_linear_source(spec: GroupedLinearSpec) -> str:
 
 
 def _tiles(spec: GroupedLinearSpec) -> tuple[_Tile, _Tile, _Tile]:
+    if spec.codes is not None:
+        return _SMALL_CODES_TILES if spec.dtype == torch.float32 or spec.in_features % 16 else _CODES_TILES
     if spec.scheme is not None:
         return _FP32_PACKED_TILES if spec.dtype == torch.float32 else _HALF_PACKED_TILES
     rough = spec.in_features % 64 != 0 or (spec.transposed and spec.out_features % 8 != 0)
@@ -119,10 +138,24 @@ def _tile_text(tile: _Tile) -> str:
     return f"{tile.block_m}, {tile.block_n}, {tile.block_k}, num_warps={tile.num_warps}, num_stages={tile.num_stages}"
 
 
+def _rows_shape(spec: GroupedLinearSpec) -> str:
+    lead = "T, TOP_K" if spec.per_pair else "T"
+    if spec.codes is not None:
+        return f"[{lead}, {spec.codes.row_bytes(spec.in_features)}] in {spec.codes.name}"
+    return f"[{lead}, IN]"
+
+
 def _weight_shape(spec: GroupedLinearSpec) -> str:
     if spec.scheme is not None:
         return f"[NUM_EXPERTS, OUT, {spec.scheme.row_bytes(spec.in_features)}] in {spec.scheme.name}"
     return "[NUM_EXPERTS, IN, OUT]" if spec.transposed else "[NUM_EXPERTS, OUT, IN]"
+
+
+def _loop(spec: GroupedLinearSpec) -> str:
+    """The loop over the depth, and what its sums are multiplied with."""
+    if spec.codes is not None:
+        return _codes_loop(spec, spec.codes)
+    return _plain_loop(spec) if spec.scheme is None else _packed_loop(spec, spec.scheme)
 
 
 def _plain_loop(spec: GroupedLinearSpec) -> str:
@@ -163,6 +196,30 @@ def _packed_loop(spec: GroupedLinearSpec, scheme: Scheme) -> str:
     if not scheme.group:
         packed.print_column_factors(writer, "acc", "n", "n_ok")
         writer.line("acc *= acc_factors[None, :]")
+    return writer.text().rstrip()
+
+
+def _codes_loop(spec: GroupedLinearSpec, scheme: Scheme) -> str:
+    """The loop over the depth, with rows and weights in codes, whose sums get the factors of both."""
+    writer, kind = Writer(), "float8e4nv" if scheme.floats else "int8"
+    packed, rows = (PackedRows(pointer, scheme, spec.in_features) for pointer in ("expert_ptr", "x_ptr"))
+    options = 'input_precision="ieee"' if scheme.floats else "out_dtype=tl.int32"
+    # The tensor cores sum products of E4M3 with less than 24 bits.
+    cast = ".to(tl.float16)" if scheme.floats and spec.dtype == torch.float32 else ""
+    length = scheme.row_bytes(spec.in_features)
+    writer.line("n_ok = n < OUT")
+    writer.line(f"n_row = tl.where(n_ok, n, 0) * {length}  # likewise for a feature past the last")
+    with writer.block("for k0 in range(0, IN, BLOCK_K):"):
+        writer.line("k = k0 + tl.arange(0, BLOCK_K)")
+        place = f"{rows.as_numbers(kind)} + x_row[:, None] + k[None, :]"
+        writer.line(f"x = tl.load({place}, mask=(k < IN)[None, :], other=0.0){cast}")
+        place = f"{packed.as_numbers(kind)} + n_row[:, None] + k[None, :]"
+        writer.line(f"w = tl.load({place}, mask=(k < IN)[None, :], other=0.0){cast}.trans()")
+        writer.line(f"sums = tl.dot(x, w, sums, {options})")
+    packed.print_column_factors(writer, "acc", "n", "n_ok")
+    first = scheme.factors_at(spec.in_features)
+    writer.line(f"row_factors = tl.load({rows.as_numbers('float32')} + x_row // 4 + {first // 4})")
+    writer.line("acc = sums.to(tl.float32) * row_factors[:, None] * acc_factors[None, :]")
     return writer.text().rstrip()
 
 

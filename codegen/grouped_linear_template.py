@@ -68,9 +68,9 @@ def grouped_linear(
         places = out_ptr + (pair.to(tl.int64) * OUT)[:, None] + n[None, :]
         tl.store(places, zeros, mask=live[:, None] & (n < OUT)[None, :])
         return
-    x_row = ($X_ROW$).to(tl.int64) * IN
+    x_row = ($X_ROW$).to(tl.int64) * $X_STRIDE$
     expert_ptr = weight_ptr + expert.to(tl.int64) * ($W_EXPERT$)
-    acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    $ACC$ = tl.zeros((BLOCK_M, BLOCK_N), $SUMS$)
 $LOOP$$BIAS_ADD$
     out_row = pair.to(tl.int64) * OUT
     mask = live[:, None] & (n < OUT)[None, :]
@@ -87,12 +87,12 @@ def sort(block, num_warps):
     }
 
 
-def tile(block_m, block_n, block_k, num_warps, num_stages, capabilities=(80, 90)):
+def tile(block_m, block_n, block_k, num_warps, num_stages, capabilities=$CAPABILITIES$):
     """The variant of grouped_linear with these tiles."""
     return {
         "kernel": grouped_linear,
         "signature": {
-            "x_ptr": "$TYPE$", "weight_ptr": "$W_TYPE$", "order_ptr": "*i32", "starts_ptr": "*i32"$BIAS_TYPE$,
+            "x_ptr": "$X_TYPE$", "weight_ptr": "$W_TYPE$", "order_ptr": "*i32", "starts_ptr": "*i32"$BIAS_TYPE$,
             "out_ptr": "$TYPE$",
         },
         "constexprs": {**SHAPE, "BLOCK_M": block_m, "BLOCK_N": block_n, "BLOCK_K": block_k},

@@ -126,7 +126,7 @@ def grouped_spec(node: Node) -> GroupedLinearSpec:
     arguments: list[Any] = list(node.args)
     x, ids, weight, *rest = arguments
     defaults: list[Any] = [None, False, None]
-    bias, transposed, of_all = rest + defaults[len(rest) :]
+    bias, transposed, of_all = (rest + defaults[len(rest) :])[:3]
     assert isinstance(x, Node) and isinstance(ids, Node) and isinstance(weight, Node)
     experts, first, second = type_of(weight).shape
     inner, outer = (first, second) if transposed else (second, first)
@@ -138,7 +138,7 @@ def grouped_spec(node: Node) -> GroupedLinearSpec:
         top_k=choices,
         in_features=inner,
         out_features=outer,
-        dtype=_dtype(x),
+        dtype=_dtype(node),
         per_pair=type_of(x).rank == 3,
         transposed=bool(transposed),
         bias=bias is not None,

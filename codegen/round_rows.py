@@ -6,6 +6,7 @@ from torch.fx import Node
 
 from ..ir.graph import type_of
 from ..ir.schemes import scheme_of
+from .coordinates import flat_index
 from .tile import Position, Tile
 from .weights import as_numbers
 
@@ -21,7 +22,9 @@ def store_codes(tile: Tile, output: Node, at: Position) -> None:
     source, how, writer = output.args[0], scheme_of(type_of(output).dtype), tile.writer
     depth = type_of(output).shape[-1]
     assert isinstance(source, Node) and isinstance(depth, int) and how is not None
-    row, column = at.coords
+    *lead, column = at.coords
+    row = flat_index(lead, type_of(output).shape[:-1])
+    row = row if row.isidentifier() else writer.assign("flat", row)
     x = _over(tile, tile.value(source, at), output.args[3:4], at)
     most = writer.assign("most", _given(tile, output.args[4], at) if len(output.args) > 4 else _largest(x, at))
     steps = f"tl.full({most}.shape, {how.largest}, tl.float32)"
@@ -48,10 +51,10 @@ def _largest(x: str, at: Position) -> str:
 def _given(tile: Tile, absmax: object, at: Position) -> str:
     """The largest magnitude of rows of which this may be a part, from those of all parts."""
     assert isinstance(absmax, Node)
-    parts = type_of(absmax).shape[1]
+    parts = type_of(absmax).shape[-1]
     assert isinstance(parts, int)
     text = ""
     for part in range(parts):
-        found = tile.value(absmax, at.at((at.coords[0], str(part)), ""))
+        found = tile.value(absmax, at.at((*at.coords[:-1], str(part)), ""))
         text = f"tl.maximum({text}, {found})" if text else found
     return text

@@ -9,7 +9,7 @@ from .ops import register
 
 @register("nn.absmax")
 def absmax(x: Tensor, parts: int = 1, divisors: Tensor | None = None) -> Tensor:
-    """The largest magnitude in each of so many equal parts of the rows ``x [T, K]``: ``f32 [T, parts]``.
+    """The largest magnitude in each of so many equal parts of the rows ``x [..., K]``: ``f32 [..., parts]``.
 
     With ``divisors f32 [K]`` it is that of the rows over them, in fp32. ``nn.quantize`` takes the result in place of looking
     for the largest magnitude of its rows itself.

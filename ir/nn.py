@@ -110,6 +110,7 @@ def grouped_linear(
     bias: Tensor | None = None,
     transposed: bool = False,
     experts: int | None = None,
+    dtype: torch.dtype | None = None,
 ) -> Tensor:
     """A linear layer whose weight each row chooses: mixture-of-experts projections.
 
@@ -120,30 +121,34 @@ def grouped_linear(
         weight: ``[E, N, K]``, or ``[E, K, N]`` if ``transposed``; bias: ``[E, N]``.
         experts: how many there are to choose from if a rank has ``E`` of them. It changes no result, and says how many rows
             are to be expected.
+        dtype: the type of the result, that of ``x`` if it is ``None``. Of rows and weights that are both in codes, codes are
+            multiplied, as in ``nn.scaled_linear``.
 
     Returns:
         ``[T, J, N]``.
     """
-    width = weight.shape[-1] if transposed else weight.shape[-2]
+    width, dtype = weight.shape[-1] if transposed else weight.shape[-2], dtype or x.dtype
     if x.device.type == "meta":
-        return x.new_empty((*ids.shape, width))
+        return x.new_empty((*ids.shape, width), dtype=dtype)
 
     def product(expert: int, rows: Tensor) -> Tensor:
         matrix = weight[expert].t() if transposed else weight[expert]
-        return F.linear(rows, matrix, None if bias is None else bias[expert])
+        return F.linear(rows, matrix, None if bias is None else bias[expert].to(rows.dtype))
 
-    return by_expert(x, ids, len(weight), width, product)
+    return by_expert(x, ids, len(weight), width, dtype, product)
 
 
-def by_expert(x: Tensor, ids: Tensor, experts: int, width: int, product: Callable[[int, Tensor], Tensor]) -> Tensor:
-    """``[T, J, width]``: what ``product`` makes, for each of the experts that is chosen, of the rows ``[pairs, K]`` that
-    chose it.
+def by_expert(
+    x: Tensor, ids: Tensor, experts: int, width: int, dtype: torch.dtype, product: Callable[[int, Tensor], Tensor]
+) -> Tensor:
+    """``[T, J, width]`` in ``dtype``: what ``product`` makes, for each of the experts that is chosen, of the rows
+    ``[pairs, K]`` that chose it.
 
     ``x`` and ``ids`` are those of ``grouped_linear``.
     """
-    out = x.new_empty((*ids.shape, width))
+    out = x.new_empty((*ids.shape, width), dtype=dtype)
     pairs = x if x.dim() == 3 else x.unsqueeze(1).expand(-1, ids.shape[1], -1)
     for expert in torch.unique(ids).tolist():
         chosen = ids == expert
-        out[chosen] = product(expert, pairs[chosen]) if 0 <= expert < experts else 0
+        out[chosen] = product(expert, pairs[chosen]).to(dtype) if 0 <= expert < experts else 0
     return out

@@ -183,7 +183,7 @@ def _row_by_row(node: Node, routed: Node, known: Known) -> Placement:
     name, found = op_name(node.target), known(routed)
     assert isinstance(found, Routed)
     along = name == "aten.slice.Tensor" and node.args[1] in (-1, len(shape_of(node)) - 1)
-    works = along or name in POINTWISE or name in _GATED
+    works = along or name in POINTWISE or name in _GATED or name in ("nn.quantize", "nn.absmax")
     if not works or shape_of(node)[:-1] != shape_of(found.ids):
         raise Needs(routed, None, f"{node.name} ({name}) is not known to work on the rows of some experts")
     for item in node.all_input_nodes:

@@ -67,7 +67,7 @@ def _linear(node: Node, known: Known, ranks: int) -> Placement:
 @rule("nn.grouped_linear", linear=True, routed=True)
 def _grouped_linear(node: Node, known: Known, ranks: int) -> Placement:
     arguments: list[Any] = [*node.args, *(None, False)[len(node.args) - 3 :]]
-    x, ids, weight, bias, turned = arguments
+    x, ids, weight, bias, turned, *_ = arguments
     cut = cut_of(weight, known)
     if isinstance(known(x), Routed) or (cut is not None and cut.dim == 0):
         return _by_expert(node, x, ids, weight, bias, known, ranks)

@@ -17,6 +17,9 @@ from .ops import Op, aten, op_name, register
 from .schemes import Scheme, scheme_of
 from .types import TensorType
 
+# As many numbers at least are rounded at a time, where there are several matrices.
+_AT_ONCE = 1 << 22
+
 
 def quantize(matrix: Tensor, scheme: Scheme, tries: int = 1, largest: Tensor | None = None) -> Tensor:
     """``matrix [..., N, K]``, rounded to nearest (ties to even), as ``u8 [..., N, scheme.row_bytes(K)]``.
@@ -147,19 +150,23 @@ def _element(scheme: Scheme) -> torch.dtype:
 def _rounded(
     matrix: Tensor, scheme: str, tries: int = 1, divisors: Tensor | None = None, absmax: Tensor | None = None
 ) -> Tensor:
-    """A matrix ``[N, K]`` in the bytes of a scheme, rounded to nearest. What reads it reads the numbers that they stand for.
+    """A matrix ``[..., N, K]`` in the bytes of a scheme, rounded to nearest. What reads it reads the numbers that they stand for.
 
-    With ``divisors f32 [K]`` it is the matrix over them, in fp32, that is rounded. ``absmax f32 [N, parts]`` holds the
+    With ``divisors f32 [K]`` it is the matrix over them, in fp32, that is rounded. ``absmax f32 [..., N, parts]`` holds the
     largest magnitudes of the rows that these are parts of, part by part: codes and factors are those of the whole rows.
     """
     found = scheme_of(scheme)
     if found is None:
         raise ValueError(f"{scheme} is no scheme of quantised weights")
     matrix = matrix if divisors is None else matrix.float() / divisors
-    if matrix.dim() > 2:
-        # Rounding takes several times the memory of what it rounds: one expert's matrix at a time.
-        return torch.stack([quantize(item, found, tries) for item in matrix])
-    return quantize(matrix, found, tries, None if absmax is None else absmax.amax(-1, keepdim=True))
+    if absmax is not None:
+        return quantize(matrix, found, tries, absmax.amax(-1, keepdim=True))
+    if matrix.dim() < 3:
+        return quantize(matrix, found, tries)
+    # Rounding takes several times the memory of what it rounds: an expert's matrix at a time, or of the rows that meet
+    # experts, as many.
+    count = max(1, _AT_ONCE // max(1, matrix[:1].numel()))
+    return torch.cat([quantize(part, found, tries) for part in torch.split(matrix, count)])
 
 
 def _type_of_rounded(
@@ -185,8 +192,8 @@ def _are_of_rows(absmax: TensorType, kind: TensorType, scheme: Scheme | None, tr
         scheme is not None
         and scheme.dynamic
         and tries == 1
-        and kind.rank == absmax.rank == 2
-        and (absmax.dtype, absmax.shape[0]) == ("f32", kind.shape[0])
+        and kind.rank > 1
+        and (absmax.dtype, absmax.shape[:-1]) == ("f32", kind.shape[:-1])
     )
 
 
@@ -289,4 +296,6 @@ def without_rounding(graph: Graph, rows_only: bool = False) -> Graph:
         elif op_name(node.target) == "nn.scaled_linear":
             node.target = aten("linear")
             node.args = node.args[:3] if node.args[2] is not None else node.args[:2]
+        elif op_name(node.target) == "nn.grouped_linear" and len(node.args) > 6:
+            node.args = node.args[:6]
     return plain

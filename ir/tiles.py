@@ -45,6 +45,7 @@ TILE_REDUCTIONS = frozenset(
         "aten.softmax.int",
         "nn.head_factors",
         "nn.absmax",
+        "nn.quantize",
     ]
 )
 # Sums over ranks, each of whole rows.
@@ -132,7 +133,7 @@ def _reduces_rows(node: Node, name: str) -> bool:
         return False
     if shape[-1] > WIDEST_ROW:
         return False
-    if name in ("nn.rms_norm", "nn.layer_norm", "nn.add_rms_norm", "nn.head_factors"):
+    if name in ("nn.rms_norm", "nn.layer_norm", "nn.add_rms_norm", "nn.head_factors", "nn.quantize"):
         return True
     if name == "nn.absmax":
         return bool(len(node.args) < 2 or node.args[1] == 1)

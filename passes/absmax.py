@@ -10,6 +10,7 @@ from ..ir.build import insert_before
 from ..ir.graph import Graph, is_constant
 from ..ir.ops import op_name, resolve
 from ..ir.placement import shape_of
+from ..ir.types import Dim
 from .projections import is_projection, rows_and_weight
 
 
@@ -27,8 +28,8 @@ def give_absmax(graph: Graph, ranks: int, may_be_cut: Callable[[Node], bool]) ->
         assert isinstance(rows, Node)
         if not all(is_projection(user) and may_be_cut(rows_and_weight(user)[1]) for user in node.users):
             continue
-        if len(shape_of(rows)) != 2 or shape_of(rows)[-1] % ranks:
-            continue
+        if not isinstance(shape_of(rows)[0], Dim) or shape_of(rows)[-1] % ranks:
+            continue  # with another dim in front no kernel reads them
         args = (rows, ranks) if divisors is None else (rows, ranks, divisors)
         if args not in made:
             name = f"{rows.name}_absmax"

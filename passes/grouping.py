@@ -83,6 +83,7 @@ _TITLES = {
     "nn.gelu_mul": "activation",
     "aten.sum.dim_IntList": "sum",
     "nn.absmax": "absmax",
+    "nn.quantize": "round",
 }
 
 

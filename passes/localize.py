@@ -41,8 +41,8 @@ def localize(graph: Graph, report: PassReport) -> Graph:
                 parts: Any = kinds[0].shape[-1]
                 node.args = (node.args[0], parts, *node.args[2:])
         if op_name(node.target) == "nn.grouped_linear":
-            ids, rest = placed[node.all_input_nodes[1]], (None, False)[len(node.args) - 3 :]
-            node.args = (*node.args, *rest, ids.experts) if isinstance(ids, Routed) else node.args
+            ids, full = placed[node.all_input_nodes[1]], (*node.args, *(None, False, None)[len(node.args) - 3 :])
+            node.args = (*full[:5], ids.experts, *full[6:]) if isinstance(ids, Routed) else node.args
         if node in slices:
             node.args = slices[node]
         if is_collective(node.target):

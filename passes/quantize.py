@@ -15,6 +15,7 @@ from ..ir.quantized import is_quantised
 from ..ir.schemes import scheme_of
 from ..ir.types import TensorType
 from .ledger import PassReport, asks_first
+from .projections import is_grouped, is_projection
 
 OPTION = "quantization"
 SMOOTHING = "smoothing"
@@ -44,7 +45,7 @@ def pattern_of(weight: str, wanted: Wanted) -> str | None:
 
 @asks_first
 def quantize(graph: Graph, report: PassReport) -> Graph:
-    """Round the weights of projections and experts to nearest where a pattern asks for it, and rows of projections if the
+    """Round the weights of projections and experts to nearest where a pattern asks for it, and the rows that meet them if the
     scheme is dynamic.
 
     With the option ``smoothing`` (there will be a calibration) rows that become whole codes are divided by a vector, and the
@@ -61,9 +62,9 @@ def quantize(graph: Graph, report: PassReport) -> Graph:
         _output_projection(graph), "the output projection"
     )
     for node in list(graph.calls()):
-        grouped = op_name(node.target) == "nn.grouped_linear"
-        if not grouped and op_name(node.target) not in PROJECTIONS:
+        if not is_projection(node):
             continue
+        grouped = is_grouped(node)
         place = 2 if grouped else 1
         weight = node.args[place]
         assert isinstance(weight, Node)
@@ -91,7 +92,7 @@ def quantize(graph: Graph, report: PassReport) -> Graph:
         found = scheme_of(scheme)
         dynamic, tries = (found.dynamic, _TRIES if found.floats else 1) if found else (False, 1)
         divisors: Node | None = None
-        if graph.options.get(SMOOTHING) and dynamic and tries == 1:
+        if graph.options.get(SMOOTHING) and dynamic and tries == 1 and not grouped:
             weight, divisors = _smoothed(graph, node, weight, report)
             known = [item for item in weight.users if op_name(item.target) == "nn.quantize"]
         made = known[0] if known and known[0] < node else None
@@ -114,15 +115,20 @@ def quantize(graph: Graph, report: PassReport) -> Graph:
 
 
 def round_rows(graph: Graph, linear: Node, scheme: str, report: PassReport, divisors: Node | None = None) -> None:
-    """Let a projection whose weight is in a dynamic scheme round its rows: a product of codes.
+    """Let a projection, or that of experts, whose weight is in a dynamic scheme round its rows: a product of codes.
 
     Each projection rounds its rows itself: they are no value of their own, but the first part of its kernel.
     """
-    rows, weight, bias = linear.args[0], linear.args[1], linear.args[2] if len(linear.args) > 2 else None
+    rows, dtype = linear.args[0], type_of(linear).torch_dtype
     assert isinstance(rows, Node)
-    linear.target = resolve("nn.scaled_linear")
     rounded = _rounded(graph, linear, rows, scheme, report, divisors=divisors)
-    linear.args = (rounded, weight, bias, type_of(linear).torch_dtype)
+    if is_grouped(linear):
+        full = (*linear.args, *(None, False, None)[len(linear.args) - 3 :])
+        linear.args = (rounded, *full[1:6], dtype)
+        return
+    weight, bias = linear.args[1], linear.args[2] if len(linear.args) > 2 else None
+    linear.target = resolve("nn.scaled_linear")
+    linear.args = (rounded, weight, bias, dtype)
 
 
 def _rounded(
@@ -185,8 +191,6 @@ def _reason_against(weight: Node, name: str, grouped: bool, turned: bool) -> str
     depth = kind.shape[-2 if turned else -1]
     if kind.rank != 2 + grouped or not isinstance(depth, int) or not kind.torch_dtype.is_floating_point:
         return f"{kind} is no matrix of floats"
-    if grouped and scheme.dynamic:
-        return "the rows that meet experts are not rounded, so that only weights can be (int8, int4g128 and the like)"
     return scheme.reason_against(depth)
 
 

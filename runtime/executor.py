@@ -240,7 +240,9 @@ class Executor:
         inputs = [self._slots[node] for node in view.inputs]
         written = {node: self._slots[source] for node, source in view.in_place.items()}
         fresh = [node for node in view.outputs if node not in written]
-        places = [(self._slots[node], self._slots.get(self._overwritten.get(node)), type_of(node)) for node in fresh]
+        places = [
+            (self._slots[node], self._slots.get(self._overwritten.get(node)), type_of(node).stored) for node in fresh
+        ]
         kept = [(self._slots[node], source) for node, source in written.items()]
         device = self._device
 

@@ -106,4 +106,4 @@ def _grouped(products: Sequence[Product], biases: Tensor | None, dtype: torch.dt
     def product(expert: int, rows: Tensor) -> Tensor:
         return products[expert](rows, None if biases is None else biases[expert], dtype)
 
-    return lambda x, ids: by_expert(x, ids, len(products), width, product)
+    return lambda x, ids: by_expert(x, ids, len(products), width, dtype, product)

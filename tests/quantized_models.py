@@ -8,10 +8,13 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from families import FAMILIES, SIZES, config, randomize
+from torch.overrides import TorchFunctionMode
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 _WIDER = {48: 96, 64: 160, 24: 64}
@@ -90,6 +93,7 @@ def fake_quantised(
     """
     twin = copy.deepcopy(model)
     head = twin.get_output_embeddings()
+    dynamic, tries = scheme in ("int8-dynamic", "fp8"), 16 if scheme == "fp8" else 1
     for name, module in twin.named_modules():
         weight = getattr(module, "weight", None)
         kind = type(module).__name__
@@ -98,14 +102,39 @@ def fake_quantised(
                 if values.dim() == 3 and chosen(f"{name}.{part}"):
                     for matrix in values.detach():
                         rows = matrix.T if module.is_transposed else matrix
-                        found = torch.from_numpy(restored(*rounded(np.ascontiguousarray(rows.numpy()), scheme)))
+                        found = torch.from_numpy(restored(*rounded(np.ascontiguousarray(rows.numpy()), scheme, tries)))
                         matrix.copy_(found.T if module.is_transposed else found)
+            if dynamic:
+                twin.set_experts_implementation("eager")
+                module.forward = _RoundsRows(scheme).around(module.forward)
         if kind not in ("Linear", "Conv1D") or module is head or not chosen(name):
             continue
         rows = weight.detach().numpy().T if kind == "Conv1D" else weight.detach().numpy()
-        found = restored(*rounded(np.ascontiguousarray(rows), scheme, 16 if scheme == "fp8" else 1))
+        found = restored(*rounded(np.ascontiguousarray(rows), scheme, tries))
         with torch.no_grad():
             weight.copy_(torch.from_numpy(np.ascontiguousarray(found.T if kind == "Conv1D" else found)))
-        if scheme in ("int8-dynamic", "fp8"):
+        if dynamic:
             module.register_forward_pre_hook(lambda _, given: (rounded_rows(given[0], scheme),))
     return twin
+
+
+class _RoundsRows(TorchFunctionMode):
+    """Rounds the rows of every product with a matrix."""
+
+    def __init__(self, scheme: str) -> None:
+        super().__init__()
+        self._scheme = scheme
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func in (F.linear, torch.Tensor.__matmul__, torch.Tensor.matmul, torch.matmul):
+            args = (rounded_rows(args[0], self._scheme), *args[1:])
+        return func(*args, **(kwargs or {}))
+
+    def around(self, function: Callable[..., Any]) -> Callable[..., Any]:
+        """A function within which rows are rounded."""
+
+        def inside(*args: Any, **kwargs: Any) -> Any:
+            with self:
+                return function(*args, **kwargs)
+
+        return inside

@@ -253,6 +253,7 @@ def test_the_floor_counts_only_the_experts_and_the_keys_that_are_read() -> None:
         ("llama-2-7b", 6.738),
         ("llama-2-13b", 13.016),
         ("llama-2-70b", 68.977),
+        ("qwen3-30b-a3b", 30.532),
     ],
 )
 def test_shapes_have_the_parameters_of_the_published_models(name: str, billions: float) -> None:

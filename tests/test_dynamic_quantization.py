@@ -88,7 +88,7 @@ def distance(model: Any, compiled: Any) -> float:
 
 
 @pytest.mark.parametrize("scheme", ["int8-dynamic", "fp8"])
-@pytest.mark.parametrize("family", ["llama", "gemma2", "gpt2"])
+@pytest.mark.parametrize("family", ["llama", "gemma2", "gpt2", "mixtral", "qwen3_moe", "gpt_oss"])
 def test_logits_are_those_of_weights_and_rows_rounded_by_numpy(family: str, scheme: str) -> None:
     model = wide(family)
     compiled = fuseline.compile(model, quantization=scheme, device="cpu", max_batch_size=2, max_step_tokens=32)
@@ -105,6 +105,27 @@ def test_schemes_by_pattern() -> None:
     twin = fake_quantised(twin, "int8", lambda name: not re.search("(down|q|o)_proj", name))
     assert distance(twin, compiled) < 1e-4 < distance(model, compiled)
     assert {"fp8", "int8d", "int8", "f32"} == set(compiled.report.bytes_by_type)
+
+
+def test_kernels_in_front_of_experts_round_their_rows() -> None:
+    """Those of gate and up once for each token, those of down once for each choice, where they are made."""
+    wanted = {"*.experts.*": "fp8"}
+    compiled = fuseline.compile(
+        wide("mixtral"), quantization=wanted, device="cpu", max_batch_size=2, max_step_tokens=32
+    )
+    made = {kernel.name: str(kernel.graph) for kernel in compiled.kernels}
+    assert 'fp8[T, 96] = nn.quantize(mul, "fp8")' in made["norm"]
+    assert "nn.silu_mul" in made["activation"] and "fp8[T, 2, 160] = nn.quantize(" in made["activation"]
+    experts = [text for name, text in made.items() if name.startswith("experts")]
+    assert len(experts) == 2 and all(text.count("nn.") == 1 for text in experts)
+    assert not [name for name in compiled.report.other_operators if "quantize" in name]
+
+
+@pytest.mark.parametrize(("family", "scheme"), [("gpt_oss", "int8-dynamic"), ("qwen3_moe", "fp8")])
+def test_every_pass_and_kernel_keeps_the_numbers_of_experts(family: str, scheme: str) -> None:
+    given: dict[str, Any] = {"device": "cpu", "max_batch_size": 2, "max_step_tokens": 32}
+    compiled = fuseline.compile(wide(family), quantization=scheme, verify=True, **given)
+    assert "every pass keeps the numbers" in compiled.report.verification
 
 
 @pytest.mark.parametrize("scheme", ["int8-dynamic", "fp8"])

@@ -16,6 +16,7 @@ from fuseline import ir, passes
 from fuseline.ir.dist import MEETINGS
 from fuseline.ir.graph import type_of
 from fuseline.ir.ops import op_name
+from fuseline.ir.schemes import ALIASES
 from fuseline.runtime import cli
 
 _EXPERTS = {"expert_parallel": ["*.experts.*"], "simulate": True}
@@ -64,17 +65,20 @@ def test_ranks_with_experts_of_their_own_generate_the_tokens_of_the_whole_model(
 
 
 @pytest.mark.parametrize(("name", "more", "ranks"), [("gpt_oss", {}, 2), ("qwen3_moe", {"num_local_experts": 6}, 4)])
-def test_rounded_experts_are_divided_with_their_factors(name: str, more: dict[str, int], ranks: int) -> None:
+@pytest.mark.parametrize("kinds", [("int8", "int4g32"), ("fp8", "int8-dynamic")], ids=" ".join)
+def test_rounded_experts_are_divided_with_their_factors(
+    kinds: tuple[str, str], name: str, more: dict[str, int], ranks: int
+) -> None:
     """Of one token, a step sends rows to two experts: most ranks have nothing to do."""
     model = divisible(name, **more) if more else wide(name)
-    schemes = {"*.experts.gate_up_proj": "int8", "*.experts.down_proj": "int4g32"}
+    schemes = {"*.experts.gate_up_proj": kinds[0], "*.experts.down_proj": kinds[1]}
     whole, expected = tokens(model, quantization=schemes)
     compiled, found = tokens(model, quantization=schemes, tensor_parallel=ranks, verify=True, **_EXPERTS)
     assert found == expected
     alone = [item.generate([[7]], max_new_tokens=6, stop_token_ids=[]) for item in (whole, compiled)]
     assert alone[0] == alone[1]
-    kinds = [type_of(node.args[2]) for node in grouped(compiled)]  # type: ignore[arg-type]
-    assert {(kind.dtype, kind.shape[0]) for kind in kinds} == {("int8", 2), ("int4g32", 2)}
+    held = [type_of(node.args[2]) for node in grouped(compiled)]  # type: ignore[arg-type]
+    assert {(kind.dtype, kind.shape[0]) for kind in held} == {(ALIASES.get(kind, kind), 2) for kind in kinds}
 
 
 def test_experts_whose_groups_would_be_torn_are_divided() -> None:

@@ -55,7 +55,7 @@ def test_fp32_tokens_are_those_of_the_model(name: str) -> None:
 
 
 @pytest.mark.parametrize("scheme", ["int8", "int4g32", "uint4g32", "int8-dynamic", "fp8"])
-@pytest.mark.parametrize("name", ["llama", "gpt2", "gemma2"])
+@pytest.mark.parametrize("name", ["llama", "gpt2", "gemma2", "mixtral", "gpt_oss"])
 def test_tokens_of_rounded_weights(name: str, scheme: str) -> None:
     """In fp32 those of the model whose weights were rounded by the definition of the scheme."""
     model = wide(name)

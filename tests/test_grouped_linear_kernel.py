@@ -34,6 +34,11 @@ CASES = {
     "int4g64": (replace(UNLUCKY, scheme=scheme_of("int4g64"), in_features=192, num_experts=3), 131),
     "uint4g32": (replace(UNLUCKY, scheme=scheme_of("uint4g32"), in_features=160, bias=True), 7),
     "uint4g128, fp16": (replace(UNLUCKY, scheme=scheme_of("uint4g128"), in_features=256, dtype=torch.float16), 1),
+    "int8d": (replace(UNLUCKY, scheme=scheme_of("int8d"), bias=True), 31),
+    "int8d, a row per pair": (replace(UNLUCKY, scheme=scheme_of("int8d"), in_features=160, per_pair=True), 1),
+    "fp8": (replace(UNLUCKY, scheme=scheme_of("fp8")), 150),
+    "fp8, a row per pair": (replace(UNLUCKY, scheme=scheme_of("fp8"), num_experts=2, per_pair=True, bias=True), 31),
+    "fp8, fp16": (replace(UNLUCKY, scheme=scheme_of("fp8"), in_features=96, dtype=torch.float16), 7),
     "fp16": (replace(UNLUCKY, dtype=torch.float16, bias=True), 37),
 }
 # The experts that ranks before and after this one have.
@@ -43,6 +48,7 @@ SHARES = {
     "one of many": ("one expert", (7, 8)),
     "few of many": ("a few tokens", (20, 30)),
     "in codes": ("int4g64", (3, 3)),
+    "rows in codes": ("int8d", (4, 2)),
     "in fp16": ("fp16", (5, 5)),
 }
 
@@ -74,8 +80,8 @@ def inputs(
     weight = torch.randn(spec.num_experts, *features, generator=generator)
     bias = [torch.randn(spec.num_experts, spec.out_features, generator=generator)] if spec.bias else []
     held = weight.to(spec.dtype) if spec.scheme is None else quantize(weight, spec.scheme)
-    x, *bias = (t.to(device, spec.dtype) for t in (x, *bias))
-    return [x, ids.to(device), held.to(device), *bias]
+    rows = x.to(spec.dtype) if spec.codes is None else quantize(x, spec.codes)
+    return [rows.to(device), ids.to(device), held.to(device), *(item.to(device, spec.dtype) for item in bias)]
 
 
 def run_case(
@@ -90,6 +96,8 @@ def run_case(
     if spec.scheme is not None:
         kind = TensorType(spec.scheme.name, (spec.num_experts, spec.out_features, spec.in_features))
         weight = dequantize(weight, kind, torch.float32)
+    if spec.codes is not None:
+        x = dequantize(x, TensorType(spec.codes.name, (*x.shape[:-1], spec.in_features)), torch.float32)
     expected = grouped_linear_reference(spec, x, ids, weight, *bias)
     if sum(others):
         away = (ids < 0) | (ids >= spec.num_experts)
@@ -176,6 +184,12 @@ GPU_SPECS = [
     GroupedLinearSpec(128, 8, 768, 2048, torch.bfloat16, per_pair=True, scheme=scheme_of("int4g128")),
     GroupedLinearSpec(32, 4, 2880, 5760, torch.bfloat16, bias=True, scheme=scheme_of("uint4g32")),
     GroupedLinearSpec(8, 2, 1024, 1408, torch.float32, scheme=scheme_of("uint4g64")),
+    GroupedLinearSpec(8, 2, 4096, 28672, torch.bfloat16, scheme=scheme_of("fp8")),
+    GroupedLinearSpec(128, 8, 768, 2048, torch.bfloat16, per_pair=True, scheme=scheme_of("int8d")),
+    GroupedLinearSpec(32, 4, 2880, 5760, torch.bfloat16, bias=True, scheme=scheme_of("int8d")),
+    GroupedLinearSpec(6, 2, 1000, 1407, torch.float16, bias=True, scheme=scheme_of("fp8")),
+    GroupedLinearSpec(8, 2, 1024, 1408, torch.float32, scheme=scheme_of("fp8")),
+    GroupedLinearSpec(8, 2, 1001, 1407, torch.float32, per_pair=True, scheme=scheme_of("int8d")),
     GroupedLinearSpec(8, 2, 1024, 3584, torch.float32),
     GroupedLinearSpec(8, 2, 1001, 1407, torch.float32, per_pair=True, transposed=True, bias=True),
 ]

@@ -231,17 +231,10 @@ def test_a_router_is_rounded_only_if_it_is_named() -> None:
     assert "gate_weight_int8" in str(named.graph) and "experts_gate_up_proj_int8" not in str(named.graph)
 
 
-@pytest.mark.parametrize(
-    ("scheme", "why"),
-    [
-        ("fp8", "the rows that meet experts are not rounded.*'\\*.experts': None"),
-        ("int8-dynamic", "only weights can be"),
-        ("int4g128", "rows of 96 are no multiple of the group of 128"),
-    ],
-)
-def test_what_experts_cannot_be_held_in_is_refused(scheme: str, why: str) -> None:
+def test_what_experts_cannot_be_held_in_is_refused() -> None:
+    why = "rows of 96 are no multiple of the group of 128.*'\\*.experts': None"
     with pytest.raises(fuseline.UnsupportedModelError, match=why):
-        fuseline.compile(wide("mixtral"), quantization={"*.experts*": scheme}, device="cpu")
+        fuseline.compile(wide("mixtral"), quantization={"*.experts*": "int4g128"}, device="cpu")
 
 
 def test_every_pass_and_kernel_keeps_the_numbers_of_experts() -> None:

@@ -41,6 +41,19 @@ def test_row_parallel_projections_are_divided(name: str, scheme: str) -> None:
         assert plan_line(compiled).startswith("agrees with base_model_tp_plan in 8 of 8")
 
 
+@pytest.mark.parametrize(("name", "scheme"), [("mixtral", "fp8"), ("gpt_oss", "int8-dynamic")])
+def test_rows_of_experts_are_rounded_in_parts(name: str, scheme: str) -> None:
+    """One number for each choice of a token goes to the other ranks; no rows of theirs."""
+    model = wide(name)
+    _, expected = tokens(model, quantization=scheme)
+    compiled, found = tokens(model, quantization=scheme, tensor_parallel=2, simulate=True)
+    assert found == expected
+    gathered = [line.split()[0] for line in str(compiled.graph).splitlines() if "dist.all_gather" in line]
+    assert len(gathered) == 2 * compiled.report.layers and all("_absmax_gathered" in line for line in gathered)
+    assert str(compiled.graph).count("_absmax_gathered: f32[T, 2, 2]") == compiled.report.layers
+    assert not cut_and_kept(compiled)[1].keys() & {"l0_experts", "l0_experts_1"}
+
+
 def test_rows_with_a_dim_in_front_are_rounded_whole() -> None:
     """The few coefficients by which gemma3n mixes its streams are rows ``[1, T, 2]``."""
     model = make("gemma3n_text")

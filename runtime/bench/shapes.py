@@ -80,11 +80,29 @@ SHAPES: dict[str, dict[str, Any]] = {
         "rms_norm_eps": 1e-5,
         "tie_word_embeddings": False,
     },
+    "qwen3-30b-a3b": {
+        "model_type": "qwen3_moe",
+        "vocab_size": 151936,
+        "hidden_size": 2048,
+        "intermediate_size": 6144,
+        "moe_intermediate_size": 768,
+        "num_experts": 128,
+        "num_experts_per_tok": 8,
+        "norm_topk_prob": True,
+        "num_hidden_layers": 48,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 4,
+        "head_dim": 128,
+        "max_position_embeddings": 40960,
+        "rms_norm_eps": 1e-6,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 1000000.0},
+        "tie_word_embeddings": False,
+    },
 }
 
 
 def shape_config(name: str) -> PretrainedConfig:
-    """The config of a named shape, a llama.
+    """The config of a named shape, a llama if it does not say otherwise.
 
     Raises:
         OptionError: there is no shape of that name; lists those there are.
@@ -94,7 +112,8 @@ def shape_config(name: str) -> PretrainedConfig:
         raise OptionError(f"{PREFIX}{name}: there is no such shape; use one of {known}, or a real model")
     # Matrices drawn with this spread keep the size of what they multiply, so activations stay sane over any depth.
     spread = float(SHAPES[name]["hidden_size"]) ** -0.5
-    return AutoConfig.for_model("llama", **SHAPES[name], initializer_range=spread, eos_token_id=None)
+    values = {"model_type": "llama", **SHAPES[name], "initializer_range": spread, "eos_token_id": None}
+    return AutoConfig.for_model(**values)
 
 
 def random_model(

@@ -184,16 +184,17 @@ class _Calibration:
         if grouped:
             ids = self._values[projection.args[1]]  # type: ignore[index]
             sent = rows if rows.dim() == 3 else rows.unsqueeze(1).expand(-1, ids.shape[1], -1)
-            parts = [self._expert(item, sent[ids == expert], scheme) for expert, item in enumerate(matrix)]
+            tries = int(str(weight.args[2])) if len(weight.args) > 2 else 1
+            parts = [self._expert(item, sent[ids == expert], scheme, tries) for expert, item in enumerate(matrix)]
             made = torch.stack(parts)
         else:
             made = self._projected(projection, matrix, rows, scheme, time)
         self._values[weight] = self._made[self._origins[weight]] = made
 
-    def _expert(self, matrix: Tensor, rows: Tensor, scheme: Scheme) -> Tensor:
+    def _expert(self, matrix: Tensor, rows: Tensor, scheme: Scheme, tries: int) -> Tensor:
         """An expert's matrix. Rounding by fewer rows than it has inputs makes products with other rows worse."""
         if len(rows) < matrix.shape[1]:
-            return quantize(matrix, scheme)
+            return quantize(matrix, scheme, tries)
         hessian = rows.t() @ rows
         made = rounded(matrix, Inputs.of(hessian), scheme)
         self._compare(made, matrix, hessian, scheme)
