@@ -15,6 +15,7 @@ from ..ir.graph import type_of
 from ..ir.ops import op_name
 from .exchange import HELPERS as EXCHANGE_HELPERS
 from .instructions import HELPERS as INSTRUCTION_HELPERS
+from .largest import HELPERS as LARGEST_HELPERS
 from .rounding import HELPERS as ROUNDING_HELPERS
 
 Print = Callable[[Sequence[str], Node], str]
@@ -32,6 +33,7 @@ _INTEGERS = {
 HELPERS = {
     **EXCHANGE_HELPERS,
     **INSTRUCTION_HELPERS,
+    **LARGEST_HELPERS,
     **ROUNDING_HELPERS,
     "prefetch": """@triton.jit
 def prefetch(pointers, BYTES: tl.constexpr):

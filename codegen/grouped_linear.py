@@ -2,13 +2,14 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
 from ..ir.schemes import Scheme
 from .grouped_linear_template import HOPPER_CHOICE, ONE_CHOICE, TEMPLATE
 from .packed_rows import PackedRows
+from .signature import OVERLAPS
 from .writer import Writer
 
 
@@ -89,6 +90,7 @@ def grouped_linear_source(spec: GroupedLinearSpec) -> str:
         "X_ROW": "pair" if spec.per_pair else "pair // TOP_K",
         "X_SHAPE": _rows_shape(spec),
         "X_STRIDE": str(spec.codes.row_bytes(spec.in_features)) if spec.codes else "IN",
+        "OVERLAPS": OVERLAPS,
         "SUMS": "tl.int32" if spec.codes and not spec.codes.floats else "tl.float32",
         "ACC": "sums" if spec.codes else "acc",
         "LOOP": _loop(spec),
@@ -96,6 +98,7 @@ def grouped_linear_source(spec: GroupedLinearSpec) -> str:
         "W_SHAPE": _weight_shape(spec),
         "W_TYPE": "*u8" if spec.scheme else f"*{_TYPES[spec.dtype]}",
         "BIAS_ARG": " bias_ptr," if spec.bias else "",
+        "BIAS_NAME": " bias_ptr," if spec.bias else "",
         "BIAS_ADD": _BIAS_ADD if spec.bias else "",
         "BIAS_PARAMETER": " bias," if spec.bias else "",
         "BIAS_VALUE": " bias," if spec.bias else "",
@@ -107,6 +110,10 @@ def grouped_linear_source(spec: GroupedLinearSpec) -> str:
     }
     tiles = _tiles(spec)
     words |= {name: _tile_text(tile) for name, tile in zip(("FEW", "SOME", "MANY"), tiles)}
+    # Half as broad tiles, so that one token's pairs are enough programs for all processors.
+    words["APART"] = _tile_text(replace(tiles[0], block_n=tiles[0].block_n // 2))
+    # Three blocks of a processor fit with so many, and those of plain rows need no more.
+    words["FEW_REGISTERS"] = "168" if tiles in (_HALF_TILES, _CODES_TILES) else "255"
     hopper = {
         _HALF_TILES: _HOPPER_TILES,
         _HALF_PACKED_TILES: _HOPPER_PACKED_TILES,

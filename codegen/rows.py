@@ -32,6 +32,7 @@ class RowTile(Tile):
         super().__init__(graph, writer)
         self.statistics = self._row_statistics
         self._columns: dict[int, str] = {}
+        self._found: dict[tuple[Node, str], tuple[str, str]] = {}
         self.widest = 1
 
     def columns(self, width: int) -> str:
@@ -61,6 +62,17 @@ class RowTile(Tile):
             x = self.writer.assign("centred", f"{x} - {mean}")
         square = f"tl.sum(tl.where({place.mask}, {x} * {x}, 0.0), 1)[:, None] / {width}"
         return mean, self.writer.assign("inverse", f"1.0 / tl.sqrt({square} + {eps})")
+
+    def largest(self, node: Node, which: int, at: Position) -> str:
+        source, place = node.all_input_nodes[0], at.coords[-1]
+        if (node, place) not in self._found:
+            shape = type_of(source).shape
+            x = self.value(source, self._row(shape, at))
+            made = self.writer.fresh("values"), self.writer.fresh("columns")
+            where = "tl.zeros((1, 1), tl.int32)" if place == "0" else place
+            self.writer.line(f"{', '.join(made)} = top_of({x}, {where}, {shape[-1]}, {node.args[1]})")
+            self._found[node, place] = made
+        return self._found[node, place][which]
 
     def _reduction(self, node: Node, source: Node, name: str, at: Position) -> str:
         shape = type_of(source).shape

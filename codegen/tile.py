@@ -151,7 +151,10 @@ class Tile:
         if name in ("nn.rms_norm", "nn.layer_norm"):
             return self._norm(node, source, lambda place: self.value(source, place), at)
         if name == "getitem":
-            return self._add_norm(source, int(str(node.args[1])), at)
+            which = int(str(node.args[1]))
+            if op_name(source.target) == "aten.topk":
+                return self.largest(source, which, at)
+            return self._add_norm(source, which, at)
         return self._reduction(node, source, name, at)
 
     def looked_up(self, ids: Node, coords: tuple[str, ...], at: Position) -> str:
@@ -244,6 +247,10 @@ class Tile:
     def rotated_partner(self, here: str) -> str:
         """The other value of each pair of a given tile that is rotated."""
         raise AssertionError("only a matmul holds tiles that are rotated")
+
+    def largest(self, node: Node, which: int, at: Position) -> str:
+        """The largest numbers of whole rows, or (``which`` is 1) their columns."""
+        raise AssertionError("a tile of a matmul holds no whole rows")
 
     def _reduction(self, node: Node, source: Node, name: str, at: Position) -> str:
         raise AssertionError(f"{name} needs whole rows, which a tile of a matmul does not hold")

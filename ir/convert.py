@@ -212,6 +212,8 @@ class _Conversion:
             if len(parts) == 1:
                 return parts[0]
             args = [parts, *args[1:]]
+        if packet == "topk":
+            args = args[:4]  # where any order will do, that of size does
         rank = next((item.meta["type"].rank for item in _flat(args) if isinstance(item, Node)), 0)
         target, args, kwargs = normalize(target, args, kwargs, rank)
         return self.make(node, target, tuple(args), kwargs)

@@ -50,6 +50,10 @@ TILE_REDUCTIONS = frozenset(
 )
 # Sums over ranks, each of whole rows.
 TILE_MEETINGS = frozenset({"dist.all_reduce", "dist.receive"})
+# Operators with two results, which kernels make together.
+TILE_PAIRS = frozenset({"nn.add_rms_norm", "aten.topk"})
+# Rows of which the largest numbers are looked for one after another, and how many of them.
+_TOP_OF, _TOP = 1024, 16
 # A row has to fit into the registers of one program.
 WIDEST_ROW = 16384
 
@@ -94,7 +98,10 @@ def is_row_op(node: Node) -> bool:
         return True
     if name in TILE_MEETINGS:
         return _meets_by_rows(node)
-    return name == "getitem" and isinstance(node.args[0], Node) and op_name(node.args[0].target) == "nn.add_rms_norm"
+    if name == "aten.topk":
+        return _finds_largest(node)
+    pair = node.args[0] if name == "getitem" else None
+    return isinstance(pair, Node) and op_name(pair.target) in TILE_PAIRS and is_row_op(pair)
 
 
 def is_view(node: Node) -> bool:
@@ -146,6 +153,16 @@ def _reduces_rows(node: Node, name: str) -> bool:
         return keep
     inner = shape[-2] if len(shape) > 2 else None
     return name == "aten.sum.dim_IntList" and dims == [-2] and not keep and isinstance(inner, int) and inner <= 64
+
+
+def _finds_largest(node: Node) -> bool:
+    """Whether a kernel can look for the largest numbers of each row, in order of size."""
+    source, count, *rest = node.args
+    assert isinstance(source, Node)
+    kind = type_of(source)
+    dim, biggest, in_order = rest + [-1, True, True][len(rest) :]
+    few = isinstance(kind.shape[-1], int) and kind.shape[-1] <= _TOP_OF and isinstance(count, int) and count <= _TOP
+    return few and not node.kwargs and kind.torch_dtype.is_floating_point and bool(biggest and in_order) and dim == -1
 
 
 def _meets_by_rows(node: Node) -> bool:

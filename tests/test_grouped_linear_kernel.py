@@ -19,6 +19,7 @@ CASES = {
     "one token": (SPEC, 1),
     "a few tokens": (SPEC, 13),
     "a prime number of tokens": (SPEC, 101),
+    "many tokens of many experts": (replace(SPEC, num_experts=130, top_k=4), 140),
     "many tokens": (replace(SPEC, in_features=16, out_features=16, num_experts=3), 331),
     "unlucky features": (UNLUCKY, 7),
     "unlucky features, more tokens": (UNLUCKY, 29),
@@ -155,7 +156,7 @@ def test_pairs_are_sorted_stably(
 def test_cases_reach_every_tile(pool: ProcessPoolExecutor, tmp_path: Path) -> None:
     """If this fails, a tile is emitted that no case above runs."""
     reached = {pool.submit(variant_names, spec, [tokens], str(tmp_path)).result()[0] for spec, tokens in CASES.values()}
-    assert reached == {2, 3, 4}
+    assert reached == set(range(2, 7))
 
 
 def test_tiles_are_those_for_the_rows_that_reach_a_rank(pool: ProcessPoolExecutor, tmp_path: Path) -> None:
@@ -165,7 +166,7 @@ def test_tiles_are_those_for_the_rows_that_reach_a_rank(pool: ProcessPoolExecuto
         pool.submit(variant_names, spec, counts, str(tmp_path)).result()
         for spec in (few, replace(few, chosen_from=64), replace(few, num_experts=64))
     ]
-    assert tiles[1] == tiles[2] == [2, 3, 4] and tiles[0] != tiles[1]
+    assert tiles[1] == tiles[2] == [4, 5, 6] and tiles[0] != tiles[1]
 
 
 def test_source_is_deterministic_and_states_its_numbers() -> None:
@@ -222,4 +223,6 @@ def test_refuses_other_dtypes() -> None:
 def test_on_the_gpu(spec: GroupedLinearSpec, tmp_path: Path) -> None:
     for tokens in (1, 17, 211):
         error, rounding = run_case(spec, tokens, str(tmp_path), "cuda")
-        assert error <= (1e-5 if spec.dtype == torch.float32 else 2 * rounding)
+        # The tensor cores sum products of E4M3 with fewer bits than fp16's rounding hides.
+        sums = 1e-3 if spec.codes is not None and spec.codes.floats else 0.0
+        assert error <= (1e-5 if spec.dtype == torch.float32 else max(2 * rounding, sums))

@@ -1,0 +1,123 @@
+"""Which experts a token goes to is found in one kernel, and what they make is added up where it is read."""
+
+from __future__ import annotations
+
+from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
+
+import pytest
+import torch
+from test_kernels import interpreted, write
+
+from fuseline import passes
+from fuseline.codegen.kernels import emit_kernels
+from fuseline.codegen.offline import check_file, load_kernel_file
+from fuseline.ir.graph import Graph
+from fuseline.ir.parse import parse
+
+ROUTE = """\
+def route(x: f32[T, {width}], *, T: dim(1, 64)):
+    a: f32[T, {width}] = aten.softmax.int(x, -1, f32)
+    t: (f32[T, {count}], i64[T, {count}]) = aten.topk(a, {count}, -1, {biggest}, {ordered})
+    v: f32[T, {count}] = t[0]
+    i: i64[T, {count}] = t[1]
+    s: f32[T, 1] = aten.sum.dim_IntList(v, [-1], True)
+    w: f32[T, {count}] = aten.div.Tensor(v, s)
+    return [w, i]
+"""
+
+
+def route(width: int, count: int, biggest: bool = True, ordered: bool = True) -> Graph:
+    text = ROUTE.format(width=width, count=count, biggest=biggest, ordered=ordered)
+    (step,) = passes.steps(parse(text), ["GroupKernels"])
+    return step.graph
+
+
+@pytest.mark.parametrize(("width", "count"), [(128, 8), (37, 5), (4, 4), (60, 1)])
+def test_one_kernel_finds_experts_and_their_weights(
+    width: int, count: int, pool: ProcessPoolExecutor, tmp_path: Path
+) -> None:
+    (kernel,) = emit_kernels(route(width, count))
+    assert kernel.name == "route"
+    assert max(pool.submit(interpreted, str(write(kernel, tmp_path)), str(kernel.graph)).result()) <= 1e-5
+    assert all(found.spill_bytes == 0 for found in check_file(write(kernel, tmp_path)))
+
+
+@pytest.mark.parametrize(
+    ("width", "count", "how"), [(2048, 8, {}), (64, 32, {}), (64, 4, {"biggest": False}), (64, 4, {"ordered": False})]
+)
+def test_what_no_kernel_finds_is_left_to_torch(width: int, count: int, how: dict[str, bool]) -> None:
+    """Rows that are too long, too many of them, the smallest, or an order that nobody knows."""
+    kernels = emit_kernels(route(width, count, **how))
+    assert len(kernels) == 2 and not any("topk" in str(kernel.graph) for kernel in kernels)
+
+
+def found_in(path: str, x: torch.Tensor, count: int) -> tuple[torch.Tensor, torch.Tensor]:
+    values, columns = torch.full((len(x), count), torch.nan), torch.full((len(x), count), -1)
+    load_kernel_file(path).launch(x, values, columns)
+    return values, columns
+
+
+PLAIN = """\
+def route(x: f32[T, 9], *, T: dim(1, 64)):
+    t: (f32[T, 4], i64[T, 4]) = aten.topk(x, 4)
+    v: f32[T, 4] = t[0]
+    i: i64[T, 4] = t[1]
+    return [v, i]
+"""
+
+
+def test_equal_and_infinite_numbers(pool: ProcessPoolExecutor, tmp_path: Path) -> None:
+    """The first of equal ones comes first; columns differ even where all that is left is minus infinity."""
+    inf = float("inf")
+    x = torch.tensor(
+        [
+            [3.0, 1, 3, 2, 3, 0, 2, 2, 1],
+            [-inf, -inf, 5, -inf, -inf, -inf, -inf, -inf, -inf],
+            [0.0, -1, inf, -2, -3, -4, -5, inf, -6],
+            [torch.nan] * 9,
+        ]
+    )
+    (step,) = passes.steps(parse(PLAIN), ["GroupKernels"])
+    (kernel,) = emit_kernels(step.graph)
+    values, columns = pool.submit(found_in, str(write(kernel, tmp_path)), x, 4).result()
+    assert columns[:3].tolist() == [[0, 2, 4, 3], [2, 0, 1, 3], [2, 7, 0, 1]]
+    assert torch.equal(values[:3], x[:3].gather(1, columns[:3]))
+    assert ((columns >= 0) & (columns < 9)).all(), (
+        "no number is larger than NaN, but there is an expert for each column"
+    )
+
+
+ADDED = """\
+def added(x: f32[T, 3, 20], w: f32[T, 3], r: f32[T, 20], *, T: dim(1, 64)):
+    u: f32[T, 3, 1] = aten.unsqueeze(w, -1)
+    m: f32[T, 3, 20] = aten.mul.Tensor(x, u)
+    s: f32[T, 20] = aten.sum.dim_IntList(m, [-2])
+    y: f32[T, 20] = aten.add.Tensor(r, s)
+{more}    return [{results}]
+"""
+
+
+def test_products_are_made_where_they_are_added_up(pool: ProcessPoolExecutor, tmp_path: Path) -> None:
+    (step,) = passes.steps(parse(ADDED.format(more="", results="y")), ["GroupKernels"])
+    (kernel,) = emit_kernels(step.graph)
+    assert max(pool.submit(interpreted, str(write(kernel, tmp_path)), str(kernel.graph)).result()) <= 1e-5
+
+
+@pytest.mark.parametrize(
+    ("more", "results"),
+    [
+        ("", "y, m"),
+        ("    e: f32[T, 3, 20] = aten.exp(m)\n", "y, e"),
+        ("    z: f32[T, 3, 1] = aten.exp(u)\n", "y, z"),
+    ],
+)
+def test_products_that_others_read_have_a_kernel_of_their_own(
+    more: str, results: str, pool: ProcessPoolExecutor, tmp_path: Path
+) -> None:
+    """Rows of choices and rows of tokens are no results of one kernel."""
+    (step,) = passes.steps(parse(ADDED.format(more=more, results=results)), ["GroupKernels"])
+    for kernel in emit_kernels(step.graph):
+        written = [node.meta["type"].rank for node in kernel.graph.output_node().all_input_nodes]
+        assert len(set(written)) == 1, str(kernel.graph)
+        assert max(pool.submit(interpreted, str(write(kernel, tmp_path)), str(kernel.graph)).result()) <= 1e-5
