@@ -162,7 +162,7 @@ def _finds_largest(node: Node) -> bool:
     kind = type_of(source)
     dim, biggest, in_order = rest + [-1, True, True][len(rest) :]
     few = isinstance(kind.shape[-1], int) and kind.shape[-1] <= _TOP_OF and isinstance(count, int) and count <= _TOP
-    return few and not node.kwargs and kind.torch_dtype.is_floating_point and bool(biggest and in_order) and dim == -1
+    return bool(few and not node.kwargs and kind.torch_dtype.is_floating_point and biggest and in_order and dim == -1)
 
 
 def _meets_by_rows(node: Node) -> bool:

@@ -66,6 +66,13 @@ def stem(name: str) -> str:
     return re.sub(r"_\d+$", "", re.sub(r"^l\d+_", "", name)) or name
 
 
+# Different numbers stay different. What makes some equal, as masks do, leaves it open which of them are the largest: a kernel
+# that looks for these only then would be compared with a reference that may take others.
+_APART = frozenset(
+    f"aten.{name}"
+    for name in "softmax.int sigmoid tanh exp log neg add.Tensor sub.Tensor mul.Tensor div.Tensor to.dtype".split()
+)
+
 # What a kernel of rows is called after, the first that occurs in it.
 _TITLES = {
     "dist.all_reduce": "all_reduce",
@@ -193,6 +200,10 @@ def _fits(group: list[Node], node: Node) -> bool:
         return (
             not is_view(node) and flat_types(node.meta["type"])[0].shape == flat_types(group[0].meta["type"])[0].shape
         )
+    if op_name(node.target) == "aten.topk" and not all(
+        is_view(item) or op_name(item.target) in _APART for item in group
+    ):
+        return False
     return _same_rows(group, node) or _sums_up(group, node)
 
 

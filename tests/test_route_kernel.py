@@ -52,6 +52,23 @@ def test_what_no_kernel_finds_is_left_to_torch(width: int, count: int, how: dict
     assert len(kernels) == 2 and not any("topk" in str(kernel.graph) for kernel in kernels)
 
 
+def test_masked_numbers_are_no_part_of_the_kernel_that_finds_the_largest() -> None:
+    """Of those that a mask makes equal any may be taken; reference and kernel would take others."""
+    masked = (
+        "    m: bool[T, 64] = aten.gt.Scalar(x, 0.5)\n    b: f32[T, 64] = aten.masked_fill.Scalar(a, m, 0.0)\n    t:"
+    )
+    text = (
+        ROUTE.format(width=64, count=4, biggest=True, ordered=True)
+        .replace("    t:", masked)
+        .replace("topk(a", "topk(b")
+    )
+    (step,) = passes.steps(parse(text), ["GroupKernels"])
+    first, second = emit_kernels(step.graph)
+    assert (
+        "masked_fill" in str(first.graph) and "topk" not in str(first.graph) and "masked_fill" not in str(second.graph)
+    )
+
+
 def found_in(path: str, x: torch.Tensor, count: int) -> tuple[torch.Tensor, torch.Tensor]:
     values, columns = torch.full((len(x), count), torch.nan), torch.full((len(x), count), -1)
     load_kernel_file(path).launch(x, values, columns)
