@@ -12,8 +12,9 @@ from ..ir.graph import Graph, is_constant
 from ..ir.reproduction import write_reproduction
 from ..ir.verify import verify
 from .comparison import TOLERANCE, Comparison, distances, is_comparable
-from .cuts import ball, narrowed
-from .pipeline import steps
+from .cuts import ball, fingerprint, narrowed
+from .ledger import PassReport
+from .pipeline import apply
 
 _RADII = (1, 2, 3, 4, 6, 9, 14)
 
@@ -44,22 +45,30 @@ def error_of(name: str, before: Graph) -> float:
     except Exception:  # the graph itself cannot be run, or states parts that its inputs are not: it shows nothing
         return 0.0
     try:
-        (step,) = steps(before, [name], check=True)
-        return max(distances(expected, comparison.results(step.graph)), default=0.0)
+        after = apply(name, before, PassReport(name), check=True)
+        return max(distances(expected, comparison.results(after)), default=0.0) if after is not before else 0.0
     except Exception:
         return math.inf
 
 
-def smallest(name: str, graph: Graph, site: str, cuts: Iterable[Graph] = ()) -> Graph | None:
+def smallest(
+    name: str, graph: Graph, site: str, cuts: Iterable[Graph] = (), right: set[object] | None = None
+) -> Graph | None:
     """The smallest graph found on which the pass changes the numbers; nothing if it does not on all of them.
 
     Tried are ``cuts``, what lies around the site, and the whole. The first that fails is reduced to one result, and as
-    many of its values as can be are given as inputs.
+    many of its values as can be are given as inputs. ``right`` collects those that did not fail, which are not tried
+    again: what lies around one site is what lies around that of another layer.
     """
+    right = set() if right is None else right
     around = (ball(graph, site, radius) for radius in _RADII)
     for candidate in (*cuts, *(item for item in around if item is not None), graph):
+        key = (name, fingerprint([candidate]))
+        if key in right:
+            continue
         if not error_of(name, candidate) <= TOLERANCE:
             return _reduced(name, candidate)
+        right.add(key)
     return None
 
 

@@ -66,12 +66,15 @@ def verified(
 
 @dataclass(frozen=True)
 class _Mismatch:
-    """Where the numbers differ, by how much, and a graph on which they do."""
+    """Where the numbers differ, by how much, and a graph on which they do.
+
+    If that is one value, ``shared`` are those that it is compared from.
+    """
 
     value: str
     error: float
     proof: Graph
-    local: bool
+    shared: frozenset[str] | None = None
 
 
 class Verification:
@@ -82,6 +85,7 @@ class Verification:
         self._comparison = Comparison.of(graph)
         self._small = Comparison.of(graph)
         self._known: set[object] = set()
+        self._right: set[object] = set()
         self._begin(graph)
         if self._expected is None or is_blind(self._expected):
             warnings.warn(
@@ -148,9 +152,10 @@ class Verification:
             if error <= TOLERANCE:
                 self._known.add(key)
                 continue
-            proof = smallest(name, before, value, [cut[0]])
+            proof = smallest(name, before, value, [cut[0]], self._right)
             if proof is not None:
-                return _Mismatch(value, error, proof, True)
+                return _Mismatch(value, error, proof, shared)
+            shared -= {value}  # its name stands for another value now: what reads it is compared from further up
         return None
 
     def _whole(self, name: str, before: Graph, after: Graph) -> _Mismatch | None:
@@ -160,7 +165,7 @@ class Verification:
         if error <= TOLERANCE:
             return None
         value = self._first_difference(before, after)
-        return _Mismatch(value, error, smallest(name, before, value) or before, False)
+        return _Mismatch(value, error, smallest(name, before, value) or before)
 
     def _error(self, before: Graph, after: Graph) -> float:
         """How far apart two cuts are, in the draw in which they are nearest."""
@@ -235,12 +240,12 @@ class Verification:
 
     def _differs(self, after: Graph, found: _Mismatch) -> bool:
         """Whether a mismatch is there in another graph after the pass."""
-        if not found.local:
+        if found.shared is None:
             return not self._whole_error(after) <= TOLERANCE
         old, new = Side.of(self._before), Side.of(after)
         if found.value not in new.named or call_text(old.named[found.value]) == call_text(new.named[found.value]):
             return False
-        cut = pair(old, new, found.value, shared_values(old, new))
+        cut = pair(old, new, found.value, shared_values(old, new) & found.shared)
         return cut is not None and not self._error(*cut) <= TOLERANCE
 
 
