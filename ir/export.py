@@ -20,6 +20,10 @@ from .names import source_line
 
 # Composite operators that hide which dims they sum over.
 _TAKEN_APART = frozenset({"einsum", "tensordot", "inner", "outer", "bilinear", "cosine_similarity", "moveaxis", "tile"})
+# Writes that are computed without one by the operator of the same name.
+_ARITHMETIC = frozenset({"add_", "sub_", "mul_", "div_"})
+# Operators whose result shares its memory with nothing else.
+_FRESH = frozenset({"add", "sub", "mul", "div", "sum", "softmax", "sigmoid", "topk", "gather", "linear"})
 # The functions of torch's symbolic sizes that sympy itself does not have.
 _FUNCTIONS = {"FloorDiv": operator.floordiv, "Mod": operator.mod, "PythonMod": operator.mod, "Min": min, "Max": max}
 
@@ -85,6 +89,7 @@ def export(module: Any, mode: FakeTensorMode, name: str, most_tokens: int) -> Tr
             with hooks.recording() as calls:
                 exported = _trace(module, mode, most_tokens, deferred=True)
             conditions = tuple(_conditions(exported))
+        _write_apart(exported)
         if _writes_in_place(exported) or any(_packet(node.target) in _TAKEN_APART for node in _nodes(exported)):
             exported = exported.run_decompositions(dict(_decompositions()))
         return Trace(exported, calls, conditions, most_tokens)
@@ -177,6 +182,30 @@ def _nodes(exported: torch.export.ExportedProgram) -> Iterator[torch.fx.Node]:
     for module in exported.graph_module.modules():
         if isinstance(module, torch.fx.GraphModule):
             yield from module.graph.nodes
+
+
+def _write_apart(exported: torch.export.ExportedProgram) -> None:
+    """``x /= y`` as a value of its own, where nothing else shares the memory of ``x``.
+
+    To have torch take all writes out of a trace takes longer than the trace itself.
+    """
+    place = {node: number for number, node in enumerate(_nodes(exported))}
+    for node, here in place.items():
+        packet, x = _packet(node.target), node.args[0] if node.args else None
+        if packet not in _ARITHMETIC or not isinstance(x, torch.fx.Node):
+            continue
+        values = [item.meta.get("val") for item in node.all_input_nodes]
+        made = x.all_input_nodes[0] if x.target is operator.getitem else x
+        earlier = [user for user in x.users if place[user] < here]
+        if (
+            all(_packet(item.target) in _FRESH for item in (made, *earlier))
+            and all(isinstance(item, torch.Tensor) and item.is_floating_point() for item in values)
+            and len({item.dtype for item in values if isinstance(item, torch.Tensor)}) == 1
+        ):
+            _, _, overload = str(node.target).rpartition(".")
+            node.target = getattr(getattr(torch.ops.aten, packet.removesuffix("_")), overload)
+            for user in [user for user in x.users if place[user] > here]:
+                user.replace_input_with(x, node)
 
 
 def _writes_in_place(exported: torch.export.ExportedProgram) -> bool:
