@@ -6,6 +6,7 @@ import hashlib
 import inspect
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -15,7 +16,9 @@ from torch import nn
 from fuseline.ir.capture import capture
 from fuseline.ir.graph import Graph
 from fuseline.ir.rope import fix_frequencies
+from fuseline.ir.rounded_weights import alike, state_rounded
 from fuseline.ir.skeleton import Skeleton
+from fuseline.ir.verify import verify
 from fuseline.runtime import lower
 
 # By all that a trace depends on.
@@ -42,9 +45,14 @@ def traced(
     source: Skeleton, options: dict[str, Any] | None = None, max_seq_len: int | None = None, fold: bool = False
 ) -> Graph:
     """What ``capture`` gives."""
-    if source.schemes:
-        return capture(source, options, max_seq_len, fold)
     model = source.model
+    if source.schemes:  # the same trace: how weights are held is stated afterwards
+        names = (name for name, _ in model.named_parameters(remove_duplicate=False))
+        fold = fold and alike(source.schemes, source.ordered, names)
+        graph = traced(replace(source, schemes={}, ordered=frozenset()), options, max_seq_len, fold)
+        state_rounded(graph, source.schemes, source.ordered)
+        verify(graph)
+        return graph
     key = (model.config.to_json_string(), str(source.dtype), max_seq_len, fold, *_modules(model))
     if key in _KNOWN:
         fix_frequencies(model, max_seq_len)  # what a trace leaves in the model: its buffers are read later
@@ -66,7 +74,11 @@ def _modules(model: nn.Module) -> Iterator[tuple[Any, ...]]:
         )
         buffers = tuple((name, _digest(item)) for name, item in module._buffers.items() if item is not None)
         hooks = tuple(tuple(held.values()) for held in (module._forward_hooks, module._forward_pre_hooks))
-        own = tuple((name, _fixed(value)) for name, value in sorted(vars(module).items()) if name[:1] != "_")
+        own = tuple(
+            (name, _fixed(value))
+            for name, value in sorted(vars(module).items())
+            if name[:1] != "_" and name != "name_or_path"  # where it was read says nothing of what it is
+        )
         yield where, type(module), parameters, buffers, hooks, own
 
 
