@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping
+from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
@@ -222,7 +223,9 @@ def test_a_rank_reads_its_part_of_experts(
 
 @pytest.mark.parametrize("layers", [2, 6])
 def test_ranks_that_read_parts_generate_the_tokens_of_one(layers: int, tmp_path: Path) -> None:
-    divisible("llama", num_hidden_layers=layers).to(torch.bfloat16).save_pretrained(tmp_path, max_shard_size="60KB")
+    deepcopy(divisible("llama", num_hidden_layers=layers)).to(torch.bfloat16).save_pretrained(
+        tmp_path, max_shard_size="60KB"
+    )
     _, expected = tokens(tmp_path)
     for ranks in (2, 4):
         compiled, found = tokens(tmp_path, tensor_parallel=ranks, simulate=True)
@@ -234,7 +237,7 @@ def test_ranks_that_read_parts_generate_the_tokens_of_one(layers: int, tmp_path:
 
 def test_ranks_that_read_parts_of_experts_generate_the_tokens_of_one(tmp_path: Path) -> None:
     """Stacked from a file's tensors: a part of each, or some of them, of which 3 ranks have 2, 2 and none."""
-    divisible("mixtral").to(torch.bfloat16).save_pretrained(tmp_path, max_shard_size="60KB")
+    deepcopy(divisible("mixtral")).to(torch.bfloat16).save_pretrained(tmp_path, max_shard_size="60KB")
     _, expected = tokens(tmp_path, quantization="int8")
     for ranks, by_expert in [(2, []), (3, ["*.experts.*"])]:
         wanted = {"tensor_parallel": ranks, "simulate": True, "expert_parallel": by_expert}
