@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 import transformers
-from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
 from ..ir.errors import UnsupportedModelError
 
@@ -115,9 +115,10 @@ def _convert(gguf: Path, target: Path) -> None:
     scratch = Path(tempfile.mkdtemp(prefix=".partial-", dir=target.parent))
     place = {"pretrained_model_name_or_path": gguf.parent, "gguf_file": gguf.name}
     try:
-        AutoTokenizer.from_pretrained(**place).save_pretrained(scratch)
+        config = AutoConfig.from_pretrained(**place)  # once for both: to read it from the file takes seconds
+        AutoTokenizer.from_pretrained(**place, config=config).save_pretrained(scratch)
         model = AutoModelForCausalLM.from_pretrained(
-            **place, dtype=torch.float32, quantization_config=GgufConfig(dequantize=True)
+            **place, config=config, dtype=torch.float32, quantization_config=GgufConfig(dequantize=True)
         )
         model.save_pretrained(scratch)
         scratch.rename(target)

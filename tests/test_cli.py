@@ -188,7 +188,8 @@ def test_a_conversion_is_done_once_and_again_when_the_file_changes(
 ) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     reads: list[Any] = []
-    for loader, saved in (("AutoTokenizer", None), ("AutoModelForCausalLM", tiny[1])):
+    loaders = {"AutoConfig": tiny[1].config, "AutoTokenizer": None, "AutoModelForCausalLM": tiny[1]}
+    for loader, saved in loaders.items():
         real = getattr(model_arguments, loader).from_pretrained
 
         def load(*_: Any, real: Any = real, saved: Any = saved, **options: Any) -> Any:
@@ -200,7 +201,7 @@ def test_a_conversion_is_done_once_and_again_when_the_file_changes(
     file.write_bytes(b"GGUF")
     first = model_arguments.resolve(str(file))
     assert model_arguments.resolve(str(file)) == first
-    assert len(reads) == 2, "the tokenizer and the model, each once"
+    assert len(reads) == 3, "the config, the tokenizer and the model, each once"
     file.write_bytes(b"GGUF, longer")
     assert model_arguments.resolve(str(file)) != first
     assert (Path(first) / "model.safetensors").is_file()
