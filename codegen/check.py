@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.fx import Node
 
 from ..ir.dist import Mirror, ranks_of
-from ..ir.draws import draw_floats
+from ..ir.draws import draw_distinct, draw_floats, row_axis
 from ..ir.graph import Graph, dims_of, type_of
 from ..ir.interpret import bind_dims, interpret
 from ..ir.ops import op_name, resolve
@@ -57,6 +57,9 @@ def random_case(graph: Graph, tokens: int, sequences: int, seed: int, device: to
         "context_lens": torch.tensor(lengths, dtype=torch.int32),
         "block_tables": tables,
     }
+    ranked = {
+        type_of(node.all_input_nodes[0]).shape[-1] for node in graph.calls() if op_name(node.target) == "aten.topk"
+    }
     case = {}
     for node in graph.inputs():
         kind = type_of(node)
@@ -70,6 +73,8 @@ def random_case(graph: Graph, tokens: int, sequences: int, seed: int, device: to
             case[node.name] = quantize(draw_floats(kind.with_dtype("f32"), shape, generator), scheme).to(device)
         elif kind.dtype == "i8":
             case[node.name] = torch.randint(-127, 128, shape, generator=generator, dtype=torch.int8).to(device)
+        elif kind.torch_dtype.is_floating_point and row_axis(kind) == 0 and shape[-1] in ranked:
+            case[node.name] = draw_distinct(kind, shape, generator).to(device)
         elif kind.torch_dtype.is_floating_point:
             case[node.name] = draw_floats(kind, shape, generator).to(device)
         else:

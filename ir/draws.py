@@ -109,6 +109,14 @@ def draw_floats(kind: TensorType, shape: tuple[int, ...], generator: torch.Gener
     return value.to(kind.torch_dtype)
 
 
+def draw_distinct(kind: TensorType, shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
+    """Rows of numbers of which no two are equal, in bf16 either: which are the largest is the same for whoever looks."""
+    half = torch.tensor([4.0], dtype=torch.bfloat16).view(torch.int16) - torch.arange(shape[-1] // 2 + 1)
+    sizes = half.to(torch.int16).view(torch.bfloat16).float()  # 4 and the numbers of bf16 below it
+    numbers = torch.cat((sizes, -sizes))[: shape[-1]]
+    return numbers[torch.rand(shape, generator=generator).argsort(-1)].to(kind.torch_dtype)
+
+
 def row_axis(kind: TensorType) -> int | None:
     """The dim that counts tokens (``T``) or rows asked for (``R``), if the type has one by itself."""
     return next((place for place, size in enumerate(kind.shape) if str(size) in ("T", "R")), None)

@@ -10,10 +10,12 @@ import torch
 from test_kernels import interpreted, write
 
 from fuseline import passes
+from fuseline.codegen.check import random_case
 from fuseline.codegen.kernels import emit_kernels
 from fuseline.codegen.offline import check_file, load_kernel_file
 from fuseline.ir.graph import Graph
 from fuseline.ir.parse import parse
+from fuseline.ir.types import DTYPES
 
 ROUTE = """\
 def route(x: f32[T, {width}], *, T: dim(1, 64)):
@@ -50,6 +52,15 @@ def test_what_no_kernel_finds_is_left_to_torch(width: int, count: int, how: dict
     """Rows that are too long, too many of them, the smallest, or an order that nobody knows."""
     kernels = emit_kernels(route(width, count, **how))
     assert len(kernels) == 2 and not any("topk" in str(kernel.graph) for kernel in kernels)
+
+
+@pytest.mark.parametrize("dtype", ["f32", "f16", "bf16"])
+def test_kernels_that_look_for_the_largest_are_tried_on_different_numbers(dtype: str) -> None:
+    """Of equal ones reference and kernel might take others."""
+    graph = parse(PLAIN.replace("f32", dtype).replace("[T, 9]", "[T, 1000]"))
+    x = random_case(graph, 19, 3, seed=1, device="cpu")["x"]
+    assert x.shape == (19, 1000) and x.dtype == DTYPES[dtype] and x.abs().max() == 4
+    assert all(len(row.unique()) == 1000 for row in x) and not torch.equal(x[0], x[1])
 
 
 def test_masked_numbers_are_no_part_of_the_kernel_that_finds_the_largest() -> None:
