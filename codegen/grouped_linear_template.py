@@ -141,12 +141,14 @@ def expert_linear(
     NUM_EXPERTS: tl.constexpr, PAD_EXPERTS: tl.constexpr, TOP_K: tl.constexpr, IN: tl.constexpr, OUT: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, PDL: tl.constexpr,
 ):
-    """The same for pairs that are sorted: most experts have no more than BLOCK_M, and few read their weight again."""
+    """The same for pairs that are sorted: most experts have no more than BLOCK_M, and few read their weight again. Those of
+    none may be most of all: all programs past the last expert take turns with them."""
     begin(PDL)
-    expert = tl.program_id(0)
+    expert = tl.minimum(tl.program_id(0), NUM_EXPERTS)
     start, end = tl.load(starts_ptr + expert), tl.load(starts_ptr + expert + 1)
+    turns = tl.where(expert == NUM_EXPERTS, tl.num_programs(0) - NUM_EXPERTS, 1)
     n = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
-    for first in range(start, end, BLOCK_M):
+    for first in range(start + (tl.program_id(0) - expert) * BLOCK_M, end, turns * BLOCK_M):
         rank = first + tl.arange(0, BLOCK_M)
         live = rank < end
         pair = tl.load(order_ptr + rank, mask=live, other=0)
@@ -274,22 +276,21 @@ def launch(x, ids, weight, out,$BIAS_PARAMETER$ routing=None):
     if pairs == 0:
         return
     variant = choose_tile(ids.device, ids.shape[0])
+    columns = triton.cdiv(SHAPE["OUT"], variant["constexprs"]["BLOCK_N"])
     if variant is APART:
-        grid = (pairs, triton.cdiv(SHAPE["OUT"], variant["constexprs"]["BLOCK_N"]))
-        run(variant, grid, x, weight, ids,$BIAS_VALUE$ out)
+        run(variant, (pairs, columns), x, weight, ids,$BIAS_VALUE$ out)
         return
-    grid = (SHAPE["NUM_EXPERTS"] + 1, triton.cdiv(SHAPE["OUT"], variant["constexprs"]["BLOCK_N"]))
     if variant is SOUGHT:
-        run(variant, grid, x, weight, ids,$BIAS_VALUE$ out, pairs)
+        run(variant, (SHAPE["NUM_EXPERTS"] + 1, columns), x, weight, ids,$BIAS_VALUE$ out, pairs)
         return
     order, starts = sort_pairs(ids) if routing is None else routing
     if variant is FEW:
-        run(variant, grid, x, weight, order, starts,$BIAS_VALUE$ out)
+        # As many programs as there are experts anywhere, and one: those past the last one here write zeros.
+        run(variant, ($CHOSEN_FROM$ + 1, columns), x, weight, order, starts,$BIAS_VALUE$ out)
         return
     # Each expert with pairs, and those of none, may have one block that is not full.
     blocks = pairs // variant["constexprs"]["BLOCK_M"] + min(pairs, SHAPE["NUM_EXPERTS"] + 1)
-    grid = (blocks, triton.cdiv(SHAPE["OUT"], variant["constexprs"]["BLOCK_N"]))
-    run(variant, grid, x, weight, order, starts,$BIAS_VALUE$ out)
+    run(variant, (blocks, columns), x, weight, order, starts,$BIAS_VALUE$ out)
 '''
 
 ONE_CHOICE = """\
