@@ -34,10 +34,28 @@ class _Refused(Exception):
 
 
 def drop_batch_dim(graph: Graph, report: PassReport) -> Graph:
-    """Remove the leading dim of size 1 from every value that has one because the tokens were given as ``[1, T]``."""
+    """Remove the leading dim of size 1 from every value that has one because the tokens were given as ``[1, T]``, and then
+    from those to which a model gave another one: ``[1, 1, T, ...]``, a single head in front of its rows."""
     if not report.allows("graph"):
         return graph
-    old = graph
+    found = _without_leading(graph, report)
+    while True:
+        further = PassReport(report.name)
+        made = _without_leading(found, further)
+        if _led(made) >= _led(found):
+            return found
+        found = made
+        report.fused += further.fused
+
+
+def _led(graph: Graph) -> int:
+    """How many values have a dim of size 1 in front of their rows."""
+    shapes = [flat_types(node.meta["type"])[0].shape for node in graph.calls()]
+    return sum(len(shape) > 1 and shape[0] == 1 and isinstance(shape[1], Dim) for shape in shapes)
+
+
+def _without_leading(old: Graph, report: PassReport) -> Graph:
+    """The graph without the leading dim of size 1 where it enters or is added, and behind."""
     new = Graph(old.name, old.dims, old.options)
     # For each old value: the new one, and whether it lacks the leading dim.
     known: dict[Node, tuple[Node, bool]] = {}
@@ -90,6 +108,15 @@ def drop_batch_dim(graph: Graph, report: PassReport) -> Graph:
 
         return mapped(node.args, convert), mapped(node.kwargs, convert)
 
+    def repeated(made: Node, node: Node) -> Node:
+        """Rows for several heads, whose dim was the leading one: repeated behind the tokens, and turned back."""
+        shape, rank = list(type_of(node).shape), type_of(made).rank
+        if not known[node.args[0]][1] or shape[1:] != list(type_of(made).shape):  # type: ignore[index]
+            raise _Refused
+        single = emit(aten("unsqueeze"), (made, -rank), {}, f"{node.name}_single", "")
+        wide = emit(aten("expand"), (single, [shape[1], shape[0], *shape[2:]]), {}, f"{node.name}_rows", "")
+        return emit(aten("transpose.int"), (wide, -rank - 1, -rank), {}, node.name, node.meta.get("source", ""))
+
     for node in old.nodes:
         source = node.meta.get("source", "")
         if node.op == "placeholder":
@@ -113,8 +140,8 @@ def drop_batch_dim(graph: Graph, report: PassReport) -> Graph:
                 leading = bool(shape) and shape[0] == 1 and len(shape) > 1
                 target_shape = list(shape[1:]) if leading else list(shape)
                 if name == "aten.expand" and not leading:
-                    raise _Refused
-                if type_of(made).shape == tuple(target_shape):
+                    known[node] = (repeated(made, node), False)
+                elif type_of(made).shape == tuple(target_shape):
                     known[node] = (made, leading)
                 else:
                     known[node] = (emit(node.target, (made, target_shape), {}, node.name, source), leading)

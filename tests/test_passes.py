@@ -203,6 +203,31 @@ def f(tokens: i64[T], *, T: dim(1, 64)):
     same_numbers(text, after)
 
 
+def test_drop_batch_dim_drops_that_of_a_single_head_too() -> None:
+    """Such as the keys that all heads of latent attention share: a projection of them is one of rows."""
+    text = """\
+def f(tokens: i64[T], *, T: dim(1, 64)):
+    w: f32[9, 4] = weight("embed")
+    p: f32[6, 4] = weight("p")
+    t: i64[1, T] = aten.unsqueeze(tokens, -2)
+    e: f32[1, T, 4] = aten.embedding(w, t)
+    h: f32[1, 1, T, 4] = aten.reshape(e, [1, 1, T, 4])
+    y: f32[1, 1, T, 6] = aten.linear(h, p)
+    x: f32[1, 3, T, 6] = aten.expand(y, [1, 3, T, 6])
+    z: f32[1, T, 3, 6] = aten.transpose.int(x, -3, -2)
+    s: f32[T, 3, 6] = aten.select.int(z, -4, 0)
+    return s
+"""
+    after, report = run("DropBatchDim", text)
+    assert "y: f32[T, 6] = aten.linear(e, p)" in str(after) and not report.refused
+    same_numbers(text, after)
+    after, _ = run("SinkTransposes", str(after))
+    assert "aten.transpose" not in str(after) and "x_rows: f32[T, 3, 6] = aten.expand(x_single, [T, 3, 6])" in str(
+        after
+    )
+    same_numbers(text, after)
+
+
 def test_sink_transposes_cancels_what_meets() -> None:
     text = """\
 def f(x: f32[T, 3, 4], c: f32[T, 4], *, T: dim(1, 64)):
