@@ -98,7 +98,6 @@ def grouped_linear_source(spec: GroupedLinearSpec) -> str:
         "W_SHAPE": _weight_shape(spec),
         "W_TYPE": "*u8" if spec.scheme else f"*{_TYPES[spec.dtype]}",
         "BIAS_ARG": " bias_ptr," if spec.bias else "",
-        "BIAS_NAME": " bias_ptr," if spec.bias else "",
         "BIAS_ADD": _BIAS_ADD if spec.bias else "",
         "BIAS_PARAMETER": " bias," if spec.bias else "",
         "BIAS_VALUE": " bias," if spec.bias else "",

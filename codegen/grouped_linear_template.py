@@ -91,7 +91,7 @@ def pair_linear(
         write_zeros(out_ptr, pair, live, n, OUT, BLOCK_M, BLOCK_N)
         return
     write_products(
-        x_ptr, weight_ptr,$BIAS_NAME$ out_ptr, expert, pair, live, n, TOP_K, IN, OUT, BLOCK_M, BLOCK_N, BLOCK_K
+        x_ptr, weight_ptr,$BIAS_ARG$ out_ptr, expert, pair, live, n, TOP_K, IN, OUT, BLOCK_M, BLOCK_N, BLOCK_K
     )
 
 
@@ -106,7 +106,7 @@ def write_expert(
         write_zeros(out_ptr, pair, live, n, OUT, BLOCK_M, BLOCK_N)
     else:
         write_products(
-            x_ptr, weight_ptr,$BIAS_NAME$ out_ptr, expert, pair, live, n, TOP_K, IN, OUT, BLOCK_M, BLOCK_N, BLOCK_K
+            x_ptr, weight_ptr,$BIAS_ARG$ out_ptr, expert, pair, live, n, TOP_K, IN, OUT, BLOCK_M, BLOCK_N, BLOCK_K
         )
 
 
@@ -130,7 +130,7 @@ def seek_linear(
         # A row past the expert's pairs is that of pair 0 and is not stored.
         pair = tl.sum(tl.where(rank[None, :] == row[:, None], every[None, :], 0), 1)
         write_expert(
-            x_ptr, weight_ptr,$BIAS_NAME$ out_ptr, expert, pair, row < count, n,
+            x_ptr, weight_ptr,$BIAS_ARG$ out_ptr, expert, pair, row < count, n,
             NUM_EXPERTS, TOP_K, IN, OUT, BLOCK_M, BLOCK_N, BLOCK_K,
         )
 
@@ -153,7 +153,7 @@ def expert_linear(
         live = rank < end
         pair = tl.load(order_ptr + rank, mask=live, other=0)
         write_expert(
-            x_ptr, weight_ptr,$BIAS_NAME$ out_ptr, expert, pair, live, n,
+            x_ptr, weight_ptr,$BIAS_ARG$ out_ptr, expert, pair, live, n,
             NUM_EXPERTS, TOP_K, IN, OUT, BLOCK_M, BLOCK_N, BLOCK_K,
         )
 
@@ -187,7 +187,7 @@ def grouped_linear(
         write_zeros(out_ptr, pair, live, n, OUT, BLOCK_M, BLOCK_N)
         return
     write_products(
-        x_ptr, weight_ptr,$BIAS_NAME$ out_ptr, expert, pair, live, n, TOP_K, IN, OUT, BLOCK_M, BLOCK_N, BLOCK_K
+        x_ptr, weight_ptr,$BIAS_ARG$ out_ptr, expert, pair, live, n, TOP_K, IN, OUT, BLOCK_M, BLOCK_N, BLOCK_K
     )
 
 

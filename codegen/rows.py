@@ -11,6 +11,7 @@ from ..ir.cache_rounding import LARGEST, TRIES
 from ..ir.dist import ranks_of
 from ..ir.graph import Graph, flat_types, type_of
 from ..ir.ops import op_name
+from ..ir.tiles import sums_choices
 from ..ir.types import Dim, Size
 from .coordinates import TILE, flat_index, padded_width, strides_of
 from .exchange import FEW_ROWS, MEETING, SENDING, UNSPECIALISED, meeting_of, sent_by
@@ -76,7 +77,7 @@ class RowTile(Tile):
 
     def _reduction(self, node: Node, source: Node, name: str, at: Position) -> str:
         shape = type_of(source).shape
-        if name == "aten.sum.dim_IntList" and list(node.args[1]) == [-2]:  # type: ignore[arg-type]
+        if sums_choices(node):
             count = shape[-2]
             assert isinstance(count, int)
             parts = [self.value(source, at.at((*at.coords[:-1], str(index), at.coords[-1]))) for index in range(count)]

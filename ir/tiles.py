@@ -104,6 +104,11 @@ def is_row_op(node: Node) -> bool:
     return isinstance(pair, Node) and op_name(pair.target) in TILE_PAIRS and is_row_op(pair)
 
 
+def sums_choices(node: Node) -> bool:
+    """Whether an operator adds up the rows of each token, ``[T, J, K]`` to ``[T, K]``."""
+    return op_name(node.target) == "aten.sum.dim_IntList" and node.args[1] in ([-2], (-2,), -2)
+
+
 def is_view(node: Node) -> bool:
     """Whether the operator only looks at values in another shape, and a kernel can follow it by index arithmetic."""
     name = op_name(node.target)
@@ -140,8 +145,11 @@ def _reduces_rows(node: Node, name: str) -> bool:
         return False
     if shape[-1] > WIDEST_ROW:
         return False
-    if name in ("nn.rms_norm", "nn.layer_norm", "nn.add_rms_norm", "nn.head_factors", "nn.quantize"):
+    if name in ("nn.rms_norm", "nn.layer_norm", "nn.add_rms_norm", "nn.head_factors"):
         return True
+    if name == "nn.quantize":  # whole rows, as steps round them: other schemes are for weights
+        scheme = scheme_of(type_of(node).dtype)
+        return scheme is not None and scheme.dynamic and node.args[2:3] in ((), (1,))
     if name == "nn.absmax":
         return bool(len(node.args) < 2 or node.args[1] == 1)
     if name == "aten.softmax.int":

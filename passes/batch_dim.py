@@ -39,13 +39,15 @@ def drop_batch_dim(graph: Graph, report: PassReport) -> Graph:
     if not report.allows("graph"):
         return graph
     found = _without_leading(graph, report)
-    while True:
+    while any(map(_adds_batch, found.calls())):
         further = PassReport(report.name)
         made = _without_leading(found, further)
         if _led(made) >= _led(found):
-            return found
+            break
         found = made
-        report.fused += further.fused
+        known = {item.site for item in report.refused}
+        report.refused += [item for item in further.refused if item.site not in known]
+    return found
 
 
 def _led(graph: Graph) -> int:
@@ -177,15 +179,11 @@ def _enters(node: Node) -> bool:
 
 def _adds_batch(node: Node) -> bool:
     """``reshape(x, [1, T, ...])`` of rows of tokens."""
+    if op_name(node.target) != "aten.reshape":
+        return False
     shape = type_of(node).shape
     source = type_of(node.args[0]).shape if isinstance(node.args[0], Node) else ()
-    return (
-        op_name(node.target) == "aten.reshape"
-        and len(shape) > 1
-        and shape[0] == 1
-        and isinstance(shape[1], Dim)
-        and source[:1] == shape[1:2]
-    )
+    return len(shape) > 1 and shape[0] == 1 and isinstance(shape[1], Dim) and source[:1] == shape[1:2]
 
 
 def _axis(node: Node) -> int:

@@ -13,7 +13,7 @@ from torch.fx import Node
 
 from ..ir.graph import Graph, Region, flat_types, is_constant
 from ..ir.ops import op_name
-from ..ir.tiles import TILE_MEETINGS, is_matmul, is_pointwise, is_row_op, is_view, loose, why_outside
+from ..ir.tiles import TILE_MEETINGS, is_matmul, is_pointwise, is_row_op, is_view, loose, sums_choices, why_outside
 from .epilogue import epilogue_of, prologue_of, reads_meeting
 from .ledger import PassReport
 from .ordering import make_contiguous
@@ -209,22 +209,17 @@ def _fits(group: list[Node], node: Node) -> bool:
 
 def _same_rows(group: list[Node], node: Node) -> bool:
     """Whether a group has such rows; once it has summed some up, only those of the sums are its own."""
-    places = [place for place, item in enumerate(group) if _is_sum(item) and item.args[0] in group]
+    places = [place for place, item in enumerate(group) if sums_choices(item) and item.args[0] in group]
     return any(_rows(item) == _rows(node) for item in group[places[-1] if places else 0 :])
 
 
 def _sums_up(group: list[Node], node: Node) -> bool:
     """Whether a value is the sum of rows that a group makes, number by number, for nothing else: each is made where it is
     added."""
-    if not _is_sum(node) or node.args[0] not in group:
+    if not sums_choices(node) or node.args[0] not in group:
         return False
     alone = all(user is node or user in group for item in group for user in item.users)
     return alone and all(is_pointwise(item) or is_view(item) for item in group)
-
-
-def _is_sum(node: Node) -> bool:
-    """Whether rows of one token are added up."""
-    return op_name(node.target) == "aten.sum.dim_IntList" and list(node.args[1]) == [-2]  # type: ignore[arg-type]
 
 
 def _rows(node: Node) -> tuple[object, ...]:

@@ -131,6 +131,13 @@ def test_products_are_made_where_they_are_added_up(pool: ProcessPoolExecutor, tm
     assert max(pool.submit(interpreted, str(write(kernel, tmp_path)), str(kernel.graph)).result()) <= 1e-5
 
 
+@pytest.mark.parametrize("dims", ["[-2]", "-2"])
+def test_a_sum_may_name_its_dim_by_a_number(dims: str) -> None:
+    text = ADDED.format(more="", results="y").replace("[-2]", dims)
+    (step,) = passes.steps(parse(text), ["GroupKernels"])
+    assert len(emit_kernels(step.graph)) == 1
+
+
 @pytest.mark.parametrize(
     ("more", "results"),
     [
@@ -148,3 +155,11 @@ def test_products_that_others_read_have_a_kernel_of_their_own(
         written = [node.meta["type"].rank for node in kernel.graph.output_node().all_input_nodes]
         assert len(set(written)) == 1, str(kernel.graph)
         assert max(pool.submit(interpreted, str(write(kernel, tmp_path)), str(kernel.graph)).result()) <= 1e-5
+
+
+@pytest.mark.parametrize(("scheme", "kernels"), [("int8d", 1), ("int8g32", 0), ("int8", 0)])
+def test_rows_become_codes_in_a_kernel_only_as_steps_round_them(scheme: str, kernels: int) -> None:
+    """Other schemes, which are for weights, have other layouts."""
+    text = f'def f(x: f32[T, 64], *, T: dim(1, 64)):\n    q: {scheme}[T, 64] = nn.quantize(x, "{scheme}")\n    return [q]\n'
+    (step,) = passes.steps(parse(text), ["GroupKernels"])
+    assert len(emit_kernels(step.graph)) == kernels
