@@ -14,8 +14,8 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from torch.utils._pytree import tree_leaves
 
 from . import hooks
@@ -25,6 +25,8 @@ _PERIODS = range(1, 9)
 _STARTS = range(5)
 # Attributes that hold a layer's own place among the layers.
 _OWN_INDEX = frozenset({"layer_idx", "layer_index", "layer_id", "layer_number", "idx"})
+# A tensor without a source counts as a literal up to so many numbers.
+_LITERAL = 64
 _MODULE_INTERNALS = frozenset(vars(torch.nn.Module()))
 
 
@@ -165,6 +167,9 @@ class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def _label(self, value: Any) -> Any:
         if not isinstance(value, torch.Tensor):
             return (type(value), repr(value))
+        if id(value) not in self._origin and not isinstance(value, FakeTensor) and value.numel() <= _LITERAL:
+            with _disable_current_modes():  # a tensor that the code writes out, as torch.tensor(0.0) does
+                return value.tolist(), value.dtype
         layer, name = self._origin.get(id(value), (None, id(value)))
         back = None if layer is None or self.at is None else self.at - layer
         return back, name, tuple(map(str, value.shape)), value.dtype
