@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -82,8 +83,8 @@ def _best_factors(groups: Tensor, smallest: Tensor, scheme: Scheme, tries: int) 
 
 
 def _parted(value: Tensor, *parts: int) -> Tensor:
-    """``value`` with its last dim cut into so many parts, and those again."""
-    return value.reshape(*value.shape[:-1], *parts, -1)
+    """``value``, perhaps of no rows, with its last dim cut into so many parts, and those again."""
+    return value.reshape(*value.shape[:-1], *parts, value.shape[-1] // math.prod(parts))
 
 
 def _factors(spread: Tensor, steps: float) -> Tensor:

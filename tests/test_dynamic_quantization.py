@@ -107,6 +107,17 @@ def test_schemes_by_pattern() -> None:
     assert {"fp8", "int8d", "int8", "f32"} == set(compiled.report.bytes_by_type)
 
 
+@pytest.mark.parametrize("ranks", [1, 2])
+@pytest.mark.parametrize("scheme", ["int8-dynamic", "fp8"])
+def test_steps_of_which_no_row_is_asked_for(scheme: str, ranks: int) -> None:
+    """The pieces of a long prompt but the last: the output projection has no rows to round."""
+    given: dict[str, Any] = {"quantization": {"*.lm_head": scheme, "*": scheme}, "device": "cpu", "max_batch_size": 2}
+    whole = fuseline.compile(wide("llama"), max_step_tokens=64, **given)
+    pieces = fuseline.compile(wide("llama"), max_step_tokens=4, tensor_parallel=ranks, simulate=ranks > 1, **given)
+    prompts = [list(range(3, 18))]
+    assert pieces.generate(prompts, max_new_tokens=4) == whole.generate(prompts, max_new_tokens=4)
+
+
 def test_kernels_in_front_of_experts_round_their_rows() -> None:
     """Those of gate and up once for each token, those of down once for each choice, where they are made."""
     wanted = {"*.experts.*": "fp8"}
