@@ -223,8 +223,7 @@ def _from_path(path: str | Path, dtype: torch.dtype, trust_remote_code: bool) ->
     bones = Skeleton(model, mode, dtype, dtype, load, score, forget, lazy, few)
     if rounded:
         bones.lazy = lambda: None
-        bones.schemes = {name: item.scheme for name, item in rounded.matrices.items()}
-        bones.ordered = frozenset(name for name, item in rounded.matrices.items() if item.order is not None)
+        bones.schemes, bones.ordered = rounded.schemes, frozenset(rounded.orders)
         bones.held = summary(rounded)
     return bones
 
@@ -235,5 +234,4 @@ def _checkpoint(path: str | Path, config: PretrainedConfig, model: PreTrainedMod
     if how is None:
         return None
     del config.quantization_config
-    shapes = {name: tuple(item.shape) for name, item in model.named_parameters(remove_duplicate=False)}
-    return read_checkpoint(path, how if isinstance(how, dict) else how.to_dict(), shapes)
+    return read_checkpoint(path, how if isinstance(how, dict) else how.to_dict(), model)

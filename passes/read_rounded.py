@@ -11,6 +11,7 @@ from ..ir.ops import aten, op_name, resolve
 from ..ir.quantized import is_quantised
 from ..ir.schemes import scheme_of
 from .ledger import PassReport
+from .projections import is_grouped
 from .quantize import round_rows
 
 
@@ -23,7 +24,8 @@ def read_rounded(graph: Graph, report: PassReport) -> Graph:
     """
     off = False
     for node in list(graph.calls()):
-        weight = node.args[1] if op_name(node.target) == "aten.linear" else None
+        place = _place_of_weight(node)
+        weight = node.args[place] if place else None
         order: Node | None = None
         if isinstance(weight, Node) and op_name(weight.target) == "aten.index_add":
             order, weight = weight.args[2:4]  # type: ignore[assignment]
@@ -36,7 +38,7 @@ def read_rounded(graph: Graph, report: PassReport) -> Graph:
         rows = node.args[0]
         if order is not None:
             rows = insert_before(graph, node, aten("index_select"), (rows, -1, order), source=report.name)
-        node.args = (rows, codes, *node.args[2:])
+        node.args = (rows, *node.args[1:place], codes, *node.args[place + 1 :])
         scheme = scheme_of(type_of(codes).dtype)
         if scheme and scheme.dynamic:
             round_rows(graph, node, scheme.name, report)
@@ -54,6 +56,15 @@ def read_rounded(graph: Graph, report: PassReport) -> Graph:
                     "reads its numbers: only projections can read codes; give a checkpoint with this weight unrounded"
                 )
     return graph
+
+
+def _place_of_weight(node: Node) -> int:
+    """Where the weight is among the arguments of a projection, or of one of experts whose factors lie along the inputs, as
+    those of checkpoints do; else 0."""
+    if is_grouped(node):
+        turned = len(node.args) > 4 and bool(node.args[4])
+        return 0 if turned else 2
+    return 1 if op_name(node.target) == "aten.linear" else 0
 
 
 def _codes(graph: Graph, value: Node, place: Node) -> Node | None:

@@ -105,8 +105,7 @@ def fake_quantised(
                         found = torch.from_numpy(restored(*rounded(np.ascontiguousarray(rows.numpy()), scheme, tries)))
                         matrix.copy_(found.T if module.is_transposed else found)
             if dynamic:
-                twin.set_experts_implementation("eager")
-                module.forward = _RoundsRows(scheme).around(module.forward)
+                round_rows_of_experts(twin, name, scheme)
         if kind not in ("Linear", "Conv1D") or module is head or not chosen(name):
             continue
         rows = weight.detach().numpy().T if kind == "Conv1D" else weight.detach().numpy()
@@ -116,6 +115,13 @@ def fake_quantised(
         if dynamic:
             module.register_forward_pre_hook(lambda _, given: (rounded_rows(given[0], scheme),))
     return twin
+
+
+def round_rows_of_experts(model: PreTrainedModel, name: str, scheme: str) -> None:
+    """From now on a model's experts of that name read rounded rows."""
+    model.set_experts_implementation("eager")
+    module = model.get_submodule(name)
+    module.forward = _RoundsRows(scheme).around(module.forward)
 
 
 class _RoundsRows(TorchFunctionMode):

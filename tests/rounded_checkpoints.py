@@ -7,13 +7,14 @@ from __future__ import annotations
 
 import copy
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from transformers import PreTrainedModel
 
 Tensors = dict[str, torch.Tensor]
@@ -111,21 +112,27 @@ def write(
     made: Callable[[tuple[int, int], int], Written],
     chosen: Callable[[str], bool] = lambda name: True,
 ) -> PreTrainedModel:
-    """Write a model with the matrices of its projections in a layout, and return it with the numbers that they hold."""
-    twin = copy.deepcopy(model)
-    head = twin.get_output_embeddings()
-    tied = twin.config.tie_word_embeddings
-    state = {name: item for name, item in twin.state_dict().items() if not (tied and name.startswith("lm_head"))}
-    for seed, (name, module) in enumerate(twin.named_modules()):
-        if not isinstance(module, torch.nn.Linear) or module is head or not chosen(name):
+    """Write a model with the matrices of its projections in a layout, and return it with the numbers that they hold.
+
+    Experts have matrices of their own in files, by the names that transformers gives them there.
+    """
+    model.save_pretrained(folder)
+    state = load_file(folder / "model.safetensors")
+    numbers = dict(state)
+    linears = {name for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)}
+    linears -= {name for name, module in model.named_modules() if module is model.get_output_embeddings()}
+    of_experts = {name.removesuffix(".weight") for name in state if re.search(r"\.experts\.\d+\.\w+\.weight$", name)}
+    for seed, name in enumerate(sorted(linears | of_experts)):
+        if not chosen(name):
             continue
-        held, values = made((module.out_features, module.in_features), seed)
+        held, values = made(tuple(state[f"{name}.weight"].shape), seed)
+        numbers[f"{name}.weight"] = torch.from_numpy(values)
         del state[f"{name}.weight"]
-        state.update({f"{name}.{end}": item for end, item in held.items()})
-        with torch.no_grad():
-            module.weight.copy_(torch.from_numpy(values))
-    model.config.save_pretrained(folder)
+        state.update({f"{name}.{end}": item.contiguous() for end, item in held.items()})
     facts = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps({**facts, "quantization_config": config}))
-    save_file({name: item.contiguous() for name, item in state.items()}, folder / "model.safetensors", {"format": "pt"})
-    return twin
+    save_file(state, folder / "model.safetensors", {"format": "pt"})
+    twin = type(model).from_pretrained(
+        None, config=copy.deepcopy(model.config), state_dict=numbers, attn_implementation="eager"
+    )
+    return twin.eval()

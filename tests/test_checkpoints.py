@@ -14,7 +14,7 @@ import torch
 from compressed_tensors.compressors import BaseCompressor
 from compressed_tensors.quantization import QuantizationScheme
 from deep import make_deep
-from quantized_models import rounded_rows, wide
+from quantized_models import round_rows_of_experts, rounded_rows, wide
 from rounded_checkpoints import Written, awq, gptq, in_bytes, packed, write
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
@@ -97,11 +97,18 @@ LAYOUTS: dict[str, tuple[str, dict[str, Any], Callable[..., Written]]] = {
 def written(layout: str, folder: Path, family: str = "llama") -> Any:
     """A checkpoint in a layout; returns the model that it stands for, which rounds its rows where the layout says so."""
     scheme, config, made = LAYOUTS[layout]
-    twin = write(folder, wide(family), config, made)
-    for module in twin.modules():
-        if scheme in ("int8d", "fp8") and isinstance(module, torch.nn.Linear) and module is not twin.lm_head:
-            name = "int8-dynamic" if scheme == "int8d" else "fp8"
-            module.register_forward_pre_hook(lambda _, given, name=name: (rounded_rows(given[0], name),))
+    return rows_rounded(write(folder, wide(family), config, made), scheme)
+
+
+def rows_rounded(twin: Any, scheme: str) -> Any:
+    """The model, which from now on rounds the rows of its linear layers and experts where the scheme does."""
+    if scheme in ("int8d", "fp8"):
+        name = "int8-dynamic" if scheme == "int8d" else "fp8"
+        for where, module in list(twin.named_modules()):
+            if isinstance(module, torch.nn.Linear) and module is not twin.lm_head:
+                module.register_forward_pre_hook(lambda _, given: (rounded_rows(given[0], name),))
+            if where.endswith(".experts"):
+                round_rows_of_experts(twin, where, name)
     return twin
 
 
@@ -128,6 +135,27 @@ def test_other_families_are_read(family: str, layout: str, tmp_path: Path) -> No
     twin = written(layout, tmp_path, family)
     compiled = fuseline.compile(str(tmp_path), dtype="float32", **SMALL)
     assert distance(twin, compiled) < 1e-4
+
+
+@pytest.mark.parametrize("family", ["mixtral", "qwen3_moe", "glm4_moe", "minimax_m2"])
+@pytest.mark.parametrize("layout", ["gptq", "awq", "W4A16, zero points", "W8A16 in bytes", "W8A8", "FP8, one factor"])
+def test_the_matrices_of_experts_are_read_as_they_are(family: str, layout: str, tmp_path: Path) -> None:
+    """Files hold three for each expert, under names of their own; a model has two values for all experts."""
+    twin = written(layout, tmp_path, family)
+    compiled = fuseline.compile(str(tmp_path), dtype="float32", **SMALL)
+    whole = sum(item.numel() for item in twin.parameters() if item.dim() == 3)
+    assert compiled.report.bytes_by_type[LAYOUTS[layout][0]] > whole / 2
+    assert distance(twin, compiled) < 1e-4 < distance(wide(family), compiled)
+
+
+@pytest.mark.parametrize("options", [{}, {"expert_parallel": ["*.experts.*"]}], ids=["cut", "divided"])
+@pytest.mark.parametrize("layout", ["gptq", "FP8"])
+def test_ranks_divide_rounded_experts(layout: str, options: dict[str, Any], tmp_path: Path) -> None:
+    written(layout, tmp_path, "qwen3_moe")
+    alone = fuseline.compile(str(tmp_path), dtype="float32", **SMALL)
+    ranks = fuseline.compile(str(tmp_path), dtype="float32", tensor_parallel=3, simulate=True, **options, **SMALL)
+    assert ranks.generate(PROMPTS, max_new_tokens=6) == alone.generate(PROMPTS, max_new_tokens=6)
+    assert ranks.report.bytes_by_type[LAYOUTS[layout][0]] < alone.report.bytes_by_type[LAYOUTS[layout][0]] * 0.6
 
 
 def test_patterns_and_layers_choose_the_scheme(tmp_path: Path) -> None:
@@ -173,9 +201,16 @@ def test_layers_that_are_held_alike_are_folded(layout: str, rounded: int, tmp_pa
     assert ("fold_layers" in captured) == (rounded == 0)
 
 
-@pytest.mark.parametrize("layout", ["gptq, zero points", "gptq, act-order", "W8A8"])
-def test_passes_keep_the_numbers_and_a_dump_is_read_again(layout: str, tmp_path: Path) -> None:
-    written(layout, tmp_path / "model")
+@pytest.mark.parametrize(
+    ("layout", "family"),
+    [
+        *((layout, "llama") for layout in ("gptq, zero points", "gptq, act-order", "W8A8")),
+        ("W4A16", "qwen3_moe"),
+        ("FP8", "mixtral"),
+    ],
+)
+def test_passes_keep_the_numbers_and_a_dump_is_read_again(layout: str, family: str, tmp_path: Path) -> None:
+    written(layout, tmp_path / "model", family)
     where = str(tmp_path / "model")
     compiled = fuseline.compile(where, dtype="float32", verify=True, dump=tmp_path / "dump", **SMALL)
     assert "every pass keeps the numbers" in compiled.report.verification
@@ -236,6 +271,33 @@ def test_what_cannot_be_read_is_refused(case: str, tmp_path: Path) -> None:
     written(layout, tmp_path)
     with pytest.raises(fuseline.UnsupportedModelError, match=why):
         fuseline.compile(rewritten(tmp_path, change, **facts), dtype="float32", **SMALL)
+
+
+def one_expert_less(state: dict[str, torch.Tensor]) -> None:
+    for name in [name for name in state if ".1.mlp.experts.3.up_proj." in name]:
+        del state[name]
+
+
+def one_expert_in_bytes(state: dict[str, torch.Tensor]) -> None:
+    module = "model.layers.1.mlp.experts.3.down_proj"
+    rows, words = state.pop(f"{module}.weight_packed").shape
+    state[f"{module}.weight"] = torch.ones(rows, words * 8, dtype=torch.int8)
+    state[f"{module}.weight_scale"] = torch.ones(rows, 1)
+
+
+@pytest.mark.parametrize(
+    ("layout", "change", "why"),
+    [
+        ("W4A16", one_expert_less, "layers.1.mlp.experts.*these 7 matrices are .* cannot make up"),
+        ("W4A16", one_expert_in_bytes, "experts.down_proj .* 4 matrices are held in several schemes: int4g32, int8"),
+        ("gptq, act-order", nothing, "experts.* orders of inputs of their own"),
+    ],
+    ids=["incomplete", "several schemes", "act-order"],
+)
+def test_experts_that_make_no_value_are_refused(layout: str, change: Any, why: str, tmp_path: Path) -> None:
+    written(layout, tmp_path, "qwen3_moe")
+    with pytest.raises(fuseline.UnsupportedModelError, match=why):
+        fuseline.compile(rewritten(tmp_path, change), dtype="float32", **SMALL)
 
 
 def test_a_rounded_embedding_is_refused(tmp_path: Path) -> None:

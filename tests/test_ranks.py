@@ -50,7 +50,9 @@ def test_ranks_dump_to_folders_of_their_own(tmp_path: Path, monkeypatch: pytest.
 @needs_mpirun
 def test_processes_of_mpirun_are_told_apart(tmp_path: Path) -> None:
     # Each makes its directory: what processes print at the same time may meet on one line.
-    program = "import sys; from fuseline.runtime.ranks import path_of_rank; path_of_rank(sys.argv[1]).mkdir(parents=True)"
+    program = (
+        "import sys; from fuseline.runtime.ranks import path_of_rank; path_of_rank(sys.argv[1]).mkdir(parents=True)"
+    )
     done = mpirun(2, "-c", LIGHT + program, str(tmp_path / "out"))
     assert done.returncode == 0, done.stderr
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["rank0", "rank1"]

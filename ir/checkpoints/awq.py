@@ -18,6 +18,11 @@ _ORDER = (0, 2, 4, 6, 1, 3, 5, 7)
 _BITS = 4
 
 
+def outputs(tensors: Tensors) -> dict[str, int]:
+    """The rounded modules, with their number of outputs."""
+    return {name.removesuffix(".qweight"): 8 * tensors.shape(name)[1] for name in tensors if name.endswith(".qweight")}
+
+
 def held(config: Mapping[str, Any], tensors: Tensors, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Held]:
     """The rounded matrices by module.
 
@@ -30,10 +35,10 @@ def held(config: Mapping[str, Any], tensors: Tensors, shapes: Mapping[str, tuple
             "weights", f"AWQ's version {version!r} of {config.get('bits')} bits is not known; gemm of 4 is"
         )
     found = {}
-    for module in (name.removesuffix(".qweight") for name in tensors if name.endswith(".qweight")):
-        depth, words = tensors.shape(f"{module}.qweight")
-        if shapes.get(f"{module}.weight") != (words * 8, depth):
-            raise unsupported(module, f"it is {words * 8} x {depth}, the model's is {shapes.get(f'{module}.weight')}")
+    for module in outputs(tensors):
+        depth, (_, wanted) = tensors.shape(f"{module}.qweight")[0], shapes[f"{module}.weight"]
+        if depth != wanted:
+            raise unsupported(module, f"it has {depth} inputs, the model's has {wanted}")
         groups = tensors.shape(f"{module}.scales")[0]
         zeros = f"{module}.qzeros" in tensors
         found[module] = Held(integer_scheme(module, _BITS, depth, groups, zeros), partial(_read, module, tensors))

@@ -27,6 +27,22 @@ _FORMATS = frozenset("dense pack-quantized int-quantized float-quantized naive-q
 _BYTES = {"I8": "int", "F8_E4M3": "float"}
 
 
+def outputs(tensors: Tensors) -> dict[str, int]:
+    """The rounded modules, with their number of outputs.
+
+    Raises:
+        UnsupportedModelError: a weight has factors, and is not rounded.
+    """
+    found = {}
+    for name in tensors:
+        module, _, end = name.rpartition(".")
+        if end == "weight" and f"{name}_scale" in tensors and tensors.dtype(name) not in _BYTES:
+            raise unsupported(name, f"it is not rounded yet ({tensors.dtype(name)}), but has factors")
+        if end == "weight_packed" or (end == "weight" and f"{name}_scale" in tensors):
+            found[module] = tensors.shape(name)[0]
+    return found
+
+
 def held(config: Mapping[str, Any], tensors: Tensors, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Held]:
     """The rounded matrices by module.
 
@@ -43,23 +59,9 @@ def held(config: Mapping[str, Any], tensors: Tensors, shapes: Mapping[str, tuple
     if sparsity != "dense" or config.get("transform_config"):
         raise UnsupportedModelError("checkpoints with sparsity or transforms are not supported; give one without them")
     found = {}
-    for module in sorted(_modules(tensors)):
-        group = _group_of(module, groups)
-        rows, depth = shapes.get(f"{module}.weight", (0, 0))
-        if not depth:
-            raise unsupported(module, "the model has no such matrix")
-        found[module] = _held(module, group, tensors, rows, depth)
+    for module in sorted(outputs(tensors)):
+        found[module] = _held(module, _group_of(module, groups), tensors, *shapes[f"{module}.weight"])
     return found
-
-
-def _modules(tensors: Tensors) -> Iterable[str]:
-    for name in tensors:
-        if name.endswith(".weight_packed"):
-            yield name.removesuffix(".weight_packed")
-        elif name.endswith(".weight") and f"{name}_scale" in tensors:
-            if tensors.dtype(name) not in _BYTES:
-                raise unsupported(name, f"it is not rounded yet ({tensors.dtype(name)}), but has factors")
-            yield name.removesuffix(".weight")
 
 
 def _group_of(module: str, groups: Iterable[Mapping[str, Any]]) -> Mapping[str, Any]:

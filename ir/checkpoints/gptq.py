@@ -17,6 +17,11 @@ from .held import Codes, Held, integer_scheme, order_of, unsupported
 from .words import unpacked
 
 
+def outputs(tensors: Tensors) -> dict[str, int]:
+    """The rounded modules, with their number of outputs."""
+    return {name.removesuffix(".qweight"): tensors.shape(name)[1] for name in tensors if name.endswith(".qweight")}
+
+
 def held(config: Mapping[str, Any], tensors: Tensors, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Held]:
     """The rounded matrices by module.
 
@@ -27,27 +32,19 @@ def held(config: Mapping[str, Any], tensors: Tensors, shapes: Mapping[str, tuple
     if kind not in ("gptq", "gptq_v2"):
         raise unsupported("weights", f"GPTQ's checkpoint_format {kind!r} is not known; gptq and gptq_v2 are")
     less = 0 if kind == "gptq_v2" else 1
-    modules = [name.removesuffix(".qweight") for name in tensors if name.endswith(".qweight")]
-    bits = {module: _bits(module, tensors, shapes) for module in modules}
+    # Some modules may have other bits than the config says.
+    depths = {module: shapes[f"{module}.weight"][1] for module in outputs(tensors)}
+    bits = {module: 32 * tensors.shape(f"{module}.qweight")[0] // depth for module, depth in depths.items()}
     symmetric = bool(config.get("sym", True)) and all(
-        bool((_zeros(module, bits[module], less, tensors) == 1 << bits[module] - 1).all()) for module in modules
+        bool((_zeros(module, bits[module], less, tensors) == 1 << bits[module] - 1).all()) for module in depths
     )
     found = {}
-    for module in modules:
-        depth, groups = shapes[f"{module}.weight"][1], tensors.shape(f"{module}.scales")[0]
+    for module, depth in depths.items():
+        groups = tensors.shape(f"{module}.scales")[0]
         scheme = integer_scheme(module, bits[module], depth, groups, not symmetric)
         order = order_of(module, tensors[f"{module}.g_idx"], groups) if f"{module}.g_idx" in tensors else None
         found[module] = Held(scheme, partial(_read, module, bits[module], less, symmetric, tensors), order)
     return found
-
-
-def _bits(module: str, tensors: Tensors, shapes: Mapping[str, tuple[int, ...]]) -> int:
-    """The bits of a code: some modules may have others than the config says."""
-    words, columns = tensors.shape(f"{module}.qweight")
-    rows, depth = shapes.get(f"{module}.weight", (0, 0))
-    if rows != columns or not depth:
-        raise unsupported(module, f"it has {columns} outputs, the model's has {rows}")
-    return 32 * words // depth
 
 
 def _zeros(module: str, bits: int, less: int, tensors: Tensors) -> torch.Tensor:

@@ -12,6 +12,7 @@ from torch import Tensor
 from ..errors import UnsupportedModelError
 from ..quantized import pack
 from ..schemes import scheme_of
+from .layout import Layout
 
 # Codes that share a factor, in schemes that have groups.
 _GROUPS = (128, 64, 32)
@@ -66,16 +67,49 @@ class Held:
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """What a checkpoint holds: rounded matrices by the name that the plain weight would have, and other tensors."""
+    """What a checkpoint holds: rounded ``matrices``, by the name that the numbers would have in its files, and tensors as
+    they are.
+
+    ``layouts`` says for each value of the model that is made of matrices, one or one for each expert and part, where they
+    lie in it. Those of a value are in one scheme.
+    """
 
     method: str
     matrices: Mapping[str, Held]
+    layouts: Mapping[str, Layout]
     others: Mapping[str, Tensor]
 
+    @property
+    def schemes(self) -> dict[str, str]:
+        """The scheme of each value, by the model's name."""
+        return {name: self._first(layout).scheme for name, layout in self.layouts.items()}
+
+    @property
+    def orders(self) -> dict[str, Tensor]:
+        """The order of a value's inputs, where they have one of their own, by the value's name."""
+        found = {name: self._first(layout).order for name, layout in self.layouts.items()}
+        return {name: order for name, order in found.items() if order is not None}
+
     def values(self) -> dict[str, Tensor]:
-        """The rounded matrices in the bytes of their schemes, and the orders of inputs, by name."""
-        orders = {order_name(name): item.order for name, item in self.matrices.items() if item.order is not None}
-        return {**{name: item.rows() for name, item in self.matrices.items()}, **orders}
+        """The values in the bytes of their schemes, and the orders of inputs, by name."""
+        orders = {order_name(name): order for name, order in self.orders.items()}
+        return {**{name: self._rows(layout) for name, layout in self.layouts.items()}, **orders}
+
+    def _first(self, layout: Layout) -> Held:
+        return self.matrices[layout.blocks[0].key]
+
+    def _rows(self, layout: Layout) -> Tensor:
+        """``u8 [..., row bytes]`` of a value."""
+        made = self._first(layout).rows()
+        if len(layout.blocks) == 1:
+            return made.reshape(*layout.shape[:-1], -1)
+        made = made.new_empty(*layout.shape[:-1], made.shape[-1])
+        for block in layout.blocks:
+            place = made
+            for dim in range(len(layout.shape) - 1):
+                place = place.narrow(dim, block.start[dim], block.shape[dim])
+            place.copy_(self.matrices[block.key].rows().reshape(place.shape))
+        return made
 
 
 def order_name(name: str) -> str:

@@ -16,6 +16,7 @@ from transformers.utils.hub import get_checkpoint_shard_files
 from ..dist import is_padded, spans
 from ..prepare import names_of_each
 from ..weights import LazyWeights
+from .conversion import Conversion
 from .files import Tensors, opened
 from .layout import Layout
 
@@ -77,8 +78,10 @@ def plain_weights(path: str | Path, model: PreTrainedModel, options: Mapping[str
     if files is None:
         return None
     tensors = opened(files)
-    state = {name: item for name, item in model.state_dict().items() if isinstance(item, Tensor)}
-    found = _layouts(tensors, model, state)
+    try:
+        found = Conversion(model).layouts({key: Layout.of(tensors, key) for key in tensors})
+    except ImportError:  # another version of transformers
+        return None
     if found is None:
         return None
     named = dict(model.named_parameters(remove_duplicate=False))
@@ -116,61 +119,3 @@ def _files(path: str | Path, model: PreTrainedModel) -> list[str] | None:
         return list(get_checkpoint_shard_files(str(path), index, **revision)[0])
     except (OSError, ValueError, json.JSONDecodeError):
         return None
-
-
-def _layouts(tensors: Tensors, model: PreTrainedModel, state: Mapping[str, Tensor]) -> dict[str, Layout] | None:
-    """How each value lies in the files, by the model's name; nothing if loading does more than put tensors together.
-
-    Names are matched, and tensors put together, by what transformers itself does on loading.
-    """
-    try:
-        from transformers.conversion_mapping import get_model_conversion_mapping
-        from transformers.core_model_loading import (
-            WeightConverter,
-            WeightRenaming,
-            dot_natural_key,
-            rename_source_key,
-        )
-    except ImportError:  # another version of transformers
-        return None
-    changes = get_model_conversion_mapping(model)
-    renamings = [item for item in changes if isinstance(item, WeightRenaming)]
-    converters = [item for item in changes if isinstance(item, WeightConverter)]
-    parts: dict[str, dict[str, list[Layout]]] = {}
-    for key in sorted(tensors, key=dot_natural_key):
-        name, pattern = rename_source_key(key, renamings, converters, model.base_model_prefix, state)
-        if name not in state and key in state:
-            name, pattern = rename_source_key(key, [], [], model.base_model_prefix, state)
-        if name in state:
-            parts.setdefault(name, {}).setdefault(pattern or "", []).append(Layout.of(tensors, key))
-    by_pattern = {pattern: item for item in converters for pattern in item.source_patterns}
-    found: dict[str, Layout] = {}
-    for name, items in parts.items():
-        used = {by_pattern.get(pattern) for pattern in items}
-        made = _converted(name, items, used.pop(), model) if len(used) == 1 else None
-        if made is None:
-            return None
-        found[name] = made
-    return found
-
-
-def _converted(name: str, parts: dict[str, list[Layout]], converter: Any, model: PreTrainedModel) -> Layout | None:
-    """What a converter makes of the tensors for a value, by the patterns that they fit; nothing if it computes with them."""
-    if converter is None:
-        (items,) = parts.values()
-        return items[0] if len(items) == 1 else None
-    values: Any = parts
-    try:
-        for operation in converter.operations:
-            values = operation.convert(
-                values,
-                source_patterns=converter.source_patterns,
-                target_patterns=converter.target_patterns,
-                full_layer_name=name,
-                model=model,
-                config=model.config,
-            )
-    except (AttributeError, TypeError, ValueError):
-        return None
-    found = list(values.values())
-    return found[0] if len(found) == 1 == len(converter.target_patterns) and isinstance(found[0], Layout) else None

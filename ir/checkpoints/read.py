@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,34 +12,81 @@ from transformers import PretrainedConfig, PreTrainedModel
 
 from ..errors import UnsupportedModelError
 from . import awq, compressed_tensors, gptq
+from .conversion import Conversion
 from .files import tensors_of
-from .held import Checkpoint
+from .held import Checkpoint, Held, unsupported
+from .layout import Block, Layout
 
-_METHODS = {compressed_tensors.METHOD: compressed_tensors.held, "gptq": gptq.held, "awq": awq.held}
+_METHODS: Mapping[str, Any] = {compressed_tensors.METHOD: compressed_tensors, "gptq": gptq, "awq": awq}
 
 
-def read_checkpoint(path: str | Path, config: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]]) -> Checkpoint:
+def read_checkpoint(path: str | Path, config: Mapping[str, Any], model: PreTrainedModel) -> Checkpoint:
     """What a checkpoint holds.
 
     Args:
-        config: its ``quantization_config``. shapes: of the parameters of the model without quantization, by name.
+        config: its ``quantization_config``. model: the model without quantization, whose values need not be there.
 
     Raises:
         UnsupportedModelError: the method is not known, or a matrix is held in a way that there is no scheme for.
     """
-    method = str(config.get("quant_method"))
-    if method not in _METHODS:
+    name = str(config.get("quant_method"))
+    if name not in _METHODS:
         known = ", ".join(_METHODS)
+        raise UnsupportedModelError(f"{path}: checkpoints quantized by {name} are not supported; those by {known} are")
+    method, tensors = _METHODS[name], tensors_of(path)
+    try:
+        conversion = Conversion(model)
+    except ImportError as error:
         raise UnsupportedModelError(
-            f"{path}: checkpoints quantized by {method} are not supported; those by {known} are"
-        )
-    tensors = tensors_of(path)
-    matrices = _METHODS[method](config, tensors, shapes)
+            f"{path}: this version of transformers puts checkpoints together in a way that is not known: {error}"
+        ) from error
+    layouts = _layouts(method.outputs(tensors), conversion)
+    shapes = {block.key: (block.shape[-2], block.shape[-1]) for layout in layouts.values() for block in layout.blocks}
+    modules = method.held(config, tensors, shapes)
     # A module holds its matrix, what belongs to the codes, and perhaps a bias.
     others = {
-        name: tensors[name] for name in tensors if name.rpartition(".")[0] not in matrices or name.endswith(".bias")
+        name: tensors[name] for name in tensors if name.rpartition(".")[0] not in modules or name.endswith(".bias")
     }
-    return Checkpoint(method, {f"{module}.weight": item for module, item in matrices.items()}, others)
+    matrices = {f"{module}.weight": item for module, item in modules.items()}
+    for value, layout in layouts.items():
+        _check_alike(value, [matrices[block.key] for block in layout.blocks])
+    return Checkpoint(name, matrices, layouts, others)
+
+
+def _layouts(outputs: Mapping[str, int], conversion: Conversion) -> dict[str, Layout]:
+    """Where matrices, given by module with their number of outputs, lie in the model's values.
+
+    Raises:
+        UnsupportedModelError: one has no place there, or a value is not filled by rows of matrices alone.
+    """
+    parts: dict[str, dict[str, Layout]] = {}
+    for module, rows in outputs.items():
+        key = f"{module}.weight"
+        place = conversion.value_of(key)
+        shape = conversion.values[place[0]].shape if place else ()
+        if place is None or len(shape) < 2:
+            raise unsupported(module, "the model has no such matrix")
+        block = Block(key, (0, 0), (rows, shape[-1]))
+        parts.setdefault(place[0], {})[key] = Layout(block.shape, (block,))
+    found: dict[str, Layout] = {}
+    for name, matrices in parts.items():
+        wanted, made = tuple(conversion.values[name].shape), (conversion.layouts(matrices) or {}).get(name)
+        if made is None or made.shape != wanted or any(block.shape[-1] != wanted[-1] for block in made.blocks):
+            shapes = ", ".join(sorted({str(item.shape) for item in matrices.values()}))
+            what = "it is" if len(matrices) == 1 else f"these {len(matrices)} matrices are"
+            module = next(iter(matrices)).removesuffix(".weight")
+            raise unsupported(module, f"{what} {shapes} and cannot make up the model's {name}, which is {wanted}")
+        found[name] = made
+    return found
+
+
+def _check_alike(value: str, matrices: Sequence[Held]) -> None:
+    """Raises ``UnsupportedModelError`` if the matrices of a value are not held in one way."""
+    schemes = sorted({item.scheme for item in matrices})
+    if len(schemes) > 1:
+        raise unsupported(value, f"its {len(matrices)} matrices are held in several schemes: {', '.join(schemes)}")
+    if len(matrices) > 1 and any(item.order is not None for item in matrices):
+        raise unsupported(value, "its matrices have orders of inputs of their own; give a checkpoint without act-order")
 
 
 def plain_model(
