@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from huggingface_hub import save_torch_state_dict
@@ -16,6 +16,7 @@ from torch.fx import Node
 from transformers import PreTrainedModel
 
 from ..ir.checkpoints.compressed_tensors import config_of, written
+from ..ir.checkpoints.conversion import in_files
 from ..ir.errors import UnsupportedModelError
 from ..ir.graph import is_constant, type_of
 from ..ir.loop import Loop
@@ -54,7 +55,8 @@ def quantize(
         What was written, in a line.
 
     Raises:
-        UnsupportedModelError: the model cannot be compiled, or a rounded weight is no matrix of one linear layer.
+        UnsupportedModelError: the model cannot be compiled, or a rounded weight is no matrix of a linear layer or an
+            expert.
         OptionError: an option makes no sense, or the directory is not empty.
     """
     wanted = resolve_quantization(quantization)
@@ -82,33 +84,56 @@ def quantize(
         found = calibrate(loop, values, windows, 16, place, lambda items: show.bar(items, "calibrate"))
         summary, placed, values = found.summary, found.values, {**values, **found.scales}
     constants = fold_constants(loop, values, place, placed, lambda items: show.bar(items, "weights"))
-    schemes, state = _state(loop, constants, bones, values)
-    _write(folder, model, bones, schemes, state)
-    held = sum(item.nbytes for item in state.values())
-    return f"{len(schemes)} matrices, {summary}; {held / 1e6:.0f} MB in {folder}"
+    made = _written(loop, constants, bones, values)
+    _write(folder, model, bones, made)
+    held = sum(item.nbytes for item in made.state.values())
+    return f"{len(made.schemes)} matrices, {summary}; {held / 1e6:.0f} MB in {folder}"
 
 
-def _state(
+class _Written(NamedTuple):
+    """The tensors of a checkpoint; the ``schemes`` of its rounded modules and its ``others`` that hold a matrix, by the
+    names of files; and whether the output projection is rounded, and so no longer the table of embeddings."""
+
+    state: dict[str, Tensor]
+    schemes: dict[str, str]
+    others: set[str]
+    untied: bool
+
+
+def _written(
     loop: Loop, constants: Mapping[Node, list[Tensor]], bones: Skeleton, values: Mapping[str, Tensor]
-) -> tuple[dict[str, str], dict[str, Tensor]]:
-    """The schemes of rounded modules, and all tensors of the checkpoint."""
+) -> _Written:
+    model = bones.model
+    linears = {f"{name}.weight" for name, item in model.named_modules() if isinstance(item, torch.nn.Linear)}
+    head = {f"{name}.weight" for name, item in model.named_modules() if item is model.get_output_embeddings()}
+    plain = {name: values[name] for name in model.state_dict()}
+    if model.config.get_text_config().tie_word_embeddings:
+        plain = {name: item for name, item in plain.items() if name not in head}
     schemes: dict[str, str] = {}
-    linears = {name for name, module in bones.model.named_modules() if isinstance(module, torch.nn.Linear)}
-    state = {name: values[name] for name in bones.model.state_dict()}
-    if bones.model.config.get_text_config().tie_word_embeddings:
-        tied = bones.model.get_output_embeddings()
-        state = {
-            name: item for name, item in state.items() if bones.model.get_submodule(name.rpartition(".")[0]) is not tied
-        }
+    state: dict[str, Tensor] = {}
+    untied = False
     for name, kind, rows in _matrices(loop, constants):
-        module, scheme = name.removesuffix(".weight"), scheme_of(kind)
+        scheme, depth = scheme_of(kind), values[name].shape[-1]
         assert scheme is not None
-        if module not in linears:
-            raise UnsupportedModelError(f"{name} is not the matrix of a linear layer, which alone the format knows")
-        state.pop(name, None)
-        schemes[module] = kind
-        state.update(written(module, rows.cpu(), scheme, tuple(values[name].shape)))  # type: ignore[arg-type]
-    return schemes, {name: item.cpu().contiguous() for name, item in state.items()}
+        plain.pop(name, None)
+        untied |= name in head
+        for key, part in in_files(model, {name: rows.cpu()}).items():
+            module = key.removesuffix(".weight")
+            if part.dim() != 2 or module == key or (rows.dim() == 2 and name not in linears):
+                raise UnsupportedModelError(f"{name} is not the matrix of a linear layer, which alone the format knows")
+            schemes[module] = kind
+            state.update(written(module, part, scheme, (len(part), depth)))
+    rest = in_files(model, plain)
+    tables = {f"{name}.weight" for name, item in model.named_modules() if isinstance(item, torch.nn.Embedding)}
+    matrices = {name: item for name, item in plain.items() if item.dim() == 2 and name not in tables}
+    others = {key.removesuffix(".weight") for key in in_files(model, matrices)}
+    return _Written({name: _alone(item) for name, item in (rest | state).items()}, schemes, others, untied)
+
+
+def _alone(value: Tensor) -> Tensor:
+    """A value on the CPU that shares no memory with another."""
+    value = value.cpu().contiguous()
+    return value if value.untyped_storage().nbytes() == value.nbytes else value.clone()
 
 
 def _matrices(loop: Loop, constants: Mapping[Node, list[Tensor]]) -> Iterator[tuple[str, str, Tensor]]:
@@ -132,19 +157,12 @@ def _matrices(loop: Loop, constants: Mapping[Node, list[Tensor]]) -> Iterator[tu
                     yield loop.weight(part, time), type_of(node).dtype, rows
 
 
-def _write(
-    folder: Path,
-    model: PreTrainedModel | str | Path,
-    bones: Skeleton,
-    schemes: Mapping[str, str],
-    state: dict[str, Tensor],
-) -> None:
+def _write(folder: Path, model: PreTrainedModel | str | Path, bones: Skeleton, made: _Written) -> None:
     folder.mkdir(parents=True, exist_ok=True)
-    named = {name for name, item in bones.model.named_modules() if isinstance(item, torch.nn.Linear)}
-    save_torch_state_dict(state, folder, metadata={"format": "pt"})
+    save_torch_state_dict(made.state, folder, metadata={"format": "pt"})
     config = copy.deepcopy(bones.model.config)
-    config.quantization_config = config_of(schemes, named - set(schemes))
-    if any(bones.model.get_submodule(name) is bones.model.get_output_embeddings() for name in schemes):
+    config.quantization_config = config_of(made.schemes, made.others)
+    if made.untied:
         # The table of embeddings stays, and what is no longer the same cannot be tied to it.
         config.get_text_config().tie_word_embeddings = config.tie_word_embeddings = False
     config.save_pretrained(folder)

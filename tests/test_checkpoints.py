@@ -359,6 +359,34 @@ def test_what_is_written_is_read_as_it_was_rounded(scheme: str, tmp_path: Path) 
     assert distance(theirs, again) < (5e-2 if scheme in ("int8-dynamic", "fp8") else 1e-4)
 
 
+@pytest.mark.parametrize(
+    ("family", "scheme"), [("qwen3_moe", "int4g32"), ("mixtral", "fp8"), ("qwen2_moe", "uint4g32")]
+)
+def test_experts_are_written_as_their_families_are(family: str, scheme: str, tmp_path: Path) -> None:
+    model = wide(family)
+    model.save_pretrained(tmp_path / "plain")
+    fuseline.quantize(model, tmp_path / "out", scheme, device="cpu")
+    plain, state = (load_file(tmp_path / name / "model.safetensors") for name in ("plain", "out"))
+    codes = "weight" if scheme == "fp8" else "weight_packed"
+    rounded_there = {name.removesuffix(".weight_scale") for name in state if name.endswith(".weight_scale")}
+    assert any(".experts.3." in name for name in rounded_there)
+    for name, item in plain.items():
+        module = name.removesuffix(".weight")
+        if module in rounded_there:
+            depth = item.shape[1] // (1 if scheme == "fp8" else 8)
+            assert state[f"{module}.{codes}"].shape == (item.shape[0], depth)
+        else:
+            assert torch.equal(state[name], item)
+    config = json.loads((tmp_path / "out" / "config.json").read_text())["quantization_config"]
+    gate = "block_sparse_moe.gate" if family == "mixtral" else "mlp.gate"
+    assert f"model.layers.1.{gate}" in config["ignore"] and not rounded_there & set(config["ignore"])
+    rounded = fuseline.compile(model, quantization=scheme, **SMALL)
+    again = fuseline.compile(str(tmp_path / "out"), dtype="float32", **SMALL)
+    assert again.report.bytes_by_type == rounded.report.bytes_by_type
+    for prompt in PROMPTS:
+        assert torch.equal(again(torch.tensor([prompt])).logits, rounded(torch.tensor([prompt])).logits)
+
+
 def test_schemes_by_pattern_and_calibrated_weights_are_written(tmp_path: Path) -> None:
     wide("qwen2").save_pretrained(tmp_path / "model")
     wanted = {"*.down_proj": None, "*.o_proj": "int8", "*": "int4g32"}

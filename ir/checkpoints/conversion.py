@@ -1,4 +1,4 @@
-"""How transformers puts a checkpoint's tensors together into the values of a model: under which names, and stacked how."""
+"""How transformers puts a checkpoint's tensors together into the values of a model, and takes them apart: names and stacks."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from typing import Any
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from ..errors import UnsupportedModelError
 from .layout import Layout
 
 
@@ -78,3 +79,20 @@ class Conversion:
         found = list(values.values())
         single = len(found) == 1 == len(converter.target_patterns)
         return found[0] if single and isinstance(found[0], Layout) else None
+
+
+def in_files(model: PreTrainedModel, values: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Values of a model under the names, and cut into the tensors, that transformers writes them as.
+
+    Dims are cut as those of the model's values, whatever the last of them holds.
+
+    Raises:
+        UnsupportedModelError: this version of transformers does it in a way that is not known.
+    """
+    try:
+        from transformers.core_model_loading import revert_weight_conversion
+    except ImportError as error:
+        raise UnsupportedModelError(
+            f"how this version of transformers writes a {type(model).__name__} is not known: {error}"
+        ) from error
+    return revert_weight_conversion(model, dict(values))  # type: ignore[no-any-return]
