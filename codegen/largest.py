@@ -1,4 +1,5 @@
-"""The largest numbers of each row, found one after another while the row is in registers, as a function that kernels call."""
+"""The largest numbers of each row, and those in columns that were found, while the row is in registers: functions that
+kernels call."""
 
 from __future__ import annotations
 
@@ -18,5 +19,16 @@ def top_of(x, place, WIDTH: tl.constexpr, COUNT: tl.constexpr):
         columns = tl.where(place == number, found, columns)
         left = left & (column != found)
     return values, columns
+""",
+    "picked": """@triton.jit
+def picked(x, index, place, COUNT: tl.constexpr):
+    # The numbers of whole rows x in the columns index, of which COUNT stand at the places 0 .. COUNT of columns place.
+    column = tl.arange(0, x.shape[1])[None, :]
+    values = tl.zeros((x.shape[0], place.shape[1]), tl.float32)
+    for number in tl.static_range(COUNT):
+        wanted = tl.sum(tl.where(place == number, index, 0), 1)[:, None]
+        found = tl.sum(tl.where(column == wanted, x, 0.0), 1)[:, None]
+        values = tl.where(place == number, found, values)
+    return values
 """,
 }

@@ -70,10 +70,16 @@ class RowTile(Tile):
             shape = type_of(source).shape
             x = self.value(source, self._row(shape, at))
             made = self.writer.fresh("values"), self.writer.fresh("columns")
-            where = "tl.zeros((1, 1), tl.int32)" if place == "0" else place
-            self.writer.line(f"{', '.join(made)} = top_of({x}, {where}, {shape[-1]}, {node.args[1]})")
+            self.writer.line(f"{', '.join(made)} = top_of({x}, {_places(place)}, {shape[-1]}, {node.args[1]})")
             self._found[node, place] = made
         return self._found[node, place][which]
+
+    def _picked(self, node: Node, source: Node, at: Position) -> str:
+        index = node.args[2]
+        assert isinstance(index, Node)
+        x = self.value(source, self._row(type_of(source).shape, at))
+        count = type_of(index).shape[-1]
+        return f"picked({x}, {self.value(index, at)}, {_places(at.coords[-1])}, {count})"
 
     def _reduction(self, node: Node, source: Node, name: str, at: Position) -> str:
         shape = type_of(source).shape
@@ -82,6 +88,8 @@ class RowTile(Tile):
             assert isinstance(count, int)
             parts = [self.value(source, at.at((*at.coords[:-1], str(index), at.coords[-1]))) for index in range(count)]
             return " + ".join(parts)
+        if name == "aten.gather":
+            return self._picked(node, source, at)
         place = self._row(shape, at)
         if name == "dist.receive":
             return received(self.graph, node)
@@ -105,6 +113,11 @@ class RowTile(Tile):
             return f"tl.exp({here} - {largest}) / {total}"
         total = f"tl.sum(tl.where({place.mask}, {x}, 0.0), 1)[:, None]"
         return f"{total} / {shape[-1]}" if name == "aten.mean.dim" else total
+
+
+def _places(column: str) -> str:
+    """Coordinates of columns as a tile, where there is a single column, too."""
+    return "tl.zeros((1, 1), tl.int32)" if column == "0" else column
 
 
 def _below(column: str, width: int) -> str:

@@ -46,13 +46,14 @@ TILE_REDUCTIONS = frozenset(
         "nn.head_factors",
         "nn.absmax",
         "nn.quantize",
+        "aten.gather",
     ]
 )
 # Sums over ranks, each of whole rows.
 TILE_MEETINGS = frozenset({"dist.all_reduce", "dist.receive"})
 # Operators with two results, which kernels make together.
 TILE_PAIRS = frozenset({"nn.add_rms_norm", "aten.topk"})
-# Rows of which the largest numbers are looked for one after another, and how many of them.
+# Rows of which the largest numbers, or those in given columns, are looked for one after another, and how many of them.
 _TOP_OF, _TOP = 1024, 16
 # A row has to fit into the registers of one program.
 WIDEST_ROW = 16384
@@ -92,6 +93,8 @@ def is_row_op(node: Node) -> bool:
         return _is_view(node, name)
     if name in TILE_LOOKUPS:
         return bool(name != "aten.index_select" or node.args[1] == 0)
+    if name == "aten.gather":
+        return _picks(node)
     if name in TILE_REDUCTIONS:
         return _reduces_rows(node, name)
     if name in ("nn.rope", "nn.head_codes", "nn.cache_write"):
@@ -171,6 +174,17 @@ def _finds_largest(node: Node) -> bool:
     dim, biggest, in_order = rest + [-1, True, True][len(rest) :]
     few = isinstance(kind.shape[-1], int) and kind.shape[-1] <= _TOP_OF and isinstance(count, int) and count <= _TOP
     return bool(few and not node.kwargs and kind.torch_dtype.is_floating_point and biggest and in_order and dim == -1)
+
+
+def _picks(node: Node) -> bool:
+    """Whether a kernel can look for a few columns of each row."""
+    source, dim, index = node.args[:3]
+    assert isinstance(source, Node) and isinstance(index, Node)
+    kind, columns = type_of(source), type_of(index).shape
+    width, count = kind.shape[-1], columns[-1]
+    few = isinstance(width, int) and width <= _TOP_OF and isinstance(count, int) and count <= _TOP
+    plain = len(node.args) == 3 and not node.kwargs and kind.torch_dtype.is_floating_point
+    return few and plain and dim in (-1, kind.rank - 1) and kind.shape[:-1] == columns[:-1]
 
 
 def _meets_by_rows(node: Node) -> bool:

@@ -45,6 +45,48 @@ def test_one_kernel_finds_experts_and_their_weights(
     assert all(found.spill_bytes == 0 for found in check_file(write(kernel, tmp_path)))
 
 
+PICKED = """\
+def route(x: f32[T, {width}], b: f32[{width}], *, T: dim(1, 64)):
+    p: f32[T, {width}] = aten.sigmoid(x)
+    a: f32[T, {width}] = aten.add.Tensor(p, b)
+    t: (f32[T, {count}], i64[T, {count}]) = aten.topk(a, {count})
+    i: i64[T, {count}] = t[1]
+    v: f32[T, {count}] = aten.gather(p, {dim}, i)
+    s: f32[T, 1] = aten.sum.dim_IntList(v, [-1], True)
+    w: f32[T, {count}] = aten.div.Tensor(v, s)
+    return [w, i]
+"""
+
+
+@pytest.mark.parametrize(("width", "count", "dim"), [(128, 8, -1), (37, 6, 1), (60, 1, -1)])
+def test_experts_that_are_found_by_other_numbers_than_their_weights(
+    width: int, count: int, dim: int, pool: ProcessPoolExecutor, tmp_path: Path
+) -> None:
+    """A bias decides who is chosen, and has no part in the weight: that is picked from the row at hand."""
+    (step,) = passes.steps(parse(PICKED.format(width=width, count=count, dim=dim)), ["GroupKernels"])
+    (kernel,) = emit_kernels(step.graph)
+    assert max(pool.submit(interpreted, str(write(kernel, tmp_path)), str(kernel.graph)).result()) <= 1e-5
+    assert all(found.spill_bytes == 0 for found in check_file(write(kernel, tmp_path)))
+
+
+GIVEN = """\
+def picked(x: f32[T, 70], i: i64[T, {count}], *, T: dim(1, 64)):
+    v: f32[T, {count}] = aten.gather(x, -1, i)
+    return [v]
+"""
+
+
+@pytest.mark.parametrize(("count", "kernels"), [(5, 1), (16, 1), (17, 0)])
+def test_columns_that_come_from_memory_are_picked(
+    count: int, kernels: int, pool: ProcessPoolExecutor, tmp_path: Path
+) -> None:
+    (step,) = passes.steps(parse(GIVEN.format(count=count)), ["GroupKernels"])
+    found = emit_kernels(step.graph)
+    assert len(found) == kernels
+    for kernel in found:
+        assert max(pool.submit(interpreted, str(write(kernel, tmp_path)), str(kernel.graph)).result()) <= 1e-6
+
+
 @pytest.mark.parametrize(
     ("width", "count", "how"), [(2048, 8, {}), (64, 32, {}), (64, 4, {"biggest": False}), (64, 4, {"ordered": False})]
 )
