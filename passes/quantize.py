@@ -70,7 +70,7 @@ def quantize(graph: Graph, report: PassReport) -> Graph:
         assert isinstance(weight, Node)
         if not is_constant(weight):
             continue
-        again = op_name(weight.target) == "nn.quantize"  # the pass has been here
+        again = is_quantised(weight)  # the pass has been here
         patterns = {name: pattern_of(name, wanted) for name in sorted(matrices_of(weight))}
         used.update(pattern for pattern in patterns.values() if pattern)
         schemes = {wanted[pattern] if pattern else None for pattern in patterns.values()}

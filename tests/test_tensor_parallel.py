@@ -331,6 +331,19 @@ def test_dumps_replay_and_verify_finds_wrong_placements(tmp_path: Path) -> None:
     assert ranks.generate(_PROMPTS, max_new_tokens=6, stop_token_ids=[]) == expected
 
 
+@pytest.mark.parametrize("scheme", ["int8", "int8-dynamic"])
+def test_every_dump_of_a_rounded_model_on_ranks_can_be_run(scheme: str, tmp_path: Path) -> None:
+    """What is rounded and cut already stays so when a graph goes through the passes again."""
+    many: dict[str, Any] = {"tensor_parallel": 3, "simulate": True, **_OPTIONS}
+    compiled = fuseline.compile(wide("llama"), quantization=scheme, dump=tmp_path, **many)
+    expected = compiled.generate(_PROMPTS, max_new_tokens=4)
+    texts = sorted(tmp_path.glob("[0-9][0-9][0-9]_*.txt"))
+    assert {"Quantize", "Shard", "Localize", "PageAttention", "GroupKernels"} <= {path.stem[4:] for path in texts}
+    for path in texts[next(place for place, path in enumerate(texts) if "Quantize" in path.name) :]:
+        again = fuseline.compile(ir.parse(path.read_text()), weights=wide("llama"), **many)
+        assert again.generate(_PROMPTS, max_new_tokens=4) == expected, path.name
+
+
 @pytest.mark.parametrize(
     ("options", "why"),
     [
