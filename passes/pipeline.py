@@ -32,6 +32,7 @@ from .select_rows import select_rows
 from .shard import shard
 from .switches import Switches
 from .transposes import sink_transposes
+from .uniform import drop_uniform_masks
 
 # A declaration is a class to the eye and a `Rule` once its decorator has read it.
 _DECLARED: tuple[Any, ...] = (
@@ -58,6 +59,7 @@ RULES: tuple[Rule, ...] = _DECLARED
 
 _OWN: dict[str, GraphPass] = {
     "DropBatchDim": drop_batch_dim,
+    "DropUniformMasks": drop_uniform_masks,
     "MergeDuplicates": merge_duplicates,
     "SinkTransposes": sink_transposes,
     **{rule.name: rule for rule in RULES},
@@ -79,6 +81,7 @@ _OWN: dict[str, GraphPass] = {
 CANONICAL: tuple[str, ...] = (
     "OuterFromMatmul",
     "DropBatchDim",
+    "DropUniformMasks",
     "MergeDuplicates",
     "SinkTransposes",
     "MergeDuplicates",

@@ -263,6 +263,57 @@ def f(x: f32[T, 3, 4], c: f32[T, 4], *, T: dim(1, 64)):
     same_numbers(text, after)
 
 
+ONE_OF_GROUPS = """\
+def f(x: f32[T, 6], g: f32[T, {groups}], *, T: dim(1, 64)):
+    t: (f32[T, {taken}], i64[T, {taken}]) = aten.topk(g, {taken})
+    i: i64[T, {taken}] = t[1]
+    z: f32[T, {groups}] = aten.zeros_like(g)
+    c: f32[T, {groups}] = aten.scatter.value(z, {dim}, i, {value})
+    u: f32[T, {groups}, 1] = aten.unsqueeze(c, -1)
+    e: f32[T, {groups}, {size}] = aten.expand(u, [T, {groups}, {size}])
+    r: f32[T, 6] = aten.reshape(e, [T, 6])
+    b: bool[T, 6] = aten.to.dtype(r, bool)
+    n: bool[T, 6] = aten.bitwise_not(b)
+    m: f32[T, 6] = {selected}
+    y: f32[T, 6] = aten.mul.Tensor(m, 2.0)
+    return y
+"""
+FILLED = "aten.masked_fill.Scalar(x, n, -inf)"
+
+
+@pytest.mark.parametrize(
+    ("groups", "taken", "dim", "value", "selected", "kept"),
+    [
+        (1, 1, -1, 1, FILLED, "x"),
+        (3, 3, 1, 1, FILLED, "x"),
+        (2, 2, -1, 0, "aten.where.self(n, x, m0)", "x"),
+        (2, 2, -1, 1, "aten.where.self(n, m0, x)", "x"),
+        (2, 2, -1, 1, "aten.where.self(b, m0, x)", "m0"),
+        (2, 1, -1, 1, FILLED, None),  # some are masked
+        (2, 2, -1, 0, FILLED, None),  # all are
+        (2, 2, -1, 0.5, FILLED, None),  # a number that some types round
+        (2, 2, 0, 1, FILLED, None),  # the columns of rows are written to rows
+    ],
+)
+def test_masks_that_are_the_same_everywhere_are_dropped(
+    groups: int, taken: int, dim: int, value: float, selected: str, kept: str | None
+) -> None:
+    text = ONE_OF_GROUPS.format(
+        groups=groups, taken=taken, dim=dim, value=value, selected=selected, size=6 // groups
+    ).replace("    t: (", "    m0: f32[T, 6] = aten.exp(x)\n    t: (" if "m0" in selected else "    t: (")
+    if dim == 0:  # valid for the text; no row has that number
+        graph = ir.parse(text)
+        (step,) = passes.steps(graph, ["DropUniformMasks"])
+        assert not step.report.fused
+        return
+    after, report = run("DropUniformMasks", text)
+    assert report.fused == ([kept] if kept else [])
+    assert ("topk" in str(after)) == (kept is None)
+    if kept:
+        assert f"y: f32[T, 6] = aten.mul.Tensor({kept}, 2.0)" in str(after)
+    same_numbers(text, after)
+
+
 def test_unknown_pass_is_named() -> None:
     with pytest.raises(passes.UnknownPassError, match="FuseNothing"):
         passes.run(ir.parse(HEAD), ["FuseNothing"])

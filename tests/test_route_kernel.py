@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import re
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
 import pytest
 import torch
+from families import make
 from test_kernels import interpreted, write
 
+import fuseline
 from fuseline import passes
 from fuseline.codegen.check import random_case
 from fuseline.codegen.kernels import emit_kernels
@@ -205,3 +208,12 @@ def test_rows_become_codes_in_a_kernel_only_as_steps_round_them(scheme: str, ker
     text = f'def f(x: f32[T, 64], *, T: dim(1, 64)):\n    q: {scheme}[T, 64] = nn.quantize(x, "{scheme}")\n    return [q]\n'
     (step,) = passes.steps(parse(text), ["GroupKernels"])
     assert len(emit_kernels(step.graph)) == kernels
+
+
+@pytest.mark.parametrize("family", ["glm4_moe", "minimax_m2", "qwen3_moe"])
+def test_a_router_is_two_kernels(family: str) -> None:
+    """The product with its epilogue, and the choice; a choice among groups of which there is one is no work."""
+    compiled = fuseline.compile(make(family), device="cpu", max_seq_len=64)
+    names = [re.sub(r"_\d+$", "", kernel.name) for kernel in compiled.kernels]
+    assert names.count("route") == 1 and names.index("route") == names.index("gate") + 1
+    assert not compiled.report.other_operators
