@@ -10,6 +10,7 @@ from typing import Literal
 
 import torch
 
+from ..ir.tiles import WIDEST_HEAD
 from .expressions import HELPERS
 from .paged_attention_cache import TYPES, cache_words
 from .paged_attention_launch import HOPPER_CHOICE, LAUNCH, ONE_CHOICE
@@ -45,8 +46,8 @@ class AttentionSpec:
             raise ValueError(f"attention kernels exist for {[str(dtype) for dtype in TYPES]}, not {self.dtype}")
         if self.num_heads % self.num_kv_heads:
             raise ValueError(f"{self.num_heads} query heads do not divide into {self.num_kv_heads} KV heads")
-        if max(self.head_dim, self.v_head_dim) > 256:
-            raise ValueError(f"head dims {self.head_dim} and {self.v_head_dim}: at most 256 fit a tile")
+        if max(self.head_dim, self.v_head_dim) > WIDEST_HEAD:
+            raise ValueError(f"head dims {self.head_dim} and {self.v_head_dim}: at most {WIDEST_HEAD} fit a tile")
         if self.codes and (self.head_dim % 2 or self.v_head_dim % 2):
             raise ValueError(f"head dims {self.head_dim} and {self.v_head_dim}: codes are read in pairs")
         if self.kind not in ("causal", "sliding", "chunked") or (self.window is None) != (self.kind == "causal"):
@@ -128,6 +129,8 @@ def _decode_tile(spec: AttentionSpec) -> _Tile:
     most = 16 if spec.dtype == torch.float32 or width > 128 else 32 if width > 64 else 64
     block_m = min(most, _pad(group))
     heads = _even_share(group, block_m)
+    if width > 256:
+        return _wide_tile(spec, 16)
     if spec.dtype == torch.float32:
         block_n, num_warps = 32 if width <= 64 else 16, 4 if width <= 128 else 8
         return _Tile(block_m, block_n, heads, num_warps, num_stages=3, maxnreg=255 if spec.codes else 168)
@@ -137,9 +140,18 @@ def _decode_tile(spec: AttentionSpec) -> _Tile:
     return _Tile(block_m, 64 if width < 128 else 32, heads, num_warps=4, num_stages=3, maxnreg=168)
 
 
+def _wide_tile(spec: AttentionSpec, rows: int) -> _Tile:
+    """Heads of more than 256 numbers fill the registers of eight warps; in fp32 some spill however many warps there are."""
+    plain = spec.dtype == torch.float32 and spec.codes is None
+    group = spec.num_heads // spec.num_kv_heads
+    return _Tile(rows, 16, _even_share(group, rows), num_warps=8, num_stages=2, maxnreg=None if plain else 255)
+
+
 def _prefill_tile(spec: AttentionSpec) -> _Tile:
     group = spec.num_heads // spec.num_kv_heads
     width = max(_pad(spec.head_dim), _pad(spec.v_head_dim))
+    if width > 256:
+        return _wide_tile(spec, 16 if spec.dtype == torch.float32 else 32)
     if spec.dtype == torch.float32:
         block_m = 32 if width <= 64 else 16
         return _Tile(block_m, 16, _even_share(group, block_m), num_warps=8, num_stages=2, maxnreg=255)
@@ -155,7 +167,7 @@ def _prefill_tile(spec: AttentionSpec) -> _Tile:
 
 def _hopper_prefill_tile(spec: AttentionSpec) -> _Tile:
     group, width = spec.num_heads // spec.num_kv_heads, max(_pad(spec.head_dim), _pad(spec.v_head_dim))
-    if spec.dtype == torch.float32 or width <= 64 or (width > 128 and spec.codes):
+    if spec.dtype == torch.float32 or width <= 64 or width > 256 or (width > 128 and spec.codes):
         return _prefill_tile(spec)
     if width <= 128:
         return _Tile(64, 64, _even_share(group, 64), num_warps=4, num_stages=3)

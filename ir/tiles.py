@@ -55,8 +55,9 @@ TILE_MEETINGS = frozenset({"dist.all_reduce", "dist.receive"})
 TILE_PAIRS = frozenset({"nn.add_rms_norm", "aten.topk"})
 # Rows of which the largest numbers, or those in given columns, are looked for one after another, and how many of them.
 _TOP_OF, _TOP = 1024, 16
-# A row has to fit into the registers of one program.
+# A row has to fit into the registers of one program, and so does a head with its result.
 WIDEST_ROW = 16384
+WIDEST_HEAD = 512
 
 _POWERS = frozenset({2, 3, 4, 0.5, -0.5, -1})
 _ELEMENTS = frozenset({"f32", "f16", "bf16", "f8e4m3", "i64", "i32", "i8", "bool"})
@@ -205,9 +206,28 @@ def is_matmul(node: Node) -> bool:
     return all(item is None or (isinstance(item, Node) and is_constant(item)) for item in weights)
 
 
+def is_alone(node: Node) -> bool:
+    """Whether a kernel computes the operator and nothing else: attention, or the product of rows with experts."""
+    name = op_name(node.target)
+    return name == "nn.grouped_linear" or (name == "nn.paged_attention" and not _why_not_attended(node))
+
+
+def _why_not_attended(node: Node) -> str:
+    """Why no kernel computes a paged attention; empty if one does."""
+    caches = [type_of(item) for item in node.args[1:3] if isinstance(item, Node)]
+    widths = [kind.shape[-1] for kind in caches]
+    if any(not isinstance(width, int) or width > WIDEST_HEAD for width in widths):
+        return f"heads of {max(widths, key=str)} numbers: a kernel has room for {WIDEST_HEAD}"
+    if any(kind.dtype in ("i8", "f8e4m3") and width % 2 for kind, width in zip(caches, widths)):  # type: ignore[operator]
+        return f"heads of {widths[0]} codes: kernels read codes in pairs"
+    return ""
+
+
 def why_outside(node: Node) -> str:
     """Why no kernel computes an operator."""
     name = op_name(node.target)
+    if name == "nn.paged_attention":
+        return _why_not_attended(node)
     for value in [node, *node.all_input_nodes]:
         for kind in flat_types(value.meta["type"]):
             if not _is_element(kind.dtype):

@@ -13,13 +13,21 @@ from torch.fx import Node
 
 from ..ir.graph import Graph, Region, flat_types, is_constant
 from ..ir.ops import op_name
-from ..ir.tiles import TILE_MEETINGS, is_matmul, is_pointwise, is_row_op, is_view, loose, sums_choices, why_outside
+from ..ir.tiles import (
+    TILE_MEETINGS,
+    is_alone,
+    is_matmul,
+    is_pointwise,
+    is_row_op,
+    is_view,
+    loose,
+    sums_choices,
+    why_outside,
+)
 from .epilogue import epilogue_of, prologue_of, reads_meeting
 from .ledger import PassReport
 from .ordering import make_contiguous
 from .sending import sent_after, take_turns
-
-_ALONE = frozenset({"nn.paged_attention", "nn.grouped_linear"})
 
 
 def group_kernels(graph: Graph, report: PassReport) -> Graph:
@@ -45,7 +53,7 @@ def group_kernels(graph: Graph, report: PassReport) -> Graph:
                 report.refuse(node.name, *refusal)
             claim(members, stem(node.name))
             report.fused.append(node.name)
-        elif op_name(node.target) in _ALONE:
+        elif is_alone(node):
             claim([node], stem(node.name))
             report.fused.append(node.name)
     for members in _row_regions(graph, regions):

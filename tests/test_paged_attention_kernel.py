@@ -165,6 +165,11 @@ CASES = {
     "mha, blocks of 32, decode": Case(MHA64, DECODE, num_splits=2),
     "head dim 256": Case(WIDE, PREFILL),
     "head dim 256, decode": Case(WIDE, DECODE, num_splits=2),
+    "head dim 512": Case(replace(WIDE, head_dim=512, v_head_dim=512), PREFILL),
+    "head dim 512, decode": Case(replace(WIDE, head_dim=512, v_head_dim=512), DECODE, num_splits=2),
+    "head dim 320, int8, decode": Case(
+        replace(WIDE, head_dim=320, v_head_dim=264, dtype=torch.float16, codes=torch.int8), DECODE, num_splits=2
+    ),
     "other value head dim": Case(LATENT, PREFILL),
     "other value head dim, decode": Case(LATENT, DECODE, num_splits=2),
     "37 heads on one": Case(replace(MQA80, num_heads=37), ((3, 5), (1, 20))),
@@ -210,6 +215,8 @@ GPU_SPECS = [
     AttentionSpec(32, 8, 128, 128, torch.bfloat16, 16, 128**-0.5, codes=torch.int8),
     AttentionSpec(8, 4, 256, 256, torch.bfloat16, 16, 0.0625, "sliding", 100, softcap=50.0, codes=torch.int8),
     AttentionSpec(16, 2, 64, 64, torch.float16, 32, 0.125, "sliding", 128, sinks=True, codes=FP8),
+    AttentionSpec(8, 1, 512, 512, torch.bfloat16, 16, 512**-0.5),
+    AttentionSpec(8, 4, 320, 320, torch.float16, 16, 320**-0.5, codes=torch.int8),
 ]
 
 
@@ -265,7 +272,7 @@ def test_compiles_without_spills(spec: AttentionSpec, tmp_path: Path) -> None:
     [
         {"dtype": torch.float64},
         {"num_kv_heads": 2},
-        {"head_dim": 264},
+        {"head_dim": 520},
         {"kind": "sliding"},
         {"window": 5},
         {"head_dim": 23, "codes": torch.int8},
