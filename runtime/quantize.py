@@ -23,6 +23,7 @@ from ..ir.loop import Loop
 from ..ir.ops import op_name
 from ..ir.schemes import scheme_of
 from ..ir.skeleton import Skeleton, skeleton
+from ..passes.quantize import matrices_of
 from .calibration.activations import calibrate
 from .calibration.texts import Calibration, windows_of
 from .constants import fold_constants
@@ -148,8 +149,11 @@ def _matrices(loop: Loop, constants: Mapping[Node, list[Tensor]]) -> Iterator[tu
             parts: Any = source.args[0] if joined else [source]
             for part in parts:
                 if op_name(part.target) != "weight":
+                    name = min(matrices_of(part), default=part.name)
+                    pattern = f"*.{name.removesuffix('.weight').rpartition('.')[2]}"
                     raise UnsupportedModelError(
-                        f"{part.name} is computed from a weight before it is rounded, and the format holds weights only"
+                        f"{part.name} is computed from a weight before it is rounded, and the format holds weights only; "
+                        f"leave {name} as it is: {{{pattern!r}: None, ...}}"
                     )
             sizes = [type_of(part).concrete({})[0] for part in parts]
             for place, time in enumerate(stage.times):

@@ -445,8 +445,13 @@ def test_a_pass_that_fails_on_rounded_weights_is_not_passed_over(
 
 
 def test_matrices_that_the_format_does_not_know_are_refused(tmp_path: Path) -> None:
-    with pytest.raises(fuseline.UnsupportedModelError, match="computed from a weight before it is rounded"):
+    """With what to ask for instead."""
+    with pytest.raises(fuseline.UnsupportedModelError, match=r"computed from a weight .* {'\*.c_attn': None"):
         fuseline.quantize(wide("gpt2"), tmp_path, "int8", device="cpu")
+    with pytest.raises(fuseline.UnsupportedModelError, match=r"{'\*.gate_up_proj': None"):
+        fuseline.quantize(wide("gpt_oss"), tmp_path, "int8", device="cpu")
+    said = fuseline.quantize(wide("gpt_oss"), tmp_path, {"*.experts.*": None, "*": "int8"}, device="cpu")
+    assert said.startswith("8 matrices")
 
 
 def test_the_command_writes_a_checkpoint_that_the_others_read(tmp_path: Path) -> None:
