@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from benching import SIZES, call, save_tiny
+from families import make
 from tensor_parallel import mpirun, needs_mpirun
 
 import fuseline
@@ -39,6 +40,20 @@ def test_ranks_are_measured_by_what_each_must_read(
     whole = decode_bytes(fuseline.compile(tiny, device="cpu", max_seq_len=64).graph, 3, 8 + 6 // 2)
     assert decode.floor_ms and 1e3 * whole / 1e10 < decode.floor_ms < 1.5e3 * whole / 1e10
     assert "for each of 2 ranks" in capsys.readouterr().out
+
+
+def test_ranks_with_experts_of_their_own_are_measured(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    make("qwen3_moe").save_pretrained(tmp_path / "model")
+    file, options = tmp_path / "results.json", ["--workloads", "decode", "--expert-parallel", "*.experts.*"]
+    ranks = ["--tensor-parallel", "2", "--json", str(file)]
+    assert call(monkeypatch, str(tmp_path / "model"), *options, *ranks, *SIZES, *FEW) == 0
+    start, decode = results.read([file])
+    assert start.dtype == decode.dtype == "float32, 2 ranks, experts divided" and decode.check == "same 3/3"
+    capsys.readouterr()
+    assert call(monkeypatch, str(tmp_path / "model"), *options, *SIZES, *FEW) != 0
+    assert "expert_parallel=('*.experts.*',) is for several ranks" in capsys.readouterr().err
 
 
 @needs_mpirun

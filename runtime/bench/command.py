@@ -11,15 +11,17 @@ from typing import Annotated
 import typer
 from tqdm import tqdm
 
-from ..arguments import CacheDtype, Device, Dtype, Quantization, TensorParallel
+from ..arguments import CacheDtype, Device, Dtype, ExpertParallel, Quantization, TensorParallel
 from ..mpi import one_job
 from ..options import (
     OptionError,
     positive,
     quantization_of,
+    refuse_ranks,
     resolve_device,
     resolve_dtype,
     resolve_kv_dtype,
+    resolve_patterns,
     resolve_quantization,
 )
 from ..progress import Progress, quiet_transformers
@@ -67,6 +69,7 @@ def bench(
     quantization: Quantization = None,
     kv_cache: CacheDtype = None,
     tensor_parallel: TensorParallel = 1,
+    expert_parallel: ExpertParallel = None,
     json: Annotated[Path | None, typer.Option(metavar="FILE", help="Append a line of JSON for each result.")] = None,
     plot: Annotated[Path | None, typer.Option(metavar="OUT.png", help="Draw result files; measures nothing.")] = None,
 ) -> None:
@@ -92,6 +95,8 @@ def bench(
     if quantization:
         resolve_quantization(quantization_of(quantization))
     resolve_kv_dtype(kv_cache, kind, place)
+    by_expert = resolve_patterns("expert_parallel", expert_parallel or ())
+    refuse_ranks(tensor_parallel, False, {"expert_parallel": by_expert}, False, None)
     launched = tensor_parallel > 1 and not started_here
     # Ranks that each look at a clock would not make the same number of runs.
     clock = Clock(positive("--repeats", repeats), math.inf if launched else seconds)
@@ -132,7 +137,8 @@ def bench(
             print(header(facts))
         for source in sources:
             most = min(max_batch_size, max(item.concurrency for item in work))
-            setup = Setup(source, most, longest, max_step_tokens, memory, quantization, kv_cache, tensor_parallel)
+            schemes = (quantization, kv_cache)
+            setup = Setup(source, most, longest, max_step_tokens, memory, *schemes, tensor_parallel, by_expert)
             if speaks:
                 print(f"\n{source.name}, {setup.kind}\n{COLUMNS}", flush=True)
             results += run(Plan(setup, work, peers, clock, speed, facts, tell, Progress(speaks)))

@@ -47,6 +47,7 @@ class Fuseline(Peer):
             max_step_tokens=setup.max_step_tokens,
             kv_cache=KVCacheConfig(max_tokens=tokens, dtype=setup.kv_cache, memory_share=setup.memory),
             tensor_parallel=setup.tensor_parallel,
+            expert_parallel=setup.expert_parallel,
             quantization=quantization_of(setup.quantization) if setup.quantization else None,
         )
         source.release()

@@ -36,6 +36,7 @@ class Setup:
     memory           share of the device's memory for weights, KV cache and workspace together
     quantization     schemes of Fuseline's weights, as a command line states them; kv_cache: the type of its KV cache
     tensor_parallel  ranks that the model is divided among
+    expert_parallel  patterns of weights of experts of which each rank has some whole (of vLLM's all, if there is any)
     """
 
     source: Source
@@ -46,11 +47,13 @@ class Setup:
     quantization: str | None = None
     kv_cache: str | None = None
     tensor_parallel: int = 1
+    expert_parallel: tuple[str, ...] = ()
 
     @property
     def kind(self) -> str:
         """The element type, and among how many ranks the model is divided."""
         ranks = f", {self.tensor_parallel} ranks" if self.tensor_parallel > 1 else ""
+        ranks += ", experts divided" if self.expert_parallel else ""
         return str(self.source.dtype).removeprefix("torch.") + ranks
 
     @property

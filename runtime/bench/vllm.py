@@ -8,6 +8,8 @@ from collections import deque
 from collections.abc import Sequence
 from typing import Any
 
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
 from ..ranks import size_of
 from .peers import NotMeasured, Peer, Served, Setup
 from .workloads import Request
@@ -32,7 +34,7 @@ class Vllm(Peer):
         self.same_weights = source.path is not None
         self._folder = tempfile.TemporaryDirectory()
         if source.path is None:
-            source.config.architectures = ["LlamaForCausalLM"]
+            source.config.architectures = [MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[source.config.model_type]]
             source.config.save_pretrained(self._folder.name)
         self._vllm: Any = vllm
         self._count = 0
@@ -45,6 +47,7 @@ class Vllm(Peer):
             max_num_seqs=setup.max_batch_size,
             max_model_len=setup.max_seq_len,
             tensor_parallel_size=setup.tensor_parallel,
+            enable_expert_parallel=bool(setup.expert_parallel),
             # Nobody else keeps prefixes.
             enable_prefix_caching=False,
         )
