@@ -214,12 +214,14 @@ def is_alone(node: Node) -> bool:
 
 def _why_not_attended(node: Node) -> str:
     """Why no kernel computes a paged attention; empty if one does."""
-    caches = [type_of(item) for item in node.args[1:3] if isinstance(item, Node)]
-    widths = [kind.shape[-1] for kind in caches]
-    if any(not isinstance(width, int) or width > WIDEST_HEAD for width in widths):
-        return f"heads of {max(widths, key=str)} numbers: a kernel has room for {WIDEST_HEAD}"
-    if any(kind.dtype in ("i8", "f8e4m3") and width % 2 for kind, width in zip(caches, widths)):  # type: ignore[operator]
-        return f"heads of {widths[0]} codes: kernels read codes in pairs"
+    for cache in node.args[1:3]:
+        assert isinstance(cache, Node)
+        kind = type_of(cache)
+        width = kind.shape[-1]
+        if not isinstance(width, int) or width > WIDEST_HEAD:
+            return f"{cache.name} has heads of {width} numbers: a kernel has room for {WIDEST_HEAD}"
+        if kind.dtype in ("i8", "f8e4m3") and width % 2:
+            return f"{cache.name} has heads of {width} codes: kernels read codes in pairs"
     return ""
 
 
@@ -236,7 +238,7 @@ def why_outside(node: Node) -> str:
                 return f"{value.name} has rows of tokens in an inner dim: {kind}"
     if name in PROJECTIONS:
         return f"{name}: its weight is computed in the step, or its rows are no matrix"
-    known = name in TILE_POINTWISE | TILE_VIEWS | TILE_LOOKUPS | TILE_REDUCTIONS
+    known = name in TILE_POINTWISE | TILE_VIEWS | TILE_LOOKUPS | TILE_REDUCTIONS | TILE_PAIRS
     return f"{name}: no kernel takes these arguments" if known else f"{name} is not among the operators of kernels"
 
 
