@@ -27,7 +27,8 @@ def drop_uniform_masks(graph: Graph, report: PassReport) -> Graph:
         node.replace_all_uses_with(kept)
         graph.erase_node(node)
         report.fused.append(kept.name)
-    graph.eliminate_dead()
+    if report.fused:
+        graph.eliminate_dead()
     return graph
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+import torch
 from random_attention import attention
 from random_builder import Builder, Choices, T, last, linear, residual, shape_of
 from random_norms import norm
@@ -204,10 +205,24 @@ def outer(b: Builder, c: Choices, h: Node) -> Node:
     return residual(b, c, h, b("sum.dim_IntList", product, [-1]))
 
 
+def of_groups(b: Builder, c: Choices, scores: Node, count: int) -> Node:
+    """Scores of which those of all groups but a few are masked; none are where there is one group, or where all are taken."""
+    groups = c.of(1, count)
+    taken = max(1, groups - c.of(0, 0, 1))
+    parts = [*b.lead, groups, count // groups]
+    best = b("amax", b("reshape", scores, parts), [-1])
+    ids = b.item(b("topk", best, taken, -1), 1)
+    chosen = b("unsqueeze", b("scatter.value", b("zeros_like", best), -1, ids, 1), -1)
+    mask = b("to.dtype", b("reshape", b("expand", chosen, parts), [*b.lead, count]), torch.bool)
+    return b("masked_fill.Scalar", scores, b("bitwise_not", mask), 0.0)
+
+
 def experts(b: Builder, c: Choices, h: Node) -> Node:
     """A router and the experts it chooses, as one grouped projection."""
     count, chosen = c.of(4, 3), c.of(2, 1)
     scores = b("softmax.int", b("linear", b.cast(h, "f32"), b.weight(c, count, b.width, dtype="f32")), -1)
+    if c.chance(40):
+        scores = of_groups(b, c, scores, count)
     best = b("topk", scores, chosen, -1)
     weights, ids = b.item(best, 0), b.item(best, 1)
     if c.chance(50):

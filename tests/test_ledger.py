@@ -125,11 +125,11 @@ def test_a_model_compiled_with_passes_switched_off_says_the_same() -> None:
 
 
 def test_explain_answers_why() -> None:
-    after, report = lowered("glm4_moe")
+    after, report = lowered("deepseek_v3-groups")
     text = explain(after.graph, report, layer=1)
-    assert "not fused: l1_gather: it is in no kernel: aten.gather is not among the operators of kernels" in text
-    assert "--> l1_gather: f32[T, 2] = aten.gather(" in text
-    assert 'kernel "qkv"\n    l1_' in text
-    assert "l0_qkv (and 1 like it)" in explain(after.graph, report)
+    assert "not fused: l1_scatter: it is in no kernel: aten.scatter.value is not among the operators of kernels" in text
+    assert "--> l1_scatter: f32[T, 2] = aten.scatter.value(" in text
+    assert 'kernel "route"\n    l1_' in text
+    assert "l0_q_a_proj (and 1 like it)" in explain(after.graph, report)
     with pytest.raises(ValueError, match="there is no layer 2: the model has the layers 0 to 1"):
         explain(after.graph, report, layer=2)
