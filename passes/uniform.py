@@ -13,6 +13,7 @@ from ..ir.ops import op_name
 from .ledger import PassReport, asks_first
 
 _VIEWS = frozenset(f"aten.{name}" for name in "reshape unsqueeze expand squeeze.dim slice.Tensor transpose.int".split())
+_CHANGES = frozenset({"aten.to.dtype", "aten.bitwise_not", "aten.logical_not"})
 _FILLED = {"aten.zeros_like": 0, "aten.ones_like": 1}
 Number = bool | int | float
 
@@ -57,16 +58,14 @@ def uniform(node: Node) -> Number | None:
         return _number(node.args[1])
     if name == "aten.scatter.value":
         return _number(node.args[3]) if _covers(node) else None
-    source = node.args[0] if node.args else None
+    source = node.args[0] if name in _VIEWS | _CHANGES else None
     found = uniform(source) if isinstance(source, Node) else None
     if found is None or name in _VIEWS:
         return found
     if name == "aten.to.dtype":
         kinds = {"bool": bool, "i64": int, "i32": int, "f32": float}  # other types may round it
         return kinds[kind.dtype](found) if kind.dtype in kinds else None
-    if name in ("aten.bitwise_not", "aten.logical_not") and kind.dtype == "bool":
-        return not found
-    return None
+    return not found if kind.dtype == "bool" else None
 
 
 def _number(value: object) -> Number | None:

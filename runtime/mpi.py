@@ -148,9 +148,8 @@ def one_job(size: int) -> Iterator[None]:
         if not isinstance(error, FuselineError):
             traceback.print_exc()
         what = error.args[0] if isinstance(error, FuselineError) and error.args else repr(error)
-        print(
-            f"fuseline: rank {rank} of {size}: {what}\n", end="", file=sys.stderr, flush=True
-        )  # one write: a line stays whole
+        # In one write, so that the line stays whole beside those of other ranks.
+        print(f"fuseline: rank {rank} of {size}: {what}\n", end="", file=sys.stderr, flush=True)
         if not started_by_mpi():
             os._exit(1)  # torchrun ends the others; what runs on a GPU may wait for them for ever
         try:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import json
 from collections.abc import Callable
 from functools import partial
@@ -11,113 +10,14 @@ from typing import Any
 
 import pytest
 import torch
-from compressed_tensors.compressors import BaseCompressor
-from compressed_tensors.quantization import QuantizationScheme
+from checkpoint_layouts import LAYOUTS, PROMPTS, SMALL, distance, group_config, written
 from deep import make_deep
-from quantized_models import round_rows_of_experts, rounded_rows, wide
-from rounded_checkpoints import Written, awq, gptq, in_bytes, packed, write
+from quantized_models import wide
+from rounded_checkpoints import packed, write
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM
-from typer.testing import CliRunner
 
 import fuseline
 from fuseline.ir.parse import parse
-from fuseline.runtime.cli import app
-
-PROMPTS = [[5, 17, 3, 88, 41, 2, 9], [7, 7, 61]]
-SMALL: dict[str, Any] = {"device": "cpu", "max_batch_size": 2, "max_step_tokens": 32}
-
-
-def group_config(bits: int, group: int, sym: bool, form: str, inputs: Any = None, kind: str = "int") -> dict[str, Any]:
-    """A config of compressed-tensors with one group for all linear layers."""
-    strategy = "group" if group > 0 else "channel"
-    weights = {"num_bits": bits, "type": kind, "symmetric": sym, "strategy": strategy}
-    weights["group_size"] = group if group > 0 else None
-    entry = {"targets": ["Linear"], "weights": weights, "input_activations": inputs, "output_activations": None}
-    return {
-        "quant_method": "compressed-tensors",
-        "format": form,
-        "config_groups": {"group_0": entry},
-        "ignore": ["lm_head"],
-    }
-
-
-def rows_config(kind: str = "int", **changes: Any) -> dict[str, Any]:
-    return {"num_bits": 8, "type": kind, "symmetric": True, "strategy": "token", "dynamic": True, **changes}
-
-
-def gptq_config(bits: int, group: int, sym: bool, **changes: Any) -> dict[str, Any]:
-    return {"quant_method": "gptq", "bits": bits, "group_size": group, "sym": sym, "desc_act": False, **changes}
-
-
-AWQ = {"quant_method": "awq", "bits": 4, "group_size": 32, "zero_point": True, "version": "gemm"}
-LAYOUTS: dict[str, tuple[str, dict[str, Any], Callable[..., Written]]] = {
-    "gptq": ("int4g32", gptq_config(4, 32, True), partial(gptq, bits=4, group=32, sym=True)),
-    "gptq, zero points": ("uint4g32", gptq_config(4, 32, False), partial(gptq, bits=4, group=32, sym=False)),
-    "gptq v2": (
-        "uint4g32",
-        gptq_config(4, 32, False, checkpoint_format="gptq_v2"),
-        partial(gptq, bits=4, group=32, sym=False, less=0),
-    ),
-    "gptq, act-order": (
-        "uint4g32",
-        gptq_config(4, 32, False, desc_act=True),
-        partial(gptq, bits=4, group=32, sym=False, mixed=True),
-    ),
-    "gptq, 8 bits": ("int8g32", gptq_config(8, 32, True), partial(gptq, bits=8, group=32, sym=True)),
-    "gptq, 8 bits by row": ("int8", gptq_config(8, -1, True), partial(gptq, bits=8, group=-1, sym=True)),
-    "gptq by row": ("int4g32", gptq_config(4, -1, True), partial(gptq, bits=4, group=-1, sym=True)),
-    "awq": ("uint4g32", AWQ, partial(awq, group=32)),
-    "W4A16": ("int4g32", group_config(4, 32, True, "pack-quantized"), partial(packed, bits=4, group=32, sym=True)),
-    "W4A16, zero points": (
-        "uint4g32",
-        group_config(4, 32, False, "pack-quantized"),
-        partial(packed, bits=4, group=32, sym=False),
-    ),
-    "W8A16": ("int8", group_config(8, -1, True, "pack-quantized"), partial(packed, bits=8, group=-1, sym=True)),
-    "W8A16 in bytes": ("int8", group_config(8, -1, True, "int-quantized"), partial(in_bytes, kind=torch.int8)),
-    "W8A8": (
-        "int8d",
-        group_config(8, -1, True, "int-quantized", rows_config()),
-        partial(in_bytes, kind=torch.int8),
-    ),
-    "FP8": (
-        "fp8",
-        group_config(8, -1, True, "float-quantized", rows_config("float"), "float"),
-        partial(in_bytes, kind=torch.float8_e4m3fn),
-    ),
-    "FP8, one factor": (
-        "fp8",
-        group_config(8, -1, True, "float-quantized", rows_config("float"), "float"),
-        partial(in_bytes, kind=torch.float8_e4m3fn, by_row=False),
-    ),
-}
-
-
-def written(layout: str, folder: Path, family: str = "llama") -> Any:
-    """A checkpoint in a layout; returns the model that it stands for, which rounds its rows where the layout says so."""
-    scheme, config, made = LAYOUTS[layout]
-    return rows_rounded(write(folder, wide(family), config, made), scheme)
-
-
-def rows_rounded(twin: Any, scheme: str) -> Any:
-    """The model, which from now on rounds the rows of its linear layers and experts where the scheme does."""
-    if scheme in ("int8d", "fp8"):
-        name = "int8-dynamic" if scheme == "int8d" else "fp8"
-        for where, module in list(twin.named_modules()):
-            if isinstance(module, torch.nn.Linear) and module is not twin.lm_head:
-                module.register_forward_pre_hook(lambda _, given: (rounded_rows(given[0], name),))
-            if where.endswith(".experts"):
-                round_rows_of_experts(twin, where, name)
-    return twin
-
-
-def distance(model: Any, compiled: Any) -> float:
-    """The relative RMSE between the logits of a model and of a compiled one."""
-    with torch.no_grad():
-        wanted = torch.cat([model(torch.tensor([prompt])).logits.double().flatten() for prompt in PROMPTS])
-    found = torch.cat([compiled(torch.tensor([prompt])).logits.double().flatten() for prompt in PROMPTS])
-    return float((found - wanted).norm() / wanted.norm())
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -320,103 +220,6 @@ def test_a_rounded_checkpoint_is_not_rounded_again(tmp_path: Path) -> None:
         fuseline.compile(str(tmp_path), quantization="int8", **SMALL)
 
 
-def loaded(folder: Path) -> Any:
-    """A checkpoint as transformers reads it."""
-    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
-
-
-def unpacked_by_the_library(folder: Path, model: Any) -> Any:
-    """A model with the numbers that the format's library finds in a checkpoint. Transformers cannot load zero points: it
-    makes room for them as they are before they are packed."""
-    twin, state = copy.deepcopy(model), load_file(folder / "model.safetensors")
-    config = json.loads((folder / "config.json").read_text())["quantization_config"]["config_groups"]["group_0"]
-    scheme = QuantizationScheme(**{name: config[name] for name in ("targets", "weights")})
-    packer = BaseCompressor.get_value_from_registry(config["format"])
-    with torch.no_grad():
-        for name, module in twin.named_modules():
-            own = {
-                key.removeprefix(f"{name}."): item for key, item in state.items() if key.startswith(f"{name}.weight_")
-            }
-            if own:
-                module.weight.copy_(packer.decompress(own, scheme)["weight"])
-    return twin
-
-
-@pytest.mark.parametrize("scheme", ["int8", "int8g32", "int4g32", "uint4g32", "int8-dynamic", "fp8"])
-def test_what_is_written_is_read_as_it_was_rounded(scheme: str, tmp_path: Path) -> None:
-    """By us exactly, and by transformers with the library of the format."""
-    model = wide("llama")
-    said = fuseline.quantize(model, tmp_path, scheme, device="cpu")
-    assert said.startswith("14 matrices, rounded to nearest")
-    rounded = fuseline.compile(model, quantization=scheme, **SMALL)
-    again = fuseline.compile(str(tmp_path), dtype="float32", **SMALL)
-    assert again.report.bytes_by_type == rounded.report.bytes_by_type
-    for prompt in PROMPTS:
-        tokens = torch.tensor([prompt])
-        assert torch.equal(again(tokens).logits, rounded(tokens).logits)
-    theirs = unpacked_by_the_library(tmp_path, model) if scheme.startswith("u") else loaded(tmp_path)
-    # The library rounds the factors of rows in its own way, and some codes with them.
-    assert distance(theirs, again) < (5e-2 if scheme in ("int8-dynamic", "fp8") else 1e-4)
-
-
-@pytest.mark.parametrize(
-    ("family", "scheme"), [("qwen3_moe", "int4g32"), ("mixtral", "fp8"), ("qwen2_moe", "uint4g32")]
-)
-def test_experts_are_written_as_their_families_are(family: str, scheme: str, tmp_path: Path) -> None:
-    model = wide(family)
-    model.save_pretrained(tmp_path / "plain")
-    fuseline.quantize(model, tmp_path / "out", scheme, device="cpu")
-    plain, state = (load_file(tmp_path / name / "model.safetensors") for name in ("plain", "out"))
-    codes = "weight" if scheme == "fp8" else "weight_packed"
-    rounded_there = {name.removesuffix(".weight_scale") for name in state if name.endswith(".weight_scale")}
-    assert any(".experts.3." in name for name in rounded_there)
-    for name, item in plain.items():
-        module = name.removesuffix(".weight")
-        if module in rounded_there:
-            depth = item.shape[1] // (1 if scheme == "fp8" else 8)
-            assert state[f"{module}.{codes}"].shape == (item.shape[0], depth)
-        else:
-            assert torch.equal(state[name], item)
-    config = json.loads((tmp_path / "out" / "config.json").read_text())["quantization_config"]
-    gate = "block_sparse_moe.gate" if family == "mixtral" else "mlp.gate"
-    assert f"model.layers.1.{gate}" in config["ignore"] and not rounded_there & set(config["ignore"])
-    rounded = fuseline.compile(model, quantization=scheme, **SMALL)
-    again = fuseline.compile(str(tmp_path / "out"), dtype="float32", **SMALL)
-    assert again.report.bytes_by_type == rounded.report.bytes_by_type
-    for prompt in PROMPTS:
-        assert torch.equal(again(torch.tensor([prompt])).logits, rounded(torch.tensor([prompt])).logits)
-
-
-def test_schemes_by_pattern_and_calibrated_weights_are_written(tmp_path: Path) -> None:
-    wide("qwen2").save_pretrained(tmp_path / "model")
-    wanted = {"*.down_proj": None, "*.o_proj": "int8", "*": "int4g32"}
-    calibration = fuseline.Calibration([[5, 3, 8, 1, 9, 40, 77] * 4, [1, 2, 3, 4] * 8])
-    options: dict[str, Any] = {"calibration": calibration, "device": "cpu", "dtype": "float32"}
-    said = fuseline.quantize(str(tmp_path / "model"), tmp_path / "out", wanted, **options)
-    assert said.startswith("12 matrices, 6 weights by GPTQ") or "by GPTQ" in said
-    rounded = fuseline.compile(
-        str(tmp_path / "model"), quantization=wanted, dtype="float32", calibration=calibration, **SMALL
-    )
-    again = fuseline.compile(str(tmp_path / "out"), dtype="float32", **SMALL)
-    assert distance(loaded(tmp_path / "out"), again) < 1e-4
-    for prompt in PROMPTS:
-        assert torch.equal(again(torch.tensor([prompt])).logits, rounded(torch.tensor([prompt])).logits)
-    with pytest.raises(fuseline.OptionError, match="not empty"):
-        fuseline.quantize(str(tmp_path / "model"), tmp_path / "out", "int8", device="cpu")
-
-
-def test_a_rounded_output_projection_is_no_longer_tied(tmp_path: Path) -> None:
-    model = make_deep("llama", 2, tie_word_embeddings=True, hidden_size=96, intermediate_size=160, head_dim=32)
-    wanted = {"*.lm_head": "int8", "*": "int4g32"}
-    fuseline.quantize(model, tmp_path, wanted, device="cpu", dtype="float32")
-    assert not json.loads((tmp_path / "config.json").read_text())["tie_word_embeddings"]
-    assert model.config.tie_word_embeddings
-    rounded = fuseline.compile(model, quantization=wanted, **SMALL)
-    again = fuseline.compile(str(tmp_path), dtype="float32", **SMALL)
-    assert torch.equal(again(torch.tensor([PROMPTS[0]])).logits, rounded(torch.tensor([PROMPTS[0]])).logits)
-    assert distance(loaded(tmp_path), again) < 1e-4
-
-
 def test_several_files_narrow_types_and_models_with_experts_are_read(tmp_path: Path) -> None:
     """Experts stay as they are there: attention alone is rounded."""
     config, made = LAYOUTS["awq"][1:]
@@ -442,22 +245,3 @@ def test_a_pass_that_fails_on_rounded_weights_is_not_passed_over(
     monkeypatch.setattr("fuseline.passes.read_rounded._codes", fails)
     with pytest.raises(fuseline.UnsupportedModelError, match="ReadRounded cannot handle this model: IndexError"):
         fuseline.compile(str(tmp_path), dtype="float32", **SMALL)
-
-
-def test_matrices_that_the_format_does_not_know_are_refused(tmp_path: Path) -> None:
-    """With what to ask for instead."""
-    with pytest.raises(fuseline.UnsupportedModelError, match=r"computed from a weight .* {'\*.c_attn': None"):
-        fuseline.quantize(wide("gpt2"), tmp_path, "int8", device="cpu")
-    with pytest.raises(fuseline.UnsupportedModelError, match=r"{'\*.gate_up_proj': None"):
-        fuseline.quantize(wide("gpt_oss"), tmp_path, "int8", device="cpu")
-    said = fuseline.quantize(wide("gpt_oss"), tmp_path, {"*.experts.*": None, "*": "int8"}, device="cpu")
-    assert said.startswith("8 matrices")
-
-
-def test_the_command_writes_a_checkpoint_that_the_others_read(tmp_path: Path) -> None:
-    wide("llama").save_pretrained(tmp_path / "model")
-    where, out = str(tmp_path / "model"), str(tmp_path / "out")
-    done = CliRunner().invoke(app, ["quantize", where, out, "--quantization", "*=int4g32", "--device", "cpu"])
-    assert done.exit_code == 0 and "14 matrices, rounded to nearest" in done.stdout, done.output
-    shown = CliRunner().invoke(app, ["dump", out, "--device", "cpu"])
-    assert shown.exit_code == 0 and "nn.cat_rows" in shown.stdout, shown.output

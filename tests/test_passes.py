@@ -314,6 +314,14 @@ def test_masks_that_are_the_same_everywhere_are_dropped(
     same_numbers(text, after)
 
 
+def test_masks_of_long_computations_are_no_work_to_tell() -> None:
+    lines = "".join(f"    a{place + 1}: f32[T, 6] = aten.neg(a{place})\n" for place in range(1500))
+    text = "def f(a0: f32[T, 6], *, T: dim(1, 64)):\n" + lines
+    text += "    b: bool[T, 6] = aten.gt.Scalar(a1500, 0.0)\n    m: f32[T, 6] = aten.masked_fill.Scalar(a0, b, 0.0)\n    return m\n"
+    (step,) = passes.steps(ir.parse(text), ["DropUniformMasks"])
+    assert ir.dump(step.graph) == text and not step.report.found
+
+
 def test_unknown_pass_is_named() -> None:
     with pytest.raises(passes.UnknownPassError, match="FuseNothing"):
         passes.run(ir.parse(HEAD), ["FuseNothing"])

@@ -24,7 +24,7 @@ def outputs(tensors: Tensors) -> dict[str, int]:
 
 
 def held(config: Mapping[str, Any], tensors: Tensors, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Held]:
-    """The rounded matrices by module.
+    """The rounded matrices by module, given the shape of each.
 
     Raises:
         UnsupportedModelError: one of them is held in a way that there is no scheme for.
@@ -35,8 +35,8 @@ def held(config: Mapping[str, Any], tensors: Tensors, shapes: Mapping[str, tuple
             "weights", f"AWQ's version {version!r} of {config.get('bits')} bits is not known; gemm of 4 is"
         )
     found = {}
-    for module in outputs(tensors):
-        depth, (_, wanted) = tensors.shape(f"{module}.qweight")[0], shapes[f"{module}.weight"]
+    for module, (_, wanted) in shapes.items():
+        depth = tensors.shape(f"{module}.qweight")[0]
         if depth != wanted:
             raise unsupported(module, f"it has {depth} inputs, the model's has {wanted}")
         groups = tensors.shape(f"{module}.scales")[0]

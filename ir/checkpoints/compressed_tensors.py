@@ -44,7 +44,7 @@ def outputs(tensors: Tensors) -> dict[str, int]:
 
 
 def held(config: Mapping[str, Any], tensors: Tensors, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Held]:
-    """The rounded matrices by module.
+    """The rounded matrices by module, given the shape of each.
 
     Raises:
         UnsupportedModelError: one of them is held in a way that there is no scheme for.
@@ -59,8 +59,8 @@ def held(config: Mapping[str, Any], tensors: Tensors, shapes: Mapping[str, tuple
     if sparsity != "dense" or config.get("transform_config"):
         raise UnsupportedModelError("checkpoints with sparsity or transforms are not supported; give one without them")
     found = {}
-    for module in sorted(outputs(tensors)):
-        found[module] = _held(module, _group_of(module, groups), tensors, *shapes[f"{module}.weight"])
+    for module, (rows, depth) in sorted(shapes.items()):
+        found[module] = _held(module, _group_of(module, groups), tensors, rows, depth)
     return found
 
 

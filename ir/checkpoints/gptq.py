@@ -23,7 +23,7 @@ def outputs(tensors: Tensors) -> dict[str, int]:
 
 
 def held(config: Mapping[str, Any], tensors: Tensors, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Held]:
-    """The rounded matrices by module.
+    """The rounded matrices by module, given the shape of each.
 
     Raises:
         UnsupportedModelError: one of them is held in a way that there is no scheme for.
@@ -33,7 +33,7 @@ def held(config: Mapping[str, Any], tensors: Tensors, shapes: Mapping[str, tuple
         raise unsupported("weights", f"GPTQ's checkpoint_format {kind!r} is not known; gptq and gptq_v2 are")
     less = 0 if kind == "gptq_v2" else 1
     # Some modules may have other bits than the config says.
-    depths = {module: shapes[f"{module}.weight"][1] for module in outputs(tensors)}
+    depths = {module: depth for module, (_, depth) in shapes.items()}
     bits = {module: 32 * tensors.shape(f"{module}.qweight")[0] // depth for module, depth in depths.items()}
     symmetric = bool(config.get("sym", True)) and all(
         bool((_zeros(module, bits[module], less, tensors) == 1 << bits[module] - 1).all()) for module in depths

@@ -100,10 +100,9 @@ class Checkpoint:
 
     def _rows(self, layout: Layout) -> Tensor:
         """``u8 [..., row bytes]`` of a value."""
-        made = self._first(layout).rows()
-        if len(layout.blocks) == 1:
-            return made.reshape(*layout.shape[:-1], -1)
-        made = made.new_empty(*layout.shape[:-1], made.shape[-1])
+        scheme = scheme_of(self._first(layout).scheme)
+        assert scheme is not None
+        made = torch.empty(*layout.shape[:-1], scheme.row_bytes(layout.shape[-1]), dtype=torch.uint8)
         for block in layout.blocks:
             place = made
             for dim in range(len(layout.shape) - 1):

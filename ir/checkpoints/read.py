@@ -41,8 +41,8 @@ def read_checkpoint(path: str | Path, config: Mapping[str, Any], model: PreTrain
             f"{path}: this version of transformers puts checkpoints together in a way that is not known: {error}"
         ) from error
     layouts = _layouts(method.outputs(tensors), conversion)
-    shapes = {block.key: (block.shape[-2], block.shape[-1]) for layout in layouts.values() for block in layout.blocks}
-    modules = method.held(config, tensors, shapes)
+    blocks = [block for layout in layouts.values() for block in layout.blocks]
+    modules = method.held(config, tensors, {block.key.removesuffix(".weight"): block.shape[-2:] for block in blocks})
     # A module holds its matrix, what belongs to the codes, and perhaps a bias.
     others = {
         name: tensors[name] for name in tensors if name.rpartition(".")[0] not in modules or name.endswith(".bias")
