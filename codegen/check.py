@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.fx import Node
 
 from ..ir.dist import Mirror, ranks_of
-from ..ir.draws import draw_distinct, draw_floats, row_axis
+from ..ir.draws import draw_distinct, draw_floats, index_bound, row_axis
 from ..ir.graph import Graph, dims_of, type_of
 from ..ir.interpret import bind_dims, interpret
 from ..ir.ops import op_name, resolve
@@ -78,7 +78,9 @@ def random_case(graph: Graph, tokens: int, sequences: int, seed: int, device: to
         elif kind.torch_dtype.is_floating_point:
             case[node.name] = draw_floats(kind, shape, generator).to(device)
         else:
-            bound = _bound(node, dims)
+            bound = max(1, min(64, index_bound(node, dims)))
+            if any(op_name(user.target) == "nn.lookup" for user in node.users):
+                bound *= 2  # some that it has no row for
             case[node.name] = torch.randint(0, bound, shape, generator=generator).to(kind.torch_dtype).to(device)
     return case
 
@@ -101,26 +103,6 @@ def _role(node: Node) -> str:
                 if user.args[place] is node:
                     return role
     return ""
-
-
-def _bound(node: Node, dims: Mapping[str, int]) -> int:
-    """The values of an integer input must be below this, for the operator that uses them as indices."""
-    for user in node.users:
-        name = op_name(user.target)
-        if name == "aten.embedding" and isinstance(user.args[0], Node):
-            return type_of(user.args[0]).concrete(dims)[0]
-        if name == "nn.lookup" and isinstance(user.args[0], Node):
-            return 2 * type_of(user.args[0]).concrete(dims)[0]  # some that it has no row for
-        if name == "aten.index_select" and isinstance(user.args[0], Node):
-            return type_of(user.args[0]).concrete(dims)[0]
-        if name == "nn.grouped_linear" and isinstance(user.args[2], Node):
-            everywhere = user.args[5] if len(user.args) > 5 else None  # of a rank's experts: how many all ranks have
-            return everywhere if isinstance(everywhere, int) else type_of(user.args[2]).concrete(dims)[0]
-        if user.op == "call_function" and isinstance(user.meta["type"], tuple) is False:
-            inner = _bound(user, dims) if not type_of(user).torch_dtype.is_floating_point else 0
-            if inner:
-                return max(1, inner - 2)  # room for a small offset added on the way
-    return 64
 
 
 def run_kernel(

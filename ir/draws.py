@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import zlib
 from collections.abc import Iterator, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -14,17 +15,19 @@ from .graph import Graph, type_of
 from .ops import LOOKUPS, op_name
 from .quantized import quantize
 from .schemes import scheme_of
-from .types import TensorType
+from .types import Dim, TensorType
 
 # Magnitudes of successive rows: of the third, epsilons are most of the norm; the fourth saturates activations.
 _MAGNITUDES = (1.0, 0.5, 1e-3, 4.0, 0.03)
 # Far from 0, yet such that fp32 keeps the angles of rotary embeddings to about 1e-5.
 _FAR = 300
-_UNBOUNDED = 1 << 30
+UNBOUNDED = 1 << 30
 
+# Where operators take an index.
+_INDEXED = {"aten.embedding": 1, "nn.lookup": 1, "aten.index_select": 2, "aten.gather": 2, "nn.grouped_linear": 1}
 _VIEWS = frozenset(
     "aten.reshape aten.unsqueeze aten.expand aten.transpose.int aten.to.dtype aten.select.int aten.slice.Tensor "
-    "aten.squeeze.dim aten.gather".split()
+    "aten.squeeze.dim aten.gather aten.cat".split()
 )
 
 
@@ -122,23 +125,34 @@ def row_axis(kind: TensorType) -> int | None:
     return next((place for place, size in enumerate(kind.shape) if str(size) in ("T", "R")), None)
 
 
-def index_bound(node: Node) -> int:
-    """Integers below this are valid wherever the graph uses the value as an index, through views and small offsets."""
-    bound = _UNBOUNDED
+def index_bound(node: Node, dims: Mapping[str, int] | None = None) -> int:
+    """Integers below this are valid wherever the graph uses the value as an index, through views and small offsets.
+
+    Tables with a size that is none of ``dims`` set no bound.
+    """
+    bound = UNBOUNDED
     for user in node.users:
         name = op_name(user.target)
-        table = user.args[0] if user.args else None
-        if name in (*LOOKUPS, "aten.index_select") and isinstance(table, Node) and table is not node:
-            size = type_of(table).shape[0]
-            bound = min(bound, size if isinstance(size, int) else _UNBOUNDED)
-        elif name == "dist.route" and isinstance(user.args[1], int):
+        table, place = user.args[0] if user.args else None, 0
+        if name == "dist.route" and isinstance(user.args[1], int):
             bound = min(bound, user.args[1])
-        elif name == "aten.gather" and user.args[2] is node and isinstance(table, Node):
-            size = type_of(table).shape[int(str(user.args[1]))]
-            bound = min(bound, size if isinstance(size, int) else _UNBOUNDED)
         elif name in ("aten.add.Tensor", "aten.sub.Tensor") and isinstance(user.args[1], int):
             offset = user.args[1] if name == "aten.add.Tensor" else -user.args[1]
-            bound = min(bound, index_bound(user) - offset)
+            bound = min(bound, index_bound(user, dims) - offset)
+        elif name in _INDEXED and user.args[_INDEXED[name]] is node:
+            if name == "nn.grouped_linear":
+                table = user.args[2] if len(user.args) < 6 or user.args[5] is None else user.args[5]
+            elif name == "aten.gather":
+                place = int(str(user.args[1]))
+            bound = min(bound, _size(table, place, dims))
         elif name in _VIEWS and not type_of(user).torch_dtype.is_floating_point:
-            bound = min(bound, index_bound(user))
+            bound = min(bound, index_bound(user, dims))
     return bound
+
+
+def _size(table: Any, place: int, dims: Mapping[str, int] | None) -> int:
+    """How many rows a table has, or that number itself."""
+    size = type_of(table).shape[place] if isinstance(table, Node) else table
+    if isinstance(size, Dim) and dims is not None and all(name in dims for name, _ in size.terms):
+        size = size.substitute(dims)
+    return size if isinstance(size, int) else UNBOUNDED

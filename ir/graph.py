@@ -153,15 +153,21 @@ def node_inputs(value: Any) -> Iterator[Node]:
 
 
 def is_constant(node: Node) -> bool:
-    """Whether a value depends on weights and constants alone, so that it can be computed once at load time."""
+    """Whether a value depends on weights and numbers alone, so that it can be computed once at load time."""
     known = node.meta.get("constant")
     if known is None:
         if node.op != "call_function":
             known = False
-        elif not node.all_input_nodes:
-            known = str(node.target) in ("weight", "const")
+        elif str(node.target) in ("weight", "const", "cache"):
+            known = str(node.target) != "cache"
         else:
             sized = dims_of([node.meta["type"]]) if "type" in node.meta else ()  # rows for every token of a step
-            known = is_pure(node.target) and not sized and all(map(is_constant, node.all_input_nodes))
+            known = is_pure(node.target) and not sized and not _counts(node.args)
+            known = known and all(map(is_constant, node.all_input_nodes))
         node.meta["constant"] = known
     return bool(known)
+
+
+def _counts(value: Any) -> bool:
+    """Whether a dim occurs in an argument: what is computed is another number for each step."""
+    return isinstance(value, Dim) or (isinstance(value, (list, tuple)) and any(map(_counts, value)))

@@ -76,9 +76,11 @@ def call(node: Node, convert: Callable[[Any], Any], device: torch.device, group:
     kwargs = {name: convert(item) for name, item in node.kwargs.items()}
     if is_collective(node.target):
         kwargs["group"] = group
-    if target_makes_tensor(node.target) or str(node.target) == "const":
+    if str(node.target) == "const":
         with torch.device(device):
             return node.target(*map(convert, node.args), **kwargs)  # type: ignore[operator]
+    if target_makes_tensor(node.target):
+        kwargs["device"] = device
     return node.target(*map(convert, node.args), **kwargs)  # type: ignore[operator]
 
 

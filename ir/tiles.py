@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch.fx import Node
 
-from .graph import Graph, flat_types, is_constant, type_of
+from .graph import Graph, dims_of, flat_types, is_constant, type_of
 from .ops import LOOKUPS, PROJECTIONS, op_name
 from .schemes import scheme_of
 from .types import Dim
@@ -86,7 +86,7 @@ def is_pointwise(node: Node) -> bool:
 def is_row_op(node: Node) -> bool:
     """Whether a kernel that holds whole rows in registers can compute the operator."""
     name = op_name(node.target)
-    if not _plain(node):
+    if not _plain(node) or not _has_rows(node):
         return False
     if name in TILE_POINTWISE:
         return is_pointwise(node)
@@ -130,6 +130,11 @@ def _plain(node: Node) -> bool:
             if not _is_element(kind.dtype) or any(isinstance(size, Dim) for size in kind.shape[1:]):
                 return False
     return True
+
+
+def _has_rows(node: Node) -> bool:
+    """Whether all results have rows: a vector is none."""
+    return all(kind.rank > 1 or dims_of([kind]) for kind in flat_types(node.meta["type"]))
 
 
 def _is_view(node: Node, name: str) -> bool:
@@ -236,6 +241,8 @@ def why_outside(node: Node) -> str:
                 return f"{value.name} has elements of type {kind.dtype}, which kernels do not handle"
             if any(isinstance(size, Dim) for size in kind.shape[1:]):
                 return f"{value.name} has rows of tokens in an inner dim: {kind}"
+    if not _has_rows(node):
+        return f"{node.name} is a vector: it has no rows"
     if name in PROJECTIONS:
         return f"{name}: its weight is computed in the step, or its rows are no matrix"
     known = name in TILE_POINTWISE | TILE_VIEWS | TILE_LOOKUPS | TILE_REDUCTIONS | TILE_PAIRS

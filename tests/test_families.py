@@ -26,8 +26,9 @@ OTHERS = (
     "apertus cohere2 cohere_compass_text deepseek_v2-groups deepseek_v3-yarn diffllama exaone4-window gemma4_text glm4 "
     "granite-multipliers llama4_text-chunked minimax-full nemotron olmo-clip olmo2 phi-qk-layernorm stablelm-parallel "
     "starcoder2-window gpt_bigcode gpt_neox-sequential mimo_v2_flash opt-post-norm opt-plain-norms gpt2-inverse-upcast "
-    "gpt2-no-scale qwen2_moe qwen2-window mixtral-jitter phi3-partial gemma2-small-softcap llama-yarn llama-llama3 "
-    "llama-dynamic llama-relu2 llama-one-kv-head llama-tied llama-vocab-257 gpt_oss-yarn bert-decoder bart-decoder"
+    "gpt2-no-scale qwen2_moe qwen2-window mixtral-jitter phi3-partial phimoe gemma2-small-softcap llama-yarn llama-llama3 "
+    "llama-dynamic llama-relu2 llama-one-kv-head llama-tied llama-vocab-257 gpt_oss-yarn bert-decoder bart-decoder "
+    "roc_bert-decoder"
 ).split()
 
 

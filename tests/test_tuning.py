@@ -17,6 +17,7 @@ from families import make
 from traced import traced
 
 from fuseline import passes
+from fuseline.codegen import tuning
 from fuseline.codegen.kernels import Kernel, emit_kernels
 from fuseline.codegen.launch import kernel_path
 from fuseline.codegen.offline import load_kernel_file
@@ -172,6 +173,25 @@ def test_another_machine_measures_anew(measured: list[str], monkeypatch: pytest.
     monkeypatch.setattr(tune, "machine_of", lambda device: {"gpu": "another"})
     tuned()
     assert len(measured) == 10
+
+
+def test_tilings_that_cannot_be_compiled_or_spill_are_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    module = module_of("down_proj")
+    first, fails, spills, *more = candidates(module, 16)
+    message = "PassManager::run failed"
+
+    def launch(*values: torch.Tensor, choices: Any) -> SimpleNamespace:
+        ((_, config),) = choices
+        if config == fails:
+            raise RuntimeError(message)
+        return SimpleNamespace(n_spills=8 if config == spills else 0)
+
+    monkeypatch.setattr(module, "launch", launch)
+    monkeypatch.setattr(tuning, "_micros", lambda *args, **options: 1.0)
+    assert [item.config for item in tuning.measure(module, lambda rows: [[torch.empty(0)]], [16])] == [first, *more]
+    message = "an illegal memory access"
+    with pytest.raises(RuntimeError, match="illegal"):
+        list(tuning.measure(module, lambda rows: [[torch.empty(0)]], [16]))
 
 
 def test_time_is_bounded(measured: list[str], tmp_path: Path) -> None:
