@@ -54,25 +54,64 @@ class _Tile:
     block_k: int
     num_warps: int
     num_stages: int
+    # Left to choose, the assembler spills a little for the sake of more resident warps.
+    maxnreg: int = 255
+
+    def __str__(self) -> str:
+        numbers = f"{self.block_m}, {self.block_n}, {self.block_k}, num_warps={self.num_warps}"
+        return f"{numbers}, num_stages={self.num_stages}, maxnreg={self.maxnreg}"
+
+
+@dataclass(frozen=True)
+class _Tiles:
+    """For pairs that hardly ever go to the same expert, and for few, some and many pairs of each.
+
+    Those for pairs apart are narrow, so that one token's pairs are enough programs for all processors, and read far ahead.
+    ``hopper`` are those for some and many pairs there.
+    """
+
+    apart: _Tile
+    few: _Tile
+    some: _Tile
+    many: _Tile
+    hopper: tuple[_Tile, _Tile] | None = None
 
 
 _TYPES = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16"}
-# For few, some and many pairs per expert.
-_HALF_TILES = (_Tile(16, 128, 128, 4, 3), _Tile(64, 128, 64, 8, 3), _Tile(128, 128, 64, 8, 3))
-_HOPPER_TILES = (_Tile(64, 256, 64, 8, 3), _Tile(128, 256, 64, 8, 3))
-_FP32_TILES = (_Tile(16, 32, 32, 4, 3), _Tile(64, 32, 32, 4, 2), _Tile(64, 64, 32, 8, 2))
+_HALF = _Tiles(
+    _Tile(16, 64, 128, 4, 6), _Tile(16, 128, 128, 4, 3), _Tile(64, 128, 64, 8, 3), _Tile(128, 128, 64, 8, 3),
+    (_Tile(64, 256, 64, 8, 3), _Tile(128, 256, 64, 8, 3)),
+)  # fmt: skip
+_FP32 = _Tiles(_Tile(16, 16, 32, 4, 3), _Tile(16, 32, 32, 4, 3), _Tile(64, 32, 32, 4, 2), _Tile(64, 64, 32, 8, 2))
 # Rows that are not whole 16-byte vectors, or not whole tiles, take addresses and masks per element: more registers.
-_HALF_ROUGH_TILES = (_Tile(16, 64, 32, 4, 2), _Tile(64, 64, 32, 8, 2), _Tile(128, 64, 32, 8, 2))
-_FP32_ROUGH_TILES = (_Tile(16, 32, 32, 4, 3), _Tile(64, 32, 16, 4, 2), _Tile(64, 64, 16, 8, 2))
+_HALF_ROUGH = _Tiles(
+    _Tile(16, 32, 32, 4, 2), _Tile(16, 64, 32, 4, 2), _Tile(64, 64, 32, 8, 2), _Tile(128, 64, 32, 8, 2)
+)
+_FP32_ROUGH = _Tiles(_Tile(16, 16, 32, 4, 3), _Tile(16, 32, 32, 4, 3), _Tile(64, 32, 16, 4, 2), _Tile(64, 64, 16, 8, 2))
 
 # A turn takes whole groups of 4-bit codes, and 16 codes of each place of their words.
-_HALF_PACKED_TILES = (_Tile(16, 64, 128, 4, 3), _Tile(64, 64, 128, 4, 3), _Tile(128, 64, 128, 8, 2))
-_HOPPER_PACKED_TILES = (_Tile(64, 128, 128, 8, 3), _Tile(128, 128, 128, 8, 2))
-_FP32_PACKED_TILES = (_Tile(16, 32, 128, 8, 2), _Tile(32, 32, 128, 8, 2), _Tile(64, 32, 128, 8, 2))
-# Sums of whole codes, which become numbers, take more registers. Small ones for those of all digits, and for rough rows.
-_CODES_TILES = (_Tile(16, 128, 128, 4, 4), _Tile(64, 128, 128, 8, 3), _Tile(128, 128, 64, 8, 4))
-_HOPPER_CODES_TILES = (_Tile(64, 256, 128, 8, 3), _Tile(128, 256, 128, 8, 3))
-_SMALL_CODES_TILES = (_Tile(16, 64, 64, 4, 3), _Tile(64, 64, 64, 8, 2), _Tile(128, 32, 64, 8, 2))
+_HALF_BYTES = _Tiles(
+    _Tile(16, 64, 128, 8, 6), _Tile(16, 128, 128, 8, 4), _Tile(64, 64, 128, 4, 3), _Tile(128, 64, 128, 8, 2),
+    (_Tile(64, 128, 128, 4, 3), _Tile(64, 128, 128, 4, 3)),
+)  # fmt: skip
+_HALF_PACKED = replace(_HALF_BYTES, apart=_Tile(16, 64, 256, 8, 3), few=_Tile(16, 128, 128, 4, 3, 168))
+# Zero points, or many factors, take registers of their own.
+_HALF_FINE = replace(_HALF_PACKED, few=_Tile(16, 64, 128, 4, 3))
+_FP32_PACKED = _Tiles(
+    _Tile(16, 16, 128, 8, 2), _Tile(16, 32, 128, 8, 2), _Tile(32, 32, 128, 8, 2), _Tile(64, 32, 128, 8, 2)
+)
+# Sums of whole codes, which become numbers, take more registers.
+_CODES = _Tiles(
+    _Tile(16, 64, 256, 4, 6, 168), _Tile(16, 128, 128, 8, 4), _Tile(64, 128, 128, 8, 3), _Tile(128, 128, 64, 8, 4),
+    (_Tile(64, 256, 128, 8, 3), _Tile(128, 256, 128, 8, 3)),
+)  # fmt: skip
+# Long rows make enough turns for those of twice the length.
+_LONG = 2048
+_LONG_CODES = replace(_CODES, few=_Tile(16, 128, 256, 4, 3))
+# For those of all digits, and for rough rows.
+_SMALL_CODES = _Tiles(
+    _Tile(16, 32, 64, 4, 3), _Tile(16, 64, 64, 4, 3), _Tile(64, 64, 64, 8, 2), _Tile(128, 32, 64, 8, 2)
+)
 
 
 def grouped_linear_source(spec: GroupedLinearSpec) -> str:
@@ -108,40 +147,32 @@ def grouped_linear_source(spec: GroupedLinearSpec) -> str:
         "X_TYPE": "*u8" if spec.codes else f"*{_TYPES[spec.dtype]}",
     }
     tiles = _tiles(spec)
-    words |= {name: _tile_text(tile) for name, tile in zip(("FEW", "SOME", "MANY"), tiles)}
-    # Half as broad tiles, so that one token's pairs are enough programs for all processors.
-    words["APART"] = _tile_text(replace(tiles[0], block_n=tiles[0].block_n // 2))
-    # Three blocks of a processor fit with so many, and those of plain rows need no more.
-    words["FEW_REGISTERS"] = "168" if tiles in (_HALF_TILES, _CODES_TILES) else "255"
-    hopper = {
-        _HALF_TILES: _HOPPER_TILES,
-        _HALF_PACKED_TILES: _HOPPER_PACKED_TILES,
-        _CODES_TILES: _HOPPER_CODES_TILES,
-    }.get(tiles)
-    if hopper is not None:
-        some, many = map(_tile_text, hopper)
-        words |= {"CHOICE": HOPPER_CHOICE.replace("$SOME$", some).replace("$MANY$", many).rstrip()}
+    words |= {name.upper(): str(getattr(tiles, name)) for name in ("apart", "few", "some", "many")}
+    if tiles.hopper is None:
+        words["CHOICE"] = ONE_CHOICE.rstrip()
     else:
-        words |= {"CHOICE": ONE_CHOICE.rstrip()}
+        some, many = map(str, tiles.hopper)
+        words["CHOICE"] = HOPPER_CHOICE.replace("$SOME$", some).replace("$MANY$", many).rstrip()
     text = TEMPLATE
     for name, value in words.items():
         text = text.replace(f"${name}$", value)
     return text
 
 
-def _tiles(spec: GroupedLinearSpec) -> tuple[_Tile, _Tile, _Tile]:
+def _tiles(spec: GroupedLinearSpec) -> _Tiles:
+    whole = spec.dtype == torch.float32
     if spec.codes is not None:
-        return _SMALL_CODES_TILES if spec.dtype == torch.float32 or spec.in_features % 16 else _CODES_TILES
+        if whole or spec.in_features % 16:
+            return _SMALL_CODES
+        return _LONG_CODES if spec.in_features >= _LONG else _CODES
     if spec.scheme is not None:
-        return _FP32_PACKED_TILES if spec.dtype == torch.float32 else _HALF_PACKED_TILES
+        if whole or spec.scheme.bits == 8:
+            return _FP32_PACKED if whole else _HALF_BYTES
+        return _HALF_FINE if spec.scheme.zeros or 0 < spec.scheme.group < 64 else _HALF_PACKED
     rough = spec.in_features % 64 != 0 or (spec.transposed and spec.out_features % 8 != 0)
-    if spec.dtype == torch.float32:
-        return _FP32_ROUGH_TILES if rough else _FP32_TILES
-    return _HALF_ROUGH_TILES if rough else _HALF_TILES
-
-
-def _tile_text(tile: _Tile) -> str:
-    return f"{tile.block_m}, {tile.block_n}, {tile.block_k}, num_warps={tile.num_warps}, num_stages={tile.num_stages}"
+    if whole:
+        return _FP32_ROUGH if rough else _FP32
+    return _HALF_ROUGH if rough else _HALF
 
 
 def _rows_shape(spec: GroupedLinearSpec) -> str:

@@ -205,8 +205,8 @@ SORTED = {"order_ptr": "*i32", "starts_ptr": "*i32"}
 
 
 def tile(
-    block_m, block_n, block_k, num_warps, num_stages, capabilities=$CAPABILITIES$, kernel=grouped_linear, pairs=SORTED,
-    more={},
+    block_m, block_n, block_k, num_warps, num_stages, maxnreg, capabilities=$CAPABILITIES$, kernel=grouped_linear,
+    pairs=SORTED, more={},
 ):
     """The variant of a kernel with these tiles: ``pairs`` and ``more`` are the types and constants of its own."""
     numbers = {"num_pairs": "i32"} if more else {}
@@ -216,9 +216,7 @@ def tile(
             "x_ptr": "$X_TYPE$", "weight_ptr": "$W_TYPE$", **pairs$BIAS_TYPE$, "out_ptr": "$TYPE$", **numbers,
         },
         "constexprs": {**SHAPE, "BLOCK_M": block_m, "BLOCK_N": block_n, "BLOCK_K": block_k, **more, "PDL": False},
-        "num_warps": num_warps, "num_stages": num_stages, "capabilities": capabilities,
-        # Left to choose, the assembler spills a little for the sake of more resident warps.
-        "maxnreg": $FEW_REGISTERS$ if block_m == 16 else 255,
+        "num_warps": num_warps, "num_stages": num_stages, "capabilities": capabilities, "maxnreg": maxnreg,
     }
 
 

@@ -50,7 +50,13 @@ def test_wide_heads(head_dim: int) -> None:
 def test_wide_heads_in_codes(dtype: str) -> None:
     """Beside the same codes read by torch: a code on the border of two may become the other one."""
     model = make_deep("llama", 2, head_dim=512).cuda()
-    given = {"device": "cuda", "max_seq_len": 64, "tuning": False, "kv_cache": fuseline.KVCacheConfig(dtype=dtype)}
+    given = {
+        "device": "cuda",
+        "dtype": torch.float32,
+        "max_seq_len": 64,
+        "tuning": False,
+        "kv_cache": fuseline.KVCacheConfig(dtype=dtype),
+    }
     compiled = fuseline.compile(model, verify=True, **given)
     assert f"{len(compiled.kernels)} kernels agree with their references" in compiled.report.verification
     whole = fuseline.compile(model, skip=["GroupKernels"], **given)
