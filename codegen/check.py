@@ -19,6 +19,7 @@ from ..ir.ops import op_name, resolve
 from ..ir.parse import parse
 from ..ir.quantized import dequantize, is_quantised, quantize
 from ..ir.schemes import scheme_of
+from ..ir.tiles import TILE_LARGEST
 from ..ir.twin import widened, windows_of
 from .exchange import MirrorExchange, meeting_of, places_for
 from .kernels import Kernel, kernel_file
@@ -58,7 +59,7 @@ def random_case(graph: Graph, tokens: int, sequences: int, seed: int, device: to
         "block_tables": tables,
     }
     ranked = {
-        type_of(node.all_input_nodes[0]).shape[-1] for node in graph.calls() if op_name(node.target) == "aten.topk"
+        type_of(node.all_input_nodes[0]).shape[-1] for node in graph.calls() if op_name(node.target) in TILE_LARGEST
     }
     case = {}
     for node in graph.inputs():

@@ -184,6 +184,7 @@ PRINTERS: dict[str, Print] = {
     "aten.square": lambda a, node: f"{a[0]} * {a[0]}",
     "aten.pow.Tensor_Scalar": _power,
     "aten.clamp": _clamp,
+    "aten.clamp.Tensor": _clamp,
     "aten.clamp_min": lambda a, node: f"tl.maximum({a[0]}, {a[1]})",
     "aten.clamp_max": lambda a, node: f"tl.minimum({a[0]}, {a[1]})",
     "aten.maximum": _call("tl.maximum"),

@@ -11,7 +11,7 @@ from ..ir.cache_rounding import LARGEST, TRIES
 from ..ir.dist import ranks_of
 from ..ir.graph import Graph, flat_types, type_of
 from ..ir.ops import op_name
-from ..ir.tiles import sums_choices
+from ..ir.tiles import TILE_LARGEST, sums_choices
 from ..ir.types import Dim, Size
 from .coordinates import TILE, flat_index, padded_width, strides_of
 from .exchange import FEW_ROWS, MEETING, SENDING, UNSPECIALISED, meeting_of, sent_by
@@ -70,7 +70,8 @@ class RowTile(Tile):
             shape = type_of(source).shape
             x = self.value(source, self._row(shape, at))
             made = self.writer.fresh("values"), self.writer.fresh("columns")
-            self.writer.line(f"{', '.join(made)} = top_of({x}, {_places(place)}, {shape[-1]}, {node.args[1]})")
+            count = node.args[1] if op_name(node.target) == "aten.topk" else 1
+            self.writer.line(f"{', '.join(made)} = top_of({x}, {_places(place)}, {shape[-1]}, {count})")
             self._found[node, place] = made
         return self._found[node, place][which]
 
@@ -183,7 +184,7 @@ def rows_kernel(graph: Graph, function: str) -> tuple[str, str]:
             print_line(writer, "row", "row_ok", ranks_of(graph))
     for output, result in zip(outputs, results):
         store(tile, output, result, place_of(result))
-    alone = any(op_name(node.target) in ("aten.topk", "aten.gather") for node in graph.calls())
+    alone = any(op_name(node.target) in TILE_LARGEST | {"aten.gather"} for node in graph.calls())
     # A row in which columns are found has a warp to itself: each number found is a sum or two over it, which take ten times
     # as long where warps have to meet. Of 128 columns the largest 8 took 2.2 us, and 6.1 in tiles of 16 rows.
     block = 1 if alone else padded_width(max(1, min(32, TILE // (tile.widest * len(outputs)))))

@@ -16,7 +16,7 @@ from torch.fx import Node
 
 from ..ir.graph import Graph, type_of
 from ..ir.ops import LOOKUPS, op_name
-from ..ir.tiles import TILE_POINTWISE
+from ..ir.tiles import TILE_LARGEST, TILE_POINTWISE
 from .coordinates import flat_index, through_view
 from .expressions import literal, print_pointwise
 from .writer import Writer
@@ -146,13 +146,18 @@ class Tile:
             rows = node.args[2]
             assert isinstance(rows, Node)
             return self.value(source, at.at((self.looked_up(rows, at.coords[:1], at), *at.coords[1:])))
+        if name == "aten.scatter.value":
+            index = node.args[2]
+            assert isinstance(index, Node)
+            found = self.value(index, at.at((*at.coords[:-1], "0"), ""))
+            return f"tl.where({at.coords[-1]} == {found}, {literal(node.args[3])}, {self.value(source, at)})"
         if name == "nn.rope":
             return self._rope(node, at)
         if name in ("nn.rms_norm", "nn.layer_norm"):
             return self._norm(node, source, lambda place: self.value(source, place), at)
         if name == "getitem":
             which = int(str(node.args[1]))
-            if op_name(source.target) == "aten.topk":
+            if op_name(source.target) in TILE_LARGEST:
                 return self.largest(source, which, at)
             return self._add_norm(source, which, at)
         return self._reduction(node, source, name, at)

@@ -24,7 +24,8 @@ _FAR = 300
 UNBOUNDED = 1 << 30
 
 # Where operators take an index.
-_INDEXED = {"aten.embedding": 1, "nn.lookup": 1, "aten.index_select": 2, "aten.gather": 2, "nn.grouped_linear": 1}
+_INDEXED = dict.fromkeys(LOOKUPS | {"nn.grouped_linear"}, 1)
+_INDEXED |= dict.fromkeys(["aten.index_select", "aten.gather", "aten.scatter.value"], 2)
 _VIEWS = frozenset(
     "aten.reshape aten.unsqueeze aten.expand aten.transpose.int aten.to.dtype aten.select.int aten.slice.Tensor "
     "aten.squeeze.dim aten.gather aten.cat".split()
@@ -142,7 +143,7 @@ def index_bound(node: Node, dims: Mapping[str, int] | None = None) -> int:
         elif name in _INDEXED and user.args[_INDEXED[name]] is node:
             if name == "nn.grouped_linear":
                 table = user.args[2] if len(user.args) < 6 or user.args[5] is None else user.args[5]
-            elif name == "aten.gather":
+            elif name in ("aten.gather", "aten.scatter.value"):
                 place = int(str(user.args[1]))
             bound = min(bound, _size(table, place, dims))
         elif name in _VIEWS and not type_of(user).torch_dtype.is_floating_point:

@@ -17,7 +17,7 @@ TILE_POINTWISE = frozenset(
         "tanh sigmoid relu silu softplus erf pow.Tensor_Scalar square clamp clamp_min clamp_max maximum "
         "minimum to.dtype gelu rsub.Scalar where.self eq.Scalar ne.Scalar lt.Scalar le.Scalar gt.Scalar "
         "ge.Scalar lt.Tensor le.Tensor gt.Tensor ge.Tensor eq.Tensor logical_and logical_or logical_not "
-        "masked_fill.Scalar floor"
+        "masked_fill.Scalar floor clamp.Tensor"
     ).split()
 ) | {"nn.silu_mul", "nn.gelu_mul"}
 
@@ -52,7 +52,9 @@ TILE_REDUCTIONS = frozenset(
 # Sums over ranks, each of whole rows.
 TILE_MEETINGS = frozenset({"dist.all_reduce", "dist.receive"})
 # Operators with two results, which kernels make together.
-TILE_PAIRS = frozenset({"nn.add_rms_norm", "aten.topk"})
+TILE_PAIRS = frozenset({"nn.add_rms_norm", "aten.topk", "aten.max.dim"})
+# Those that look for the largest numbers of each row.
+TILE_LARGEST = frozenset({"aten.topk", "aten.max.dim"})
 # Rows of which the largest numbers, or those in given columns, are looked for one after another, and how many of them.
 _TOP_OF, _TOP = 1024, 16
 # A row has to fit into the registers of one program, and so does a head with its result.
@@ -102,8 +104,10 @@ def is_row_op(node: Node) -> bool:
         return True
     if name in TILE_MEETINGS:
         return _meets_by_rows(node)
-    if name == "aten.topk":
-        return _finds_largest(node)
+    if name in TILE_LARGEST:
+        return _finds_largest(node, name)
+    if name == "aten.scatter.value":
+        return _writes_column(node)
     pair = node.args[0] if name == "getitem" else None
     return isinstance(pair, Node) and op_name(pair.target) in TILE_PAIRS and is_row_op(pair)
 
@@ -172,14 +176,26 @@ def _reduces_rows(node: Node, name: str) -> bool:
     return name == "aten.sum.dim_IntList" and dims == [-2] and not keep and isinstance(inner, int) and inner <= 64
 
 
-def _finds_largest(node: Node) -> bool:
+def _finds_largest(node: Node, name: str) -> bool:
     """Whether a kernel can look for the largest numbers of each row, in order of size."""
     source, count, *rest = node.args
     assert isinstance(source, Node)
     kind = type_of(source)
+    few = isinstance(kind.shape[-1], int) and kind.shape[-1] <= _TOP_OF
+    if name == "aten.max.dim":
+        return bool(few and kind.torch_dtype.is_floating_point and node.args[1:] == (-1, True))
     dim, biggest, in_order = rest + [-1, True, True][len(rest) :]
-    few = isinstance(kind.shape[-1], int) and kind.shape[-1] <= _TOP_OF and isinstance(count, int) and count <= _TOP
+    few = few and isinstance(count, int) and count <= _TOP
     return bool(few and not node.kwargs and kind.torch_dtype.is_floating_point and biggest and in_order and dim == -1)
+
+
+def _writes_column(node: Node) -> bool:
+    """Whether one number of each row is replaced by the same number."""
+    source, dim, index = node.args[:3]
+    assert isinstance(source, Node) and isinstance(index, Node)
+    kind, columns = type_of(source), type_of(index).shape
+    plain = len(node.args) == 4 and not node.kwargs and kind.torch_dtype.is_floating_point
+    return bool(plain and dim == -1 and columns == (*kind.shape[:-1], 1))
 
 
 def _picks(node: Node) -> bool:

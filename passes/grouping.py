@@ -14,6 +14,7 @@ from torch.fx import Node
 from ..ir.graph import Graph, Region, flat_types, is_constant
 from ..ir.ops import op_name
 from ..ir.tiles import (
+    TILE_LARGEST,
     TILE_MEETINGS,
     is_alone,
     is_matmul,
@@ -94,6 +95,7 @@ _TITLES = {
     "nn.cache_write": "cache_write",
     "nn.rope": "rope",
     "aten.topk": "route",
+    "aten.max.dim": "largest",
     "aten.softmax.int": "softmax",
     "nn.silu_mul": "activation",
     "nn.gelu_mul": "activation",
@@ -208,7 +210,7 @@ def _fits(group: list[Node], node: Node) -> bool:
         return (
             not is_view(node) and flat_types(node.meta["type"])[0].shape == flat_types(group[0].meta["type"])[0].shape
         )
-    if op_name(node.target) == "aten.topk" and not all(
+    if op_name(node.target) in TILE_LARGEST and not all(
         is_view(item) or op_name(item.target) in _APART for item in group
     ):
         return False

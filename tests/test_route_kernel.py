@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
@@ -217,3 +218,49 @@ def test_a_router_is_two_kernels(family: str) -> None:
     names = [re.sub(r"_\d+$", "", kernel.name) for kernel in compiled.kernels]
     assert names.count("route") == 1 and names.index("route") == names.index("gate") + 1
     assert not compiled.report.other_operators
+
+
+STRUCK = """\
+def struck(x: f32[T, {width}], i: i64[T, 1], *, T: dim(1, 64)):
+    m: (f32[T, 1], i64[T, 1]) = aten.max.dim(x, -1, True)
+    most: f32[T, 1] = m[0]
+    place: i64[T, 1] = m[1]
+    a: f32[T, {width}] = aten.clamp.Tensor(x, None, most)
+    b: f32[T, {width}] = aten.clamp.Tensor(a, most)
+    y: f32[T, {width}] = aten.scatter.value(x, -1, place, {value})
+    z: f32[T, {width}] = aten.scatter.value(x, -1, i, {value})
+    return [most, place, a, b, y, z]
+"""
+
+
+@pytest.mark.parametrize(("width", "value"), [(4, -math.inf), (37, 0.5), (128, 0), (1, 2.0)])
+def test_the_largest_is_struck_out(width: int, value: float, pool: ProcessPoolExecutor, tmp_path: Path) -> None:
+    (step,) = passes.steps(parse(STRUCK.format(width=width, value=value)), ["GroupKernels"])
+    kernels = emit_kernels(step.graph)
+    assert len(kernels) == 2  # the column of i is written apart
+    for kernel in kernels:
+        assert max(pool.submit(interpreted, str(write(kernel, tmp_path)), str(kernel.graph)).result()) <= 1e-6
+        assert all(found.spill_bytes == 0 for found in check_file(write(kernel, tmp_path)))
+
+
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [("max.dim(x, -1, True)", "max.dim(x, -1, False)"), ("max.dim(x, -1, True)", "max.dim(x, 0, True)")],
+    ids=["no dim kept", "of all tokens"],
+)
+def test_other_maxima_are_left_to_torch(old: str, new: str) -> None:
+    text = STRUCK.format(width=8, value=0.5).replace(old, new)
+    shape = "T" if new.endswith("False)") else "1, 8"
+    for name in ("most: f32", "place: i64"):
+        text = text.replace(f"{name}[T, 1]", f"{name}[{shape}]")
+    text = text.replace("m: (f32[T, 1], i64[T, 1])", f"m: (f32[{shape}], i64[{shape}])")
+    text = "\n".join(line for line in text.splitlines() if not line.strip().startswith(("a:", "b:", "y:")))
+    (step,) = passes.steps(parse(text.replace("[most, place, a, b, y, z]", "[most, place, z]")), ["GroupKernels"])
+    assert "max.dim" not in "".join(str(kernel.graph) for kernel in emit_kernels(step.graph))
+
+
+def test_experts_taken_one_after_the_other_are_found_in_kernels() -> None:
+    compiled = fuseline.compile(make("phimoe"), device="cpu", max_seq_len=64)
+    grouping = next(item for item in compiled.report.passes if item.name == "GroupKernels")
+    assert not [item for item in grouping.refused if "no kernel" in item.why]
+    assert [kernel.name for kernel in compiled.kernels if "max.dim" in str(kernel.graph)] == ["largest", "largest_2"]
