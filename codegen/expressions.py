@@ -134,6 +134,8 @@ def _cast(a: Sequence[str], node: Node) -> str:
     kind = type_of(node).dtype
     if kind in _INTEGERS:
         return f"{a[0]}.to({_INTEGERS[kind]})"
+    if kind == "bool":
+        return f"{a[0]} != 0"
     source = node.args[0]
     assert isinstance(source, Node)
     return a[0] if type_of(source).torch_dtype.is_floating_point else f"{a[0]}.to(tl.float32)"
@@ -195,7 +197,7 @@ PRINTERS: dict[str, Print] = {
     "aten.masked_fill.Scalar": lambda a, node: f"tl.where({a[1]}, {a[2]}, {a[0]})",
     "aten.logical_and": _infix("&"),
     "aten.logical_or": _infix("|"),
-    "aten.logical_not": lambda a, node: f"{a[0]} == 0",
+    **dict.fromkeys(["aten.logical_not", "aten.bitwise_not"], lambda a, node: f"{a[0]} == 0"),
     "nn.silu_mul": lambda a, node: f"silu({a[0]}) * {a[1]}",
     "nn.gelu_mul": _gelu_mul,
     "nn.head_codes": _head_codes,

@@ -17,7 +17,7 @@ TILE_POINTWISE = frozenset(
         "tanh sigmoid relu silu softplus erf pow.Tensor_Scalar square clamp clamp_min clamp_max maximum "
         "minimum to.dtype gelu rsub.Scalar where.self eq.Scalar ne.Scalar lt.Scalar le.Scalar gt.Scalar "
         "ge.Scalar lt.Tensor le.Tensor gt.Tensor ge.Tensor eq.Tensor logical_and logical_or logical_not "
-        "masked_fill.Scalar floor clamp.Tensor"
+        "masked_fill.Scalar floor clamp.Tensor bitwise_not"
     ).split()
 ) | {"nn.silu_mul", "nn.gelu_mul"}
 
@@ -79,7 +79,9 @@ def is_pointwise(node: Node) -> bool:
     if name in ("aten.add.Tensor", "aten.sub.Tensor", "aten.rsub.Scalar"):
         return bool(node.kwargs.get("alpha", 1) == 1 and len(node.args) == 2)
     if name == "aten.to.dtype":
-        return type_of(node).dtype in ("f32", "f16", "bf16", "i64", "i32")
+        return type_of(node).dtype in ("f32", "f16", "bf16", "i64", "i32", "bool")
+    if name == "aten.bitwise_not":
+        return type_of(node).dtype == "bool"
     if name == "aten.softplus":
         return len(node.args) == 1
     return True

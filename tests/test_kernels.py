@@ -159,10 +159,11 @@ CALLS = {
     "aten.rsub.Scalar": "(x, 2.0)",
     "nn.gelu_mul": '(x, y, "tanh")',
 }
-_BINARY = ["add.Tensor", "sub.Tensor", "mul.Tensor", "div.Tensor", "maximum", "minimum"]
+_BINARY = ["add.Tensor", "sub.Tensor", "mul.Tensor", "div.Tensor", "maximum", "minimum", "clamp.Tensor"]
 # Their operands or results are truth values; they are tried by the families that use them.
 _BOOLEAN = tuple(
-    f"aten.{name}" for name in ("eq.", "ne.", "lt.", "le.", "gt.", "ge.", "logical_", "where.", "masked_fill.")
+    f"aten.{name}"
+    for name in ("eq.", "ne.", "lt.", "le.", "gt.", "ge.", "logical_", "bitwise_not", "where.", "masked_fill.")
 )
 _POSITIVE = ("log", "sqrt", "rsqrt")
 
@@ -179,3 +180,23 @@ def test_pointwise_operator(op: str, pool: ProcessPoolExecutor, tmp_path: Path) 
     (kernel,) = emit_kernels(parse(text))
     assert any(op_name(node.target) == op for node in kernel.graph.calls())
     assert max(pool.submit(interpreted, str(write(kernel, tmp_path)), str(kernel.graph)).result()) <= 1e-5
+
+
+TRUTH = """\
+def truth(x: f32[T, 7], c: i64[T, 7], *, T: dim(1, 64)):
+    b: bool[T, 7] = aten.to.dtype(c, bool)
+    n: bool[T, 7] = aten.bitwise_not(b)
+    y: f32[T, 7] = aten.masked_fill.Scalar(x, n, -inf)
+    f: f32[T, 7] = aten.floor(x)
+    d: bool[T, 7] = aten.to.dtype(f, bool)
+    e: bool[T, 7] = aten.bitwise_not(d)
+    return [y, b, n, d, e]
+"""
+
+
+def test_numbers_become_truth_values(pool: ProcessPoolExecutor, tmp_path: Path) -> None:
+    (step,) = passes.steps(parse(TRUTH), ["GroupKernels"])
+    kernels = emit_kernels(step.graph)
+    assert len(kernels) == 2
+    for kernel in kernels:
+        assert max(pool.submit(interpreted, str(write(kernel, tmp_path)), str(kernel.graph)).result()) == 0
