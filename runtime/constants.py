@@ -1,4 +1,4 @@
-"""What depends on weights alone is computed once, when a model is loaded."""
+"""What depends on weights and numbers alone is computed once, when a model is loaded."""
 
 from __future__ import annotations
 

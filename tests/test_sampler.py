@@ -128,9 +128,11 @@ def test_seed_and_index_both_decide():
     first = draw_many(row, params, 16)
     assert first == draw_many(row, params, 16)
     assert len(set(first)) == 16
-    for seed in (43, 2**64 - 1, None):
+    for seed in (43, 2**64 - 1):
         assert not set(first) & set(draw_many(row, dataclasses.replace(params, seed=seed), 16))
     unseeded = dataclasses.replace(params, seed=None)
+    # One of them may be there by chance, which is so once in a hundred times; three are once in ten million.
+    assert len(set(first) & set(draw_many(row, unseeded, 16))) < 3
     assert draw_many(row, unseeded, 4) != draw_many(row, unseeded, 4)
 
 
