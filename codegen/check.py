@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.fx import Node
 
 from ..ir.dist import Mirror, ranks_of
-from ..ir.draws import draw_distinct, draw_floats, index_bound, row_axis
+from ..ir.draws import draw_distinct, draw_floats, index_range, row_axis
 from ..ir.graph import Graph, dims_of, type_of
 from ..ir.interpret import bind_dims, interpret
 from ..ir.ops import op_name, resolve
@@ -79,10 +79,11 @@ def random_case(graph: Graph, tokens: int, sequences: int, seed: int, device: to
         elif kind.torch_dtype.is_floating_point:
             case[node.name] = draw_floats(kind, shape, generator).to(device)
         else:
-            bound = max(1, min(64, index_bound(node, dims)))
+            first, end = index_range(node, dims)
+            end = min(end, first + 64)
             if any(op_name(user.target) == "nn.lookup" for user in node.users):
-                bound *= 2  # some that it has no row for
-            case[node.name] = torch.randint(0, bound, shape, generator=generator).to(kind.torch_dtype).to(device)
+                end *= 2  # some that it has no row for
+            case[node.name] = torch.randint(first, end, shape, generator=generator).to(kind.torch_dtype).to(device)
     return case
 
 

@@ -21,7 +21,7 @@ from .types import Dim, TensorType
 _MAGNITUDES = (1.0, 0.5, 1e-3, 4.0, 0.03)
 # Far from 0, yet such that fp32 keeps the angles of rotary embeddings to about 1e-5.
 _FAR = 300
-UNBOUNDED = 1 << 30
+_UNBOUNDED = 1 << 30
 
 # Where operators take an index.
 _INDEXED = dict.fromkeys(LOOKUPS | {"nn.grouped_linear"}, 1)
@@ -65,8 +65,8 @@ def _drawn_weight(node: Node, generator: torch.Generator) -> Tensor:
     if scheme := scheme_of(kind.dtype):
         return quantize(torch.randn(shape, generator=generator) / math.sqrt(shape[-1]), scheme)
     if not kind.torch_dtype.is_floating_point:
-        bound = min(index_bound(node), 2 if kind.dtype == "bool" else 4)
-        return torch.randint(0, max(1, bound), shape, generator=generator).to(kind.torch_dtype)
+        first, end = (0, 2) if kind.dtype == "bool" else index_range(node)
+        return torch.randint(first, min(first + 4, end), shape, generator=generator).to(kind.torch_dtype)
     if len(shape) < 2:
         signs = torch.randint(0, 2, shape, generator=generator) * 2 - 1
         return ((0.4 + 0.5 * torch.rand(shape, generator=generator)) * signs).to(kind.torch_dtype)
@@ -93,11 +93,11 @@ def draw_input(node: Node, dims: Mapping[str, int], seed: int) -> Tensor:
     shape = kind.concrete(dims)
     if kind.torch_dtype.is_floating_point:
         return draw_floats(kind, shape, generator)
-    bound = 2 if kind.dtype == "bool" else index_bound(node)
+    first, end = (0, 2) if kind.dtype == "bool" else index_range(node)
     if node.name == "positions":
-        first = max(0, min(_FAR, bound - shape[-1])) if seed % 2 else 0
+        first = max(first, min(_FAR, end - shape[-1])) if seed % 2 else first
         return (torch.arange(shape[-1]) + first).expand(shape).to(kind.torch_dtype).contiguous()
-    return torch.randint(0, max(1, min(bound, 1 << 20)), shape, generator=generator).to(kind.torch_dtype)
+    return torch.randint(first, min(end, first + (1 << 20)), shape, generator=generator).to(kind.torch_dtype)
 
 
 def draw_floats(kind: TensorType, shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
@@ -126,29 +126,33 @@ def row_axis(kind: TensorType) -> int | None:
     return next((place for place, size in enumerate(kind.shape) if str(size) in ("T", "R")), None)
 
 
-def index_bound(node: Node, dims: Mapping[str, int] | None = None) -> int:
-    """Integers below this are valid wherever the graph uses the value as an index, through views and small offsets.
+def index_range(node: Node, dims: Mapping[str, int] | None = None) -> tuple[int, int]:
+    """Where integers begin that are valid wherever the graph uses the value as an index, through views and small offsets,
+    and where they end.
 
-    Tables with a size that is none of ``dims`` set no bound.
+    Tables with a size that is none of ``dims`` set no end.
     """
-    bound = UNBOUNDED
+    first, end = 0, _UNBOUNDED
     for user in node.users:
         name = op_name(user.target)
         table, place = user.args[0] if user.args else None, 0
+        found = 0, _UNBOUNDED
         if name == "dist.route" and isinstance(user.args[1], int):
-            bound = min(bound, user.args[1])
+            found = 0, user.args[1]
         elif name in ("aten.add.Tensor", "aten.sub.Tensor") and isinstance(user.args[1], int):
             offset = user.args[1] if name == "aten.add.Tensor" else -user.args[1]
-            bound = min(bound, index_bound(user, dims) - offset)
+            low, high = index_range(user, dims)
+            found = (max(0, low - offset), high - offset) if high < _UNBOUNDED else found
         elif name in _INDEXED and user.args[_INDEXED[name]] is node:
             if name == "nn.grouped_linear":
                 table = user.args[2] if len(user.args) < 6 or user.args[5] is None else user.args[5]
             elif name in ("aten.gather", "aten.scatter.value"):
                 place = int(str(user.args[1]))
-            bound = min(bound, _size(table, place, dims))
+            found = 0, _size(table, place, dims)
         elif name in _VIEWS and not type_of(user).torch_dtype.is_floating_point:
-            bound = min(bound, index_bound(user, dims))
-    return bound
+            found = index_range(user, dims)
+        first, end = max(first, found[0]), min(end, found[1])
+    return first, max(first + 1, end)
 
 
 def _size(table: Any, place: int, dims: Mapping[str, int] | None) -> int:
@@ -156,4 +160,4 @@ def _size(table: Any, place: int, dims: Mapping[str, int] | None) -> int:
     size = type_of(table).shape[place] if isinstance(table, Node) else table
     if isinstance(size, Dim) and dims is not None and all(name in dims for name, _ in size.terms):
         size = size.substitute(dims)
-    return size if isinstance(size, int) else UNBOUNDED
+    return size if isinstance(size, int) else _UNBOUNDED

@@ -130,12 +130,19 @@ def _is_element(dtype: str) -> bool:
 
 
 def _plain(node: Node) -> bool:
-    """Element types that kernels handle, and the dynamic dim outermost, so that all strides are known."""
+    """Element types that kernels handle, the dynamic dim outermost, so that all strides are known, arguments in order."""
+    if _by_name(node):
+        return False
     for value in [node, *node.all_input_nodes]:
         for kind in flat_types(value.meta["type"]):
             if not _is_element(kind.dtype) or any(isinstance(size, Dim) for size in kind.shape[1:]):
                 return False
     return True
+
+
+def _by_name(node: Node) -> list[str]:
+    """Arguments given by name of which kernels know nothing; what ``dtype`` is the result's type says."""
+    return [name for name in node.kwargs if name not in ("alpha", "approximate", "dtype")]
 
 
 def _has_rows(node: Node) -> bool:
@@ -232,6 +239,8 @@ def is_matmul(node: Node) -> bool:
 def is_alone(node: Node) -> bool:
     """Whether a kernel computes the operator and nothing else: attention, or the product of rows with experts."""
     name = op_name(node.target)
+    if _by_name(node):
+        return False
     return name == "nn.grouped_linear" or (name == "nn.paged_attention" and not _why_not_attended(node))
 
 
@@ -251,6 +260,8 @@ def _why_not_attended(node: Node) -> str:
 def why_outside(node: Node) -> str:
     """Why no kernel computes an operator."""
     name = op_name(node.target)
+    if named := _by_name(node):
+        return f"{name}: kernels take arguments in order, not by name: {', '.join(named)}"
     if name == "nn.paged_attention":
         return _why_not_attended(node)
     for value in [node, *node.all_input_nodes]:

@@ -200,3 +200,12 @@ def test_numbers_become_truth_values(pool: ProcessPoolExecutor, tmp_path: Path) 
     assert len(kernels) == 2
     for kernel in kernels:
         assert max(pool.submit(interpreted, str(write(kernel, tmp_path)), str(kernel.graph)).result()) == 0
+
+
+@pytest.mark.parametrize("call", ["clamp(x, max=0.5)", "clamp.Tensor(x, min=y)", "softplus(x, beta=2.0)"])
+def test_arguments_by_name_are_left_to_torch(call: str) -> None:
+    """Kernels are printed from arguments in order; graphs that are traced have no others, those written by hand may."""
+    graph = parse(POINTWISE.format(call=f"aten.{call}").replace('with kernel("work"):', "").replace("        ", "    "))
+    (step,) = passes.steps(graph, ["GroupKernels"])
+    assert [kernel.name for kernel in emit_kernels(step.graph)] == ["b"]
+    assert any("kernels take arguments in order, not by name: " in item.why for item in step.report.refused)

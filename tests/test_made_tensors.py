@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 
 from fuseline import passes
-from fuseline.ir.draws import index_bound
+from fuseline.codegen.check import random_case, reference
+from fuseline.ir.draws import index_range
 from fuseline.ir.graph import is_constant
 from fuseline.ir.interpret import interpret
 from fuseline.ir.parse import parse
@@ -42,5 +44,19 @@ def test_vectors_are_no_rows_of_a_kernel() -> None:
 
 def test_indices_stay_below_the_table() -> None:
     nodes = {node.name: node for node in parse(MADE).nodes}
-    assert index_bound(nodes["i"]) == 4
-    assert index_bound(nodes["zeros"], {"T": 7}) == 7
+    assert index_range(nodes["i"]) == (0, 4)
+    assert index_range(nodes["zeros"], {"T": 7}) == (0, 7)
+
+
+@pytest.mark.parametrize(("offset", "wanted"), [("add.Tensor(i, 2)", (0, 6)), ("sub.Tensor(i, 2)", (2, 10))])
+def test_indices_with_an_offset_stay_in_the_table(offset: str, wanted: tuple[int, int]) -> None:
+    """Nor do those that something is taken from begin below its first row."""
+    graph = parse(f"""\
+def moved(x: f32[T, 8], i: i64[T, 1], *, T: dim(1, 64)):
+    j: i64[T, 1] = aten.{offset}
+    v: f32[T, 1] = aten.gather(x, -1, j)
+    return [v]
+""")
+    (node,) = (node for node in graph.inputs() if node.name == "i")
+    assert index_range(node) == wanted
+    reference(graph, random_case(graph, 37, 3, seed=7, device="cpu"))  # raises where an index is none
